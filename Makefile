@@ -1,0 +1,55 @@
+# One virtual environment in .venv, made with the standard tools: pip reads its own configuration (find-links, an
+# index), so a machine that offers a CPU build of torch gets that one and every other gets the build for its GPU.
+
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false MLFLOW_DISABLE_TELEMETRY=true
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help train test test-slow lint format ui clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+train: .venv/installed ## Run train.py; pass settings as ARGS="reward=paper seed=1"
+	$(BIN)/python train.py $(ARGS)
+
+test: .venv/installed-dev ## Run the tests that need neither a GPU nor a network
+	$(OFFLINE) $(BIN)/pytest -m "not slow and not gpu and not vllm and not hub" $(ARGS)
+
+test-slow: .venv/installed-dev ## Run the long tests as well
+	$(OFFLINE) $(BIN)/pytest -m "not gpu and not vllm and not hub" $(ARGS)
+
+lint: .venv/installed-dev ## Check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/installed-dev ## Rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+ui: .venv/installed ## Open the MLflow UI on the runs of this folder
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db $(ARGS)
+
+clean: ## Remove the environment and the caches of tools; runs and data stay
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps make an installation happen once, and again only after pyproject.toml has changed.
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed and '$(PYTHON)' is not: name one, as in make train PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	@echo "Installing what pyproject.toml names into .venv (about two minutes from a near index) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.venv/installed-dev: pyproject.toml | .venv/bin/python
+	@echo "Installing what pyproject.toml names into .venv, with the tools for tests (about two minutes from a near index) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch .venv/installed $@

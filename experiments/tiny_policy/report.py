@@ -1,0 +1,104 @@
+"""Shows what the tiny policy is worth: its loss curve, ten rationales on held-out texts, retrieval with and without.
+
+    python -m experiments.tiny_policy.report [--policy experiments/tiny_policy/weights] [--run-name cold_start]
+
+Writes results.md, and loss.png where the MLflow store has the cold-start run, beside this file.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import mlflow
+from omegaconf import OmegaConf
+
+from src.datamodules.docstrings import collect
+from src.datamodules.offline_tasks import offline_tasks
+from src.modules.encoder import RationaleEncoder
+from src.modules.export import load_policy
+from src.modules.rollout_hf import HFRollouts
+from src.utils.evaluation import run_tasks
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CURVES = {
+    "text": "text",
+    "query_rationale": "rationale of queries",
+    "document_rationale": "rationale of documents",
+    "nce": "InfoNCE, text alone",
+    "nce_rationale": "InfoNCE with rationale",
+    "copying": "copying",
+}
+
+
+def loss_curve(tracking_uri: str, run_name: str, path: Path) -> str:
+    """Draws the losses of the newest run of that name; says what it saw."""
+    mlflow.set_tracking_uri(tracking_uri)
+    runs = mlflow.search_runs(search_all_experiments=True, filter_string=f"attributes.run_name = '{run_name}'", max_results=1)
+    if runs.empty:
+        return f"no run named {run_name!r} in {tracking_uri}: the loss curve was left as it is"
+    plt.switch_backend("Agg")
+    client, run = mlflow.MlflowClient(), runs["run_id"].iloc[0]
+    figure, axes = plt.subplots(2, 3, figsize=(11, 5.6), dpi=120, layout="constrained", sharex=True)
+    for axis, (name, title) in zip(axes.flat, CURVES.items(), strict=True):
+        for split, style in (("train", {"linewidth": 0.8}), ("val", {"marker": "o", "markersize": 3})):
+            points = client.get_metric_history(run, f"{split}/{name}")
+            axis.plot([p.step for p in points], [p.value for p in points], label=split, **style)
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(frameon=False)
+    for axis in axes[1]:
+        axis.set_xlabel("steps")
+    figure.supylabel("nats")
+    figure.savefig(path)
+    minutes = (runs["end_time"].iloc[0] - runs["start_time"].iloc[0]).total_seconds() / 60
+    return f"run {run}: {minutes:.0f} minutes"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--policy", default=str(HERE / "weights"))
+    parser.add_argument("--run-name", default="cold_start")
+    parser.add_argument("--tracking-uri", default=f"sqlite:///{ROOT / 'mlflow.db'}")
+    parser.add_argument("--output", type=Path, default=HERE)
+    arguments = parser.parse_args()
+    packages = OmegaConf.load(ROOT / "configs" / "datamodule" / "packages.yaml")
+    cache = ROOT / "data" / "cache"
+    print(loss_curve(arguments.tracking_uri, arguments.run_name, arguments.output / "loss.png"))
+
+    policy, settings = load_policy(arguments.policy)
+    engine = HFRollouts(settings.max_new_tokens)
+    encoders = {
+        "without rationales": RationaleEncoder(policy, settings, engine, rationale=False),
+        "with rationales, greedy": RationaleEncoder(policy, settings, engine),
+        "with rationales, sampled at 1": RationaleEncoder(policy, settings, engine, temperature=1.0),
+    }
+    tasks = offline_tasks(packages.test_packages, cache, size="large")
+    lines = [f"Offline tasks on {', '.join(packages.test_packages)} (none of it trained on), main scores in %:", ""]
+    for row, (name, encoder) in enumerate(encoders.items()):
+        scores = run_tasks(encoder, tasks, None, f"tiny-{row}")
+        columns = [*scores.tasks, "average"]
+        if row == 0:
+            lines += [f"| | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+        lines.append(f"| {name} | {' | '.join(f'{100 * value:.2f}' for value in [*scores.tasks.values(), scores.average])} |")
+
+    docs = random.Random(7).sample(collect(packages.test_packages, cache), 10)
+    _, rationales = encoders["with rationales, greedy"].explain([doc.body[:320] for doc in docs])
+    lines += [
+        "",
+        "Ten greedy rationales on held-out documents, drawn by a fixed seed:",
+        "",
+        "| document | rationale | its summary line |",
+        "| --- | --- | --- |",
+    ]
+    for doc, rationale in zip(docs, rationales, strict=True):
+        cells = (doc.body[:200] + ("…" if len(doc.body) > 200 else ""), rationale, doc.summary)
+        lines.append("| " + " | ".join(cell.replace("|", r"\|").replace("<", "&lt;") for cell in cells) + " |")
+    page = "\n".join(lines) + "\n"
+    (arguments.output / "results.md").write_text(page, encoding="utf-8")
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

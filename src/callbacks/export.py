@@ -1,0 +1,39 @@
+"""The trained policy as a folder that other tools read."""
+
+import logging
+from pathlib import Path
+from typing import Literal, Protocol
+
+import lightning as L
+import torch
+
+from src.modules.export import export
+from src.modules.policy import Policy
+from src.modules.settings import EncoderSettings
+
+log = logging.getLogger(__name__)
+
+
+class HasPolicy(Protocol):
+    """What a module must have to be exported."""
+
+    policy: Policy
+    settings: EncoderSettings
+
+
+class Export(L.Callback):
+    """Writes the policy, its tokenizer and the settings of its embeddings to a folder when training ends.
+
+    Args:
+        folder: where to.
+        dtype: of the weights on disk.
+    """
+
+    def __init__(self, folder: str, dtype: Literal["float32", "float16", "bfloat16"] = "float32") -> None:
+        self.folder = Path(folder)
+        self.dtype: torch.dtype = getattr(torch, dtype)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: HasPolicy) -> None:  # type: ignore[override]
+        if trainer.is_global_zero:
+            export(pl_module.policy, pl_module.settings, self.folder, self.dtype)
+            log.info("exported to %s", self.folder)

@@ -1,0 +1,175 @@
+"""What a run comes to: scores on held-out tasks before and after, and where everything lies."""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from src.callbacks.probe import undisturbed
+from src.callbacks.rationale_table import RationaleTable
+from src.callbacks.watcher import Watcher
+from src.modules.grace import GRACE
+from src.utils.evaluation import run_tasks
+from src.utils.plots import scores_figure
+from src.utils.tracking import log_figure, log_metrics, log_table, log_text, mlflow_loggers, write_text
+
+log = logging.getLogger(__name__)
+
+BASE, REASONING, TRAINED = "Base", "Base + reasoning", "GRACE"
+"""The rows: starting weights without a rationale, starting weights with one, trained weights with one."""
+
+_PLACES = {
+    "report.md": "this report",
+    "test_scores.png": "scores, as a figure",
+    "reward_terms.png": "reward terms over training",
+    "rationales.md": "rationales before and after",
+    "export": "trained policy, for transformers",
+}
+
+_SHORT = {"Retrieval": "Retr", "Reranking": "Rerank", "Clustering": "Clust", "PairClassification": "PairCls", "Classification": "Class"}
+
+
+class FinalReport(Watcher):
+    """Scores the starting policy when training starts and the trained one when it ends, on tasks that nothing else sees.
+
+    Prints the table, some rationales before and after, and where everything is; writes report.md and test_scores.png;
+    logs test/<row>/<task>, test/<row>/average, the table and the figure.
+
+    Args:
+        output_dir: the run's folder.
+        tasks: makes the tasks; called once.
+        temperature: at which rationales are written; 0 is greedy.
+        examples: rationales printed, where the rationale table is on.
+    """
+
+    def __init__(self, output_dir: str, tasks: Callable[[], list[Any]], temperature: float = 0.0, examples: int = 3) -> None:
+        self.output_dir, self.make_tasks = Path(output_dir), tasks
+        self.temperature, self.examples = temperature, examples
+        self.rows: dict[str, dict[str, float]] = {}  # row -> category or average -> score
+        self._tasks: list[Any] = []
+
+    def at_start(self, trainer: L.Trainer, module: GRACE) -> None:
+        with undisturbed(module):
+            self._tasks = self.make_tasks()
+        if self.rows:
+            return  # resumed: the checkpoint brought what the starting policy scored
+        log.info("scoring the starting policy on %d held-out tasks, without and with rationales", len(self._tasks))
+        self.score(trainer, module, BASE, rationale=False)
+        self.score(trainer, module, REASONING, rationale=True)
+
+    def at_end(self, trainer: L.Trainer, module: GRACE) -> None:
+        log.info("scoring the trained policy on %d held-out tasks", len(self._tasks))
+        self.score(trainer, module, TRAINED, rationale=True)
+        if trainer.is_global_zero:
+            self.write(trainer, module)
+            self.show(trainer)
+
+    def score(self, trainer: L.Trainer, module: GRACE, row: str, rationale: bool) -> None:
+        """Adds a row and logs it.
+
+        Raises:
+            RuntimeError: a task fails; rows over different tasks would not compare.
+        """
+        with undisturbed(module):
+            encoder = module.encoder(rationale=rationale, temperature=self.temperature)
+            name = f"{_slug(row)}-step{module.rollout_batches}"
+            scores = run_tasks(encoder, self._tasks, self.output_dir / "mteb", name)
+        if scores.failures:
+            failed = "; ".join(f"{task}: {error}" for task, error in scores.failures.items())
+            raise RuntimeError(
+                f"held-out tasks fail for {row}: {failed}; take them out of callbacks.final_report.tasks or provide what is missing"
+            )
+        self.rows[row] = {**scores.categories, "average": scores.average}
+        metrics = {f"test/{_slug(row)}/{task}": score for task, score in (scores.tasks | {"average": scores.average}).items()}
+        log_metrics(trainer, metrics, module.rollout_batches)
+
+    def write(self, trainer: L.Trainer, module: GRACE) -> None:
+        """report.md, test_scores.png, and the same in MLflow."""
+        figure = scores_figure(self.rows, f"Held-out tasks, after {module.rollout_batches} rollout batches")
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.output_dir / "test_scores.png")
+        log_figure(trainer, figure, "figures/test_scores.png")
+        report = markdown(self.rows, module.rollout_batches)
+        write_text(self.output_dir / "report.md", report)
+        log_text(trainer, report, "report.md")
+        columns = {name: [scores[name] for scores in self.rows.values()] for name in next(iter(self.rows.values()))}
+        log_table(trainer, {"policy": list(self.rows), **columns}, "report/test_scores.json")
+
+    def show(self, trainer: L.Trainer) -> None:
+        """Prints the table, rationales before and after, and the places."""
+        console = Console(width=None if sys.stdout.isatty() else 110)
+        console.print(score_table(self.rows))
+        watched = [callback for callback in trainer.callbacks if isinstance(callback, RationaleTable)]  # type: ignore[attr-defined]
+        if watched and self.examples:
+            console.print(example_table(watched[0], self.examples))
+        for what, where in self.places(trainer):
+            console.print(f"{what:34s} {where}", soft_wrap=True, highlight=False, markup=False)
+
+    def places(self, trainer: L.Trainer) -> list[tuple[str, str]]:
+        """What the run leaves behind, and where."""
+        found = [(what, str(self.output_dir / file)) for file, what in _PLACES.items() if (self.output_dir / file).exists()]
+        if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
+            found.append(("checkpoints, for ckpt_path=", str(trainer.checkpoint_callback.dirpath)))
+        return found + [("MLflow run (make ui)", str(logger.run_id)) for logger in mlflow_loggers(trainer)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": {row: scores for row, scores in self.rows.items() if row != TRAINED}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = dict(state_dict["rows"])
+
+
+def _slug(row: str) -> str:
+    return {BASE: "base", REASONING: "base_reasoning", TRAINED: "grace"}[row]
+
+
+def score_table(rows: dict[str, dict[str, float]]) -> Table:
+    """The scores in percent, a row a policy."""
+    table = Table(title="Held-out tasks: main score of each category, %")
+    table.add_column("", no_wrap=True)
+    columns = list(next(iter(rows.values())))
+    for column in columns:
+        table.add_column(_SHORT.get(column, column), justify="right")
+    for row, scores in rows.items():
+        table.add_row(row, *(f"{100 * scores[column]:.2f}" for column in columns))
+    return table
+
+
+def example_table(watched: RationaleTable, count: int) -> Table:
+    """The first `count` watched texts with the rationales of the starting and of the trained policy."""
+    table = Table(title="Rationales", show_lines=True, expand=True)
+    for column in ("text", "before", "after"):
+        table.add_column(column, ratio=1)
+    for old, new in list(zip(watched.before, watched.after, strict=True))[:count]:
+        table.add_row(*(_cell(text) for text in (old.text, old.rationale, new.rationale)))
+    return table
+
+
+def _cell(text: str, limit: int = 240) -> str:
+    text = " ".join(text.split())
+    return escape(text if len(text) <= limit else text[: limit - 1] + "…")  # rich reads square brackets as markup
+
+
+def markdown(rows: dict[str, dict[str, float]], steps: int) -> str:
+    """The table and the figures as a page."""
+    columns = list(next(iter(rows.values())))
+    lines = [f"# Held-out tasks after {steps} rollout batches", "", "Main score of each category, %.", ""]
+    lines += ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    lines += [f"| {row} | " + " | ".join(f"{100 * scores[c]:.2f}" for c in columns) + " |" for row, scores in rows.items()]
+    lines += [
+        "",
+        "![scores](test_scores.png)",
+        "",
+        "![reward terms](reward_terms.png)",
+        "",
+        "Rationales: [before and after](rationales.md)",
+        "",
+    ]
+    return "\n".join(lines)

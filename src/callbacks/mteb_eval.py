@@ -1,0 +1,81 @@
+"""MTEB tasks while training runs."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+
+from src.callbacks.probe import is_due, undisturbed
+from src.callbacks.watcher import Watcher
+from src.modules.grace import GRACE
+from src.utils.evaluation import EvaluationScores, run_tasks
+from src.utils.tracking import log_metrics
+
+log = logging.getLogger(__name__)
+
+
+class MTEBEvaluation(Watcher):
+    """Scores the policy on MTEB tasks at the start, every n rollout batches and at the end.
+
+    Logs mteb/<task>, mteb/category/<category> and mteb/average (fractions), and mteb/seconds. The average also stands in
+    `trainer.callback_metrics`, where checkpoints and sweeps find it.
+
+    Args:
+        tasks: makes the tasks; called once, when training starts (mteb takes seconds to import).
+        every_n_rollout_batches: how often; 0 for the start and the end only.
+        rationale, temperature: how texts are encoded.
+    """
+
+    def __init__(
+        self,
+        tasks: Callable[[], list[Any]],
+        every_n_rollout_batches: int = 20,
+        rationale: bool = True,
+        temperature: float = 0.0,
+    ) -> None:
+        self.make_tasks, self.every = tasks, every_n_rollout_batches
+        self.rationale, self.temperature = rationale, temperature
+        self._tasks: list[Any] = []
+        self._scored_at = -1
+
+    def at_start(self, trainer: L.Trainer, module: GRACE) -> None:
+        with undisturbed(module):
+            self._tasks = self.make_tasks()
+        scores = self.evaluate(trainer, module)
+        if scores.failures:
+            # What fails on the first try would fail every time, and the average would be one of other tasks.
+            raise RuntimeError(f"MTEB tasks fail: {_failures(scores)}; take them out of callbacks.mteb.tasks or provide what is missing")
+
+    def after_batch(self, trainer: L.Trainer, module: GRACE) -> None:
+        if is_due(module, self.every):
+            self.evaluate(trainer, module)
+
+    def at_end(self, trainer: L.Trainer, module: GRACE) -> None:
+        if self._scored_at != module.rollout_batches:
+            self.evaluate(trainer, module)
+
+    def evaluate(self, trainer: L.Trainer, module: GRACE) -> EvaluationScores:
+        """Runs and logs the tasks. A failed task is warned about and leaves the average out: it would mean something else."""
+        step = module.rollout_batches
+        began = time.perf_counter()
+        with undisturbed(module):
+            encoder = module.encoder(rationale=self.rationale, temperature=self.temperature)
+            scores = run_tasks(encoder, self._tasks, None, f"training-step{step}")
+        metrics = {f"mteb/{task}": score for task, score in scores.tasks.items()}
+        metrics |= {f"mteb/category/{category}": score for category, score in scores.categories.items()}
+        if scores.failures:
+            log.warning("MTEB tasks failed at rollout batch %d, no average: %s", step, _failures(scores))
+        else:
+            metrics["mteb/average"] = scores.average
+            # Lightning's own `log` is refused at the start and the end of training; this dict is what it would fill.
+            trainer.callback_metrics["mteb/average"] = torch.tensor(scores.average)
+        log_metrics(trainer, metrics | {"mteb/seconds": time.perf_counter() - began}, step)
+        self._scored_at = step
+        return scores
+
+
+def _failures(scores: EvaluationScores) -> str:
+    return "; ".join(f"{task}: {error}" for task, error in scores.failures.items())

@@ -1,0 +1,94 @@
+"""Progress in a terminal (a bar) and in a log file (a line now and then)."""
+
+import logging
+import math
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from src.callbacks.watcher import as_grace, last_report
+from src.modules.grace import GRACE
+
+log = logging.getLogger(__name__)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+class RolloutProgress(TQDMProgressBar):
+    """A bar over rollout batches with reward, sampled tokens a second and time left.
+
+    Where the output is no terminal it writes the same as lines through logging instead, at most one every
+    `seconds_between_lines`, and one for the first and the last batch of an epoch.
+    """
+
+    def __init__(self, seconds_between_lines: float = 15.0) -> None:
+        super().__init__()
+        self.seconds_between_lines = seconds_between_lines
+        self.to_terminal = sys.stdout.isatty()
+        if not self.to_terminal:
+            self.disable()
+        self._began = self._last_line = 0.0
+
+    def enable(self) -> None:
+        """Enables the bar where there is a terminal to draw it in."""
+        if self.to_terminal:
+            super().enable()
+
+    def batches_to_do(self, trainer: L.Trainer, module: GRACE, done: int) -> float:
+        """Rollout batches of this epoch, `done` included; fewer than the loader has where max_steps ends it sooner.
+
+        inf where neither says.
+        """
+        total = float(trainer.num_training_batches)
+        if trainer.max_steps > 0:
+            # max_steps counts optimizer steps, and a rollout batch takes several
+            updates = max(1.0, last_report(module).update.get("updates", 1.0))
+            total = min(total, done + math.ceil(max(0, trainer.max_steps - trainer.global_step) / updates))
+        return total
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+        report = last_report(as_grace(pl_module))
+        seconds = report.seconds.get("rollout", 0.0)
+        return {
+            "reward": f"{float(report.reward.total.mean()):.3f}",
+            "tokens/s": f"{report.rollout_tokens / seconds:.0f}" if seconds else "?",
+        }
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer)
+        self._began = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        total = self.batches_to_do(trainer, as_grace(pl_module), batch_idx + 1)
+        if self.to_terminal:
+            self.train_progress_bar.total = total if math.isfinite(total) else None
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        elif trainer.is_global_zero:
+            self._write_line(trainer, as_grace(pl_module), batch_idx + 1, total)
+
+    def _write_line(self, trainer: L.Trainer, module: GRACE, done: int, total: float) -> None:
+        now = time.monotonic()
+        if done not in (1, total) and now - self._last_line < self.seconds_between_lines:
+            return
+        self._last_line = now
+        taken = now - self._began
+        metrics = self.get_metrics(trainer, module)
+        left = clock(taken / done * (total - done)) if math.isfinite(total) else "?"
+        of = f"/{total:.0f}" if math.isfinite(total) else ""
+        log.info(
+            "rollout batch %d%s  reward %s  %s tokens/s  %s gone, %s left",
+            done,
+            of,
+            metrics["reward"],
+            metrics["tokens/s"],
+            clock(taken),
+            left,
+        )

@@ -1,0 +1,101 @@
+"""The rationales of the same texts, again and again, so that their change can be read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from src.callbacks.probe import fixed_texts, is_due, sample, undisturbed
+from src.callbacks.watcher import Watcher
+from src.modules.grace import GRACE
+from src.utils.tracking import log_table, log_text, write_text
+
+
+@dataclass(frozen=True)
+class Rationale:
+    """What a policy wrote about one text.
+
+    Attributes:
+        text: of the user's turn.
+        rationale: as decoded, control tokens included (a rationale that never ends shows none).
+        length: tokens.
+        finished: whether it ended before the length limit.
+    """
+
+    text: str
+    rationale: str
+    length: int
+    finished: bool
+
+
+def write_rationales(module: GRACE, texts: list[str], temperature: float, seed: int = 0) -> list[Rationale]:
+    """The policy's rationales for `texts`."""
+    with undisturbed(module):
+        rollouts = sample(module, texts, temperature, seed)
+    decoded = [str(module.policy.tokenizer.decode(ids, skip_special_tokens=False)) for ids in rollouts.rationales()]
+    rows = zip(texts, decoded, rollouts.rationale_lengths.tolist(), rollouts.finished.tolist(), strict=True)
+    return [Rationale(*row) for row in rows]
+
+
+def before_and_after(before: list[Rationale], after: list[Rationale], steps: int) -> str:
+    """Markdown: each text with its rationale at the start and after `steps` rollout batches."""
+    lines = [f"# Rationales before training and after {steps} rollout batches", ""]
+    for i, (old, new) in enumerate(zip(before, after, strict=True), start=1):
+        lines += [f"## {i}", "", _quote(old.text), ""]
+        for title, r in (("before", old), ("after", new)):
+            end = "" if r.finished else ", cut at the limit"
+            lines += [f"**{title}** ({r.length} tokens{end}):", "", "```text", r.rationale.replace("```", "'''").strip(), "```", ""]
+    return "\n".join(lines)
+
+
+def _quote(text: str) -> str:
+    return "\n".join(f"> {line}" for line in text.splitlines())
+
+
+class RationaleTable(Watcher):
+    """Logs rationales/step_<n>.json (step, text, rationale, length, finished) and, at the end, a list of before and after.
+
+    Args:
+        path: where the list goes (Markdown), besides MLflow.
+        texts: how many of the datamodule's validation documents.
+        every_n_rollout_batches: how often; 0 for the start and the end only.
+        temperature, seed: of the sampling; 0 is greedy.
+    """
+
+    def __init__(self, path: str, texts: int = 8, every_n_rollout_batches: int = 20, temperature: float = 0.0, seed: int = 0) -> None:
+        self.path, self.texts, self.every = Path(path), texts, every_n_rollout_batches
+        self.temperature, self.seed = temperature, seed
+        self.before: list[Rationale] = []
+        self.after: list[Rationale] = []
+        self._written_at = -1
+
+    def at_start(self, trainer: L.Trainer, module: GRACE) -> None:
+        if not self.before:  # else resumed: the checkpoint brought the texts and what the starting policy wrote
+            self.before = self.write(trainer, module, fixed_texts(trainer, self.texts))
+
+    def after_batch(self, trainer: L.Trainer, module: GRACE) -> None:
+        if is_due(module, self.every):
+            self.after = self.write(trainer, module, [row.text for row in self.before])
+
+    def at_end(self, trainer: L.Trainer, module: GRACE) -> None:
+        if self._written_at != module.rollout_batches:
+            self.after = self.write(trainer, module, [row.text for row in self.before])
+        if trainer.is_global_zero and self.after:
+            markdown = before_and_after(self.before, self.after, module.rollout_batches)
+            write_text(self.path, markdown)
+            log_text(trainer, markdown, f"rationales/{self.path.name}")
+
+    def write(self, trainer: L.Trainer, module: GRACE, texts: list[str]) -> list[Rationale]:
+        """Samples and logs one table."""
+        step = self._written_at = module.rollout_batches
+        rows = write_rationales(module, texts, self.temperature, self.seed)
+        columns = {field: [getattr(row, field) for row in rows] for field in ("text", "rationale", "length", "finished")}
+        log_table(trainer, {"step": [step] * len(rows), **columns}, f"rationales/step_{step}.json")
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": [vars(row) for row in self.before]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.before = [Rationale(**row) for row in state_dict["before"]]

@@ -1,0 +1,103 @@
+"""Which reward terms move the gradient, and what the policy does for them."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+from src.callbacks.watcher import Watcher, last_report
+from src.modules.grace import GRACE
+from src.modules.report import StepReport
+from src.utils.plots import TermHistory, reward_terms_figure
+from src.utils.tracking import log_figure
+
+log = logging.getLogger(__name__)
+
+_NO_SPREAD = 1e-6  # rounding of float32 similarities, well below any difference between two rationales
+
+
+def within_group_std(values: Tensor) -> float:
+    """Mean over groups of the (population) standard deviation of [B, K] values over K; 0 where K = 1."""
+    return float(values.float().std(dim=1, correction=0).mean())
+
+
+def diagnose(report: StepReport) -> dict[str, float]:
+    """The metrics of one rollout batch, by the names under which they are logged; those that are not defined left out."""
+    metrics = {}
+    for name, values in [*report.reward.terms.items(), ("total", report.reward.total)]:
+        metrics[f"reward/{name}/mean"] = float(values.mean())
+        metrics[f"reward/{name}/within_group_std"] = within_group_std(values)
+    metrics |= {
+        "rollout/truncated_share": 1.0 - float(report.finished.float().mean()),
+        "rollout/rationale_length": float(report.rationale_lengths.float().mean()),
+        "rollout/distinct_rationales": report.distinct_rationales,
+        "rollout/unrelated_similarity": report.unrelated_similarity,
+        "advantage/std": float(report.advantages.std(correction=0)),
+    }
+    metrics |= {f"update/{name}": float(value) for name, value in report.update.items()}
+    return {name: value for name, value in metrics.items() if not math.isnan(value)}
+
+
+class RewardDiagnostics(Watcher):
+    """Logs `diagnose(module.report)` after every rollout batch and draws the reward terms over them at the end.
+
+    A group baseline removes whatever is the same for all rollouts of an instance. So a weighted term without spread
+    within groups is warned about, once: it shows in the reward and not in the gradient.
+
+    Args:
+        figure_path: where the figure goes (PNG), besides MLflow; null draws none.
+    """
+
+    def __init__(self, figure_path: str | None = None) -> None:
+        self.figure_path = Path(figure_path) if figure_path else None
+        self.history: dict[str, TermHistory] = {}
+        self.weights: dict[str, float] = {}
+        self._warned: set[str] = set()
+
+    def after_batch(self, trainer: L.Trainer, module: GRACE) -> None:
+        metrics = diagnose(last_report(module))
+        self._remember(last_report(module), metrics, module.rollout_batches)
+        self._warn(last_report(module), metrics)
+        # Lightning sends all that is logged in this hook in one call, at the step that is named here.
+        module.log_dict(metrics | {"step": float(module.rollout_batches)}, on_step=True, on_epoch=False, sync_dist=True)
+
+    def _remember(self, report: StepReport, metrics: dict[str, float], step: int) -> None:
+        self.weights = dict(report.reward.weights)
+        for name in [*report.reward.terms, "total"]:
+            term = self.history.setdefault(name, TermHistory())
+            term.steps.append(step)
+            term.mean.append(metrics.get(f"reward/{name}/mean", math.nan))
+            term.within_group_std.append(metrics.get(f"reward/{name}/within_group_std", math.nan))
+
+    def _warn(self, report: StepReport, metrics: dict[str, float]) -> None:
+        if report.advantages.shape[1] < 2:
+            return  # with K = 1 no term has any spread: the algorithm has its own word on that
+        for name, weight in report.reward.weights.items():
+            if weight and name not in self._warned and metrics.get(f"reward/{name}/within_group_std", math.inf) < _NO_SPREAD:
+                self._warned.add(name)
+                log.warning(
+                    "reward term %r (weight %g) is the same for all rollouts of an instance (std within groups below %g): it cannot move "
+                    "the gradient, as the group baseline removes it. If it stays so, its weight does nothing; reward=document and "
+                    "reward=listwise have forms of it that depend on the rollout",
+                    name,
+                    weight,
+                    _NO_SPREAD,
+                )
+
+    def at_end(self, trainer: L.Trainer, module: GRACE) -> None:
+        if self.figure_path is None or not self.history or not trainer.is_global_zero:
+            return
+        figure = reward_terms_figure(self.history, self.weights)
+        self.figure_path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.figure_path)
+        log_figure(trainer, figure, f"figures/{self.figure_path.name}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": {name: vars(term) for name, term in self.history.items()}, "warned": sorted(self._warned)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = {name: TermHistory(**term) for name, term in state_dict["history"].items()}
+        self._warned = set(state_dict["warned"])

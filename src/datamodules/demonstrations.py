@@ -1,0 +1,122 @@
+"""Demonstrations for the cold start: pairs of texts, each with a rationale that names terms and sums up."""
+
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import lightning as L
+from torch.utils.data import DataLoader, IterableDataset
+
+from src.datamodules.docstrings import Docstring, collect
+from src.datamodules.grouping import grouped_batches, require_one_batch
+
+_CONTROL = re.compile(r"<\||think>")
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{2,}")
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A query and its document, each with the rationale that a good policy might write about it."""
+
+    query: str
+    document: str
+    query_rationale: str
+    document_rationale: str
+
+
+def inverse_document_frequency(docstrings: Sequence[Docstring]) -> dict[str, float]:
+    """log(n / n_w) of every word in n docstrings, n_w of which hold it; words are lower-cased."""
+    counts = Counter(word for doc in docstrings for word in {w.lower() for w in _WORD.findall(f"{doc.summary} {doc.body}")})
+    return {word: math.log(len(docstrings) / count) for word, count in counts.items()}
+
+
+def draw_terms(text: str, idf: dict[str, float], count: int, rng: random.Random) -> list[str]:
+    """Up to `count` words of a text in the order they appear in, drawn without replacement in proportion to exp(0.7 idf).
+
+    The draw is Gumbel-top-k, so that rationales vary: a policy that learned one fixed choice would have nothing left
+    to be rewarded for.
+    """
+    first: dict[str, str] = {}
+    for word in _WORD.findall(text):
+        first.setdefault(word.lower(), word)
+    known = [word for word in first if idf.get(word, 0.0) > 2.0]  # the rest are function words
+    keyed = {word: 0.7 * idf[word] - math.log(rng.expovariate(1.0) + 1e-12) for word in known}
+    chosen = set(sorted(known, key=keyed.__getitem__, reverse=True)[:count])
+    return [first[word] for word in first if word in chosen]
+
+
+def write_rationale(terms: Sequence[str], summary: str) -> str:
+    """The form in which the tiny policy thinks: terms, then a line that sums up."""
+    return f"<think> {', '.join(terms)}</think> {summary}"
+
+
+class DemonstrationStream(IterableDataset[list[Demonstration]]):
+    """Endless batches of `groups` modules with `per_group` docstrings each: a batch mate is often a hard negative."""
+
+    def __init__(self, docstrings: Sequence[Docstring], groups: int, per_group: int, terms: int, max_text_chars: int, seed: int) -> None:
+        self.idf = inverse_document_frequency(docstrings)
+        self.groups, self.per_group, self.terms, self.max_text_chars, self.seed = groups, per_group, terms, max_text_chars, seed
+        # a summary that quotes a control token would write it into the rationale as one
+        self.docstrings = [doc for doc in docstrings if not _CONTROL.search(doc.summary)]
+        require_one_batch(len(self.docstrings), groups, per_group)
+
+    def demonstrate(self, doc: Docstring, rng: random.Random) -> Demonstration:
+        """A fresh demonstration of one docstring; its terms come from the part that the model sees."""
+        body = doc.body if len(doc.body) <= self.max_text_chars else doc.body[: self.max_text_chars].rsplit(" ", 1)[0]
+        return Demonstration(
+            query=doc.summary,
+            document=body,
+            query_rationale=write_rationale(draw_terms(doc.summary, self.idf, self.terms, rng), doc.summary),
+            document_rationale=write_rationale(draw_terms(body, self.idf, self.terms, rng), doc.summary),
+        )
+
+    def __iter__(self) -> Iterator[list[Demonstration]]:
+        rng = random.Random(self.seed)
+        while True:
+            for docs in grouped_batches(self.docstrings, lambda doc: doc.module, self.groups, self.per_group, rng):
+                yield [self.demonstrate(doc, rng) for doc in docs]
+
+
+class DemonstrationDataModule(L.LightningDataModule):
+    """Serves batches of demonstrations made from docstrings; validates on packages that are not trained on.
+
+    Args:
+        train_packages, val_packages: names as in `collect`.
+        test_packages: never read; named so that one list says who is held out.
+        cache_dir: where the parsed docstrings are kept.
+        groups, per_group: a batch is `groups` modules with `per_group` docstrings each.
+        terms: most terms in a rationale.
+        max_text_chars: a document is cut here, between words, before its terms are drawn.
+        val_batches: batches of one validation.
+        seed: of the order and of the terms drawn.
+    """
+
+    def __init__(
+        self,
+        train_packages: Sequence[str],
+        val_packages: Sequence[str],
+        test_packages: Sequence[str],
+        cache_dir: str,
+        groups: int = 16,
+        per_group: int = 4,
+        terms: int = 6,
+        max_text_chars: int = 320,
+        val_batches: int = 8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.train_packages, self.val_packages, self.cache_dir = list(train_packages), list(val_packages), cache_dir
+        self.stream = {"groups": groups, "per_group": per_group, "terms": terms, "max_text_chars": max_text_chars}
+        self.val_batches, self.seed = val_batches, seed
+
+    def train_dataloader(self) -> DataLoader[list[Demonstration]]:
+        docs = collect(self.train_packages, self.cache_dir)
+        return DataLoader(DemonstrationStream(docs, **self.stream, seed=self.seed), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader[list[Demonstration]]:
+        docs = collect(self.val_packages, self.cache_dir)
+        stream = iter(DemonstrationStream(docs, **self.stream, seed=1))
+        return DataLoader([next(stream) for _ in range(self.val_batches)], batch_size=None)  # type: ignore[arg-type]

@@ -1,0 +1,97 @@
+"""Triplets from the docstrings of installed packages: the data of the default experiment."""
+
+import random
+from collections.abc import Iterator, Sequence
+
+import lightning as L
+from torch.utils.data import DataLoader, IterableDataset
+
+from src.datamodules.docstrings import Docstring, collect
+from src.datamodules.grouping import grouped_batches, require_one_batch
+from src.datamodules.records import Triplet
+
+
+def make_triplets(docstrings: Sequence[Docstring], negatives: int, max_text_chars: int, rng: random.Random) -> list[Triplet]:
+    """Summary, body, and the bodies of other docstrings of the same module as hard negatives.
+
+    A docstring whose module has too few others gives no triplet. Bodies are cut at `max_text_chars`, between words.
+    """
+
+    def cut(text: str) -> str:
+        return text if len(text) <= max_text_chars else text[:max_text_chars].rsplit(" ", 1)[0]
+
+    by_module: dict[str, list[Docstring]] = {}
+    for doc in docstrings:
+        by_module.setdefault(doc.module, []).append(doc)
+    triplets = []
+    for doc in docstrings:
+        others = [other for other in by_module[doc.module] if other.id != doc.id]
+        if len(others) >= negatives:
+            chosen = tuple(cut(other.body) for other in rng.sample(others, negatives))
+            triplets.append(Triplet(doc.id, doc.summary, cut(doc.body), chosen, doc.package))
+    return triplets
+
+
+class TripletStream(IterableDataset[list[Triplet]]):
+    """Endless shuffled epochs of batches of `groups` modules with `per_group` triplets each."""
+
+    def __init__(self, triplets: Sequence[Triplet], groups: int, per_group: int, seed: int) -> None:
+        require_one_batch(len(triplets), groups, per_group)
+        self.triplets, self.groups, self.per_group, self.seed = list(triplets), groups, per_group, seed
+
+    def __iter__(self) -> Iterator[list[Triplet]]:
+        rng = random.Random(self.seed)
+        while True:
+            yield from grouped_batches(self.triplets, lambda t: t.id.split(":")[0], self.groups, self.per_group, rng)
+
+
+class DocstringDataModule(L.LightningDataModule):
+    """Triplets (summary, rest, another docstring of the module) of the packages that are not held out.
+
+    Args:
+        train_packages: trained on.
+        val_packages: looked at while training runs, and what settings are chosen on.
+        test_packages: scored at the end, and looked at for nothing else.
+        cache_dir: where the parsed docstrings are kept.
+        groups, per_group: a batch is `groups` modules with `per_group` triplets each.
+        negatives: M hard negatives an instance.
+        max_text_chars: longest document, cut between words.
+        seed: of the order and of the negatives.
+    """
+
+    def __init__(
+        self,
+        train_packages: Sequence[str],
+        val_packages: Sequence[str],
+        test_packages: Sequence[str],
+        cache_dir: str,
+        groups: int = 8,
+        per_group: int = 4,
+        negatives: int = 1,
+        max_text_chars: int = 320,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        held_out = set(val_packages) | set(test_packages)
+        if held_out & set(train_packages) or set(val_packages) & set(test_packages):
+            raise ValueError("datamodule: train_packages, val_packages and test_packages must not share a package")
+        self.train_packages, self.val_packages, self.test_packages = list(train_packages), list(val_packages), list(test_packages)
+        self.cache_dir, self.groups, self.per_group = cache_dir, groups, per_group
+        self.negatives, self.max_text_chars, self.seed = negatives, max_text_chars, seed
+
+    def prepare_data(self) -> None:
+        for packages in (self.train_packages, self.val_packages):
+            collect(packages, self.cache_dir)
+
+    def triplets(self, packages: Sequence[str], seed: int) -> list[Triplet]:
+        """All triplets of some packages; `seed` draws the negatives."""
+        return make_triplets(collect(packages, self.cache_dir), self.negatives, self.max_text_chars, random.Random(seed))
+
+    def train_dataloader(self) -> DataLoader[list[Triplet]]:
+        stream = TripletStream(self.triplets(self.train_packages, self.seed), self.groups, self.per_group, self.seed)
+        return DataLoader(stream, batch_size=None)
+
+    def fixed_texts(self, count: int) -> list[str]:
+        """The same validation documents at every call, for tables and diagnostics."""
+        triplets = self.triplets(self.val_packages, seed=0)
+        return [triplet.positive for triplet in random.Random(0).sample(triplets, count)]

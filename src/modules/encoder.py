@@ -1,0 +1,132 @@
+"""Texts to embeddings as they are scored: the policy writes a rationale about each text, and both are pooled."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from src.modules.policy import Policy
+from src.modules.prompt import PromptRenderer, Prompts
+from src.modules.sequences import Rollouts, join
+from src.modules.settings import EncoderSettings
+
+
+class RolloutEngine(Protocol):
+    """What writes rationales: `n` for each prompt, greedily at temperature 0, the same for the same seed."""
+
+    def generate(self, policy: Policy, prompts: Prompts, n: int, temperature: float, seed: int) -> Rollouts: ...
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every submodule is in the mode it was in (a frozen one stays frozen)."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+class RationaleEncoder:
+    """Embeds texts with a policy, with its rationales or without.
+
+    Args:
+        policy: the model; its mode and gradients are as before after every call.
+        settings: prompt and pooling.
+        engine: writes the rationales; it sets their greatest length. Unused without rationales.
+        rationale: False pools the prompt alone (the paper's Base).
+        temperature: of the rationales; 0 is greedy.
+        seed: of sampled rationales. The same texts in one call give the same rationales; a text sampled among other
+            texts may get another one.
+        batch_size: texts at a time.
+
+    Raises:
+        ValueError: a negative temperature, a batch size below one, or a tokenizer without a chat template.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        settings: EncoderSettings,
+        engine: RolloutEngine,
+        rationale: bool = True,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 64,
+    ) -> None:
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature}: it is 0 (greedy) or above")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: it must be at least 1")
+        self.policy, self.settings, self.engine = policy, settings, engine
+        self.rationale, self.temperature, self.seed, self.batch_size = rationale, temperature, seed, batch_size
+        self._render = PromptRenderer(policy.tokenizer, settings.instruction, settings.max_prompt_tokens, dict(settings.template_kwargs))
+
+    @property
+    def dimension(self) -> int:
+        """Size of an embedding."""
+        return int(self.policy.model.config.get_text_config().hidden_size)
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """[N, D] float32 embeddings, pooled and not normalised, in the order of the texts.
+
+        Raises:
+            ValueError: an embedding that is not finite.
+        """
+        return self._run(texts)[0]
+
+    def explain(self, texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+        """Embeddings as from `encode`, and the rationale of each text ("" without rationales).
+
+        Fences such as <think> are shown even where the tokenizer counts them as special tokens.
+        """
+        embeddings, rationales = self._run(texts)
+        return embeddings, [str(self.policy.tokenizer.decode(ids.tolist(), skip_special_tokens=False)) for ids in rationales]
+
+    def _run(self, texts: Sequence[str]) -> tuple[np.ndarray, list[Tensor]]:
+        """Embeddings, and the ids of the rationales without what ended them."""
+        if not texts:
+            return np.zeros((0, self.dimension), dtype=np.float32), []
+        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # a repeated text is written about once
+        distinct = list(place)
+        prompts = self._render(distinct)
+        embeddings = np.zeros((len(distinct), self.dimension), dtype=np.float32)
+        rationales: list[Tensor] = [torch.empty(0, dtype=torch.long)] * len(distinct)
+        order = prompts.lengths.argsort(descending=True, stable=True)  # like lengths together: less padding
+        with evaluation_mode(self.policy):
+            for number, rows in enumerate(order.split(self.batch_size)):
+                rollouts = self._rollouts(_select(prompts, rows), self.seed + number)
+                pooled = self.policy.embed(rollouts) if rollouts.embeddings is None else rollouts.embeddings
+                embeddings[rows.numpy()] = pooled.float().cpu().numpy()
+                ends = rollouts.finished.cpu() & (rollouts.rationale_lengths > 0).cpu()
+                for row, ids, ended in zip(rows.tolist(), rollouts.rationales(), ends.tolist(), strict=True):
+                    rationales[row] = ids[:-1].cpu() if ended else ids.cpu()
+        _check_finite(embeddings, distinct)
+        index = [place[text] for text in texts]
+        return embeddings[index], [rationales[i] for i in index]
+
+    def _rollouts(self, prompts: Prompts, seed: int) -> Rollouts:
+        if self.rationale:
+            return self.engine.generate(self.policy, prompts, n=1, temperature=self.temperature, seed=seed)
+        nothing = [torch.empty(0, dtype=torch.long)] * len(prompts)
+        finished = torch.ones(len(prompts), dtype=torch.bool)
+        return join(prompts, nothing, finished, self.policy.pad_id).to(self.policy.device)
+
+
+def _select(prompts: Prompts, rows: Tensor) -> Prompts:
+    return Prompts(tuple(prompts.ids[row] for row in rows.tolist()), prompts.prefix_lengths[rows], prompts.text_lengths[rows])
+
+
+def _check_finite(embeddings: np.ndarray, texts: Sequence[str]) -> None:
+    bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"{len(bad)} of {len(texts)} embeddings are not finite, the first that of the text {texts[bad[0]][:80]!r}: "
+            "the policy's weights or its arithmetic overflow"
+        )

@@ -1,0 +1,99 @@
+"""Policies to folders that ordinary tools load, and back: from such a folder, from the hub, from a training checkpoint."""
+
+import copy
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from src.modules.policy import ENCODER_FOLDER, Policy
+from src.modules.settings import EncoderSettings
+
+CHECKPOINT_SUFFIX = ".ckpt"
+_PREFIX = "policy."  # of the policy's weights in the state dict of a LightningModule
+
+
+def export(policy: Policy, settings: EncoderSettings, folder: Path | str, dtype: torch.dtype = torch.float32) -> Path:
+    """Writes a folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
+
+    It also holds grace.json (prompt and pooling) and, for a policy whose encoder is frozen, `encoder/`, a model of the
+    same kind. It is written aside and renamed: it is whole or not there. What stood in its place is replaced.
+
+    Args:
+        dtype: of the weights on disk; the policy itself is left alone. Float16 halves the folder.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    _save_model(policy.model, partial, dtype)
+    policy.tokenizer.save_pretrained(partial)
+    settings.save(partial)
+    if policy.frozen_encoder is not None:
+        # saved whole, output layer and all, for a bare encoder would load with a random one and a warning about it
+        whole = copy.deepcopy(policy.model)
+        whole.base_model.load_state_dict(policy.frozen_encoder.state_dict())
+        _save_model(whole, partial / ENCODER_FOLDER, dtype)
+    if folder.exists():
+        replaced = folder.with_name(f"{folder.name}.{os.getpid()}.old")
+        folder.rename(replaced)
+        partial.rename(folder)
+        shutil.rmtree(replaced)
+    else:
+        partial.rename(folder)
+    return folder
+
+
+def _save_model(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    if any(parameter.dtype != dtype for parameter in model.parameters()):
+        model = copy.deepcopy(model).to(dtype)
+    model.save_pretrained(folder)  # type: ignore[operator]
+
+
+def load_policy(path: Path | str) -> tuple[Policy, EncoderSettings]:
+    """The policy of an exported folder, of the hub, or of a training checkpoint (*.ckpt), with its encoder's settings.
+
+    Without settings (any instruct model) they are the paper's. The weights are float32.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: a checkpoint that GRACE did not write, or whose weights are not those of its policy.
+    """
+    path = str(path)
+    if path.endswith(CHECKPOINT_SUFFIX):
+        return _load_checkpoint(Path(path))
+    is_folder_name = Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1  # no hub name looks like that
+    if is_folder_name and not Path(path).is_dir():
+        raise FileNotFoundError(
+            f"no model at {path}: name an exported folder (`python train.py` leaves one in outputs/<run>/<time>/export), "
+            "a training checkpoint (*.ckpt) or a model on the hub"
+        )
+    return Policy.load(path), EncoderSettings.load(path)
+
+
+def _load_checkpoint(file: Path) -> tuple[Policy, EncoderSettings]:
+    if not file.is_file():
+        raise FileNotFoundError(f"no checkpoint at {file}: training writes them to <output_dir>/checkpoints")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise ValueError(f"{file} cannot be read as a checkpoint of weights: {str(error).splitlines()[0]}") from error
+    if not isinstance(checkpoint, dict) or "grace" not in checkpoint:
+        raise ValueError(f"{file} is not a checkpoint of GRACE training: it does not say which policy its weights belong to")
+    grace = checkpoint["grace"]
+    if not grace["policy_path"]:
+        raise ValueError(f"{file} was trained from a policy that came from no folder: its tokenizer is lost; use the exported folder")
+    policy = Policy.load(grace["policy_path"], encoder=grace["encoder"])
+    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(_PREFIX)}
+    try:
+        policy.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {file} are not those of the policy at {grace['policy_path']}: {error}") from error
+    return policy, EncoderSettings.from_dict(grace["settings"], str(file))

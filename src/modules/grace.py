@@ -1,0 +1,333 @@
+"""GRACE: rationales are sampled, embeddings rewarded, and the policy moves towards rationales that embed well.
+
+batch -> rollouts -> embeddings, log-probs -> reward terms -> advantages -> loss -> steps
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+
+from src.datamodules.records import Triplet
+from src.modules.encoder import RationaleEncoder
+from src.modules.losses import TokenLoss
+from src.modules.policy import Policy
+from src.modules.prompt import PromptRenderer
+from src.modules.report import StepReport
+from src.modules.rewards import Embeddings, Reward
+from src.modules.rollout_hf import HFRollouts
+from src.modules.sequences import Rollouts
+from src.modules.settings import EncoderSettings
+from src.modules.truncation import Penalty, penalise_truncated
+
+
+class NonFiniteError(RuntimeError):
+    """A reward or a gradient is infinite or not a number; the weights are still those of the last good step."""
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A policy-gradient algorithm: which advantage, which loss, how many steps.
+
+    Attributes:
+        advantage: (rewards [B, K], keep [B, K] bool) -> advantages [B, K].
+        loss: (logprobs [N, T], old_logprobs [N, T], advantages [N], mask [N, T]) -> sums over tokens.
+        updates_per_batch: optimiser steps a rollout batch, each on its share of the instances; 1 is purely on-policy.
+        truncation, truncation_size: see `penalise_truncated`.
+    """
+
+    advantage: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor, Tensor, Tensor], TokenLoss]
+    updates_per_batch: int = 1
+    truncation: Penalty = "relative"
+    truncation_size: float = 1.0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rollouts of one batch with what was computed from them before any update.
+
+    Attributes:
+        positive: the B*K rollouts of the positives.
+        old_logprobs: [B*K, T] float32 of the sampling policy; None where one update makes them those of the update.
+        embeddings: unit vectors of all sides.
+        rollout_tokens: tokens sampled, all sides.
+    """
+
+    positive: Rollouts
+    old_logprobs: Tensor | None
+    embeddings: Embeddings
+    rollout_tokens: int
+
+
+class GRACE(L.LightningModule):
+    """Trains a policy by the contrastive rewards of its rationales (Sun et al., arXiv 2510.04506).
+
+    One `training_step` is one rollout batch: K rationales for each positive, one for each query and negative, rewards,
+    advantages within groups, and `algorithm.updates_per_batch` optimiser steps on the positives' rationale tokens.
+
+    Args:
+        policy: writes the rationales, and embeds.
+        engine: samples them.
+        reward: Embeddings -> Reward.
+        algorithm: see Algorithm.
+        instruction, max_prompt_tokens, template_kwargs: of the prompt renderer.
+        num_rollouts: K.
+        positive_temperature, other_temperature: of sampling; the second for queries and negatives.
+        micro_batch_size: positives (with their K rollouts) in one forward and backward pass.
+        encode_batch_size: sequences in one encode pass of queries and negatives.
+        learning_rate, warmup_steps, weight_decay: AdamW; linear warm-up over optimiser steps, then constant.
+        max_gradient_norm: gradients are scaled down to it.
+        seed: of the rollouts; each batch, side and rank draws its own stream from it.
+
+    Raises:
+        ValueError: num_rollouts < 2, as a group of one has no baseline.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        engine: HFRollouts,
+        reward: Callable[[Embeddings], Reward],
+        algorithm: Algorithm,
+        instruction: str,
+        max_prompt_tokens: int = 1024,
+        template_kwargs: dict[str, str] | None = None,
+        num_rollouts: int = 8,
+        positive_temperature: float = 1.0,
+        other_temperature: float = 0.5,
+        micro_batch_size: int = 4,
+        encode_batch_size: int = 64,
+        learning_rate: float = 1e-6,
+        warmup_steps: int = 0,
+        weight_decay: float = 0.0,
+        max_gradient_norm: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if num_rollouts < 2:
+            raise ValueError(f"module.num_rollouts={num_rollouts}: a group of one rollout has no baseline to be better than; use 2 or more")
+        self.save_hyperparameters(ignore=["policy", "engine", "reward", "algorithm", "template_kwargs"])
+        self.automatic_optimization = False
+        self.policy, self.engine, self.reward, self.algorithm = policy, engine, reward, algorithm
+        self.settings = EncoderSettings(
+            instruction=instruction,
+            max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=engine.max_new_tokens,
+            template_kwargs=dict(template_kwargs or {}),
+        )
+        self.renderer = PromptRenderer(policy.tokenizer, instruction, max_prompt_tokens, self.settings.template_kwargs)
+        self.rollout_batches = 0
+        self.report: StepReport | None = None
+
+    def encoder(self, rationale: bool = True, temperature: float = 0.0) -> RationaleEncoder:
+        """The policy as it is now, as an encoder of texts."""
+        return RationaleEncoder(self.policy, self.settings, self.engine, rationale=rationale, temperature=temperature)
+
+    # ---- one rollout batch
+
+    def training_step(self, batch: list[Triplet], batch_idx: int) -> None:
+        seconds: dict[str, float] = {}
+        self.policy.eval()
+        with torch.no_grad():
+            scored = self.score(batch, seconds)
+            reward = self.reward(scored.embeddings)
+        self._require_finite(reward, batch)
+        b, k = reward.total.shape
+        finished = scored.positive.finished.view(b, k)
+        rewards, keep = penalise_truncated(reward.total, finished, self.algorithm.truncation, self.algorithm.truncation_size)
+        advantages = self.algorithm.advantage(rewards, keep)
+        self.policy.train()
+        with _timed(seconds, "update"):
+            update = self.update(scored, advantages, keep, batch)
+        self.rollout_batches += 1
+        self.report = StepReport(
+            reward=Reward({name: term.cpu() for name, term in reward.terms.items()}, reward.weights, reward.total.cpu()),
+            advantages=advantages.cpu(),
+            finished=finished.cpu(),
+            rationale_lengths=scored.positive.rationale_lengths.view(b, k).cpu(),
+            distinct_rationales=len({tuple(ids.tolist()) for ids in scored.positive.rationales()}) / (b * k),
+            unrelated_similarity=unrelated_similarity(scored.embeddings.positive),
+            update=update,
+            seconds=seconds,
+            rollout_tokens=scored.rollout_tokens,
+            update_tokens=int(scored.positive.lengths.sum()),
+            instance_ids=[triplet.id for triplet in batch],
+        )
+
+    def score(self, batch: Sequence[Triplet], seconds: dict[str, float]) -> Scored:
+        """Rollouts of a batch, their embeddings, and the sampling policy's log-probs where an update will need them."""
+        negatives = {len(triplet.negatives) for triplet in batch}
+        if len(negatives) != 1:
+            raise ValueError(
+                f"a batch must have one number of negatives an instance, this one has {sorted(negatives)} (first record: {batch[0].id})"
+            )
+        h, b = self.hparams, len(batch)
+        with _timed(seconds, "rollout"):
+            positive = self._roll_out([t.positive for t in batch], h["num_rollouts"], h["positive_temperature"], side=0)
+            texts = [t.query for t in batch] + [n for t in batch for n in t.negatives]
+            others = self._roll_out(texts, 1, h["other_temperature"], side=1)
+        with _timed(seconds, "encode"):
+            embedded, old_logprobs = self._encode_positives(positive)
+            rest = self._encode_others(others)
+        embeddings = Embeddings.normalised(rest[:b], embedded.view(b, h["num_rollouts"], -1), rest[b:].view(b, negatives.pop(), -1))
+        sampled = int(positive.rationale_lengths.sum() + others.rationale_lengths.sum())
+        return Scored(positive, old_logprobs, embeddings, sampled)
+
+    def _roll_out(self, texts: Sequence[str], n: int, temperature: float, side: int) -> Rollouts:
+        # a tuple of ints hashes to the same number in every process
+        seed = hash((self.hparams["seed"], self.rollout_batches, side, self.global_rank)) % 2**31
+        return self.engine.generate(self.policy, self.renderer(texts), n=n, temperature=temperature, seed=seed)
+
+    def _encode_positives(self, positive: Rollouts) -> tuple[Tensor, Tensor | None]:
+        """[B*K, D] embeddings and [B*K, T] log-probs (None where one update needs none).
+
+        What the engine met while it sampled is taken; one pass computes the rest.
+        """
+        several = self.algorithm.updates_per_batch > 1
+        embeddings, logprobs = positive.embeddings, positive.logprobs if several else None
+        if embeddings is None or (several and logprobs is None):
+            embeddings, logprobs = self._encode_pass(positive, several)
+        return embeddings, logprobs
+
+    def _encode_pass(self, positive: Rollouts, with_logprobs: bool) -> tuple[Tensor, Tensor | None]:
+        k = self.hparams["num_rollouts"]
+        embeddings, logprobs = [], []
+        for rows in _groups(range(len(positive) // k), k, self.hparams["micro_batch_size"]):
+            part = positive[rows]
+            hidden = self.policy.hidden_states(part, k)
+            embeddings.append(self.policy.embed(part, hidden, k))
+            if with_logprobs:
+                values, _ = self.policy.logprobs(part, hidden, self.hparams["positive_temperature"])
+                logprobs.append(torch.nn.functional.pad(values, (0, positive.input_ids.shape[1] - values.shape[1])))
+        return torch.cat(embeddings), torch.cat(logprobs) if with_logprobs else None
+
+    def _encode_others(self, others: Rollouts) -> Tensor:
+        """[B + B*M, D] embeddings; where the engine gives none, from a pass in batches of like lengths."""
+        if others.embeddings is not None:
+            return others.embeddings
+        order = others.lengths.argsort()
+        parts = [self.policy.embed(others[rows]) for rows in order.split(self.hparams["encode_batch_size"])]
+        return torch.cat(parts)[order.argsort()]
+
+    # ---- the update
+
+    def update(self, scored: Scored, advantages: Tensor, keep: Tensor, batch: Sequence[Triplet]) -> dict[str, float]:
+        """`updates_per_batch` optimiser steps, each on its share of the instances; means of what they saw."""
+        b, k = advantages.shape
+        minibatches = torch.arange(b).tensor_split(self.algorithm.updates_per_batch)
+        sums: dict[str, float] = {}
+        steps = 0
+        for instances in minibatches:
+            mask = scored.positive.rationale_mask.view(b, k, -1)[instances] & keep[instances].unsqueeze(2)
+            tokens = int(mask.sum())
+            if tokens == 0:  # every rollout masked out (all truncated): nothing to learn from
+                continue
+            stats = self._minibatch_gradient(scored, advantages, keep, instances, tokens)
+            stats["gradient_norm"] = self._step([batch[i].id for i in instances.tolist()])
+            sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
+            steps += 1
+        return {**{name: value / steps for name, value in sums.items()}, "updates": float(steps)}
+
+    def _minibatch_gradient(self, scored: Scored, advantages: Tensor, keep: Tensor, instances: Tensor, tokens: int) -> dict[str, float]:
+        """Adds up the gradient of the token mean over a minibatch; the same whatever the micro-batch size."""
+        k = advantages.shape[1]
+        sums = dict.fromkeys(("loss", "clip_share", "approx_kl", "entropy"), 0.0)
+        for rows in _groups(instances.tolist(), k, self.hparams["micro_batch_size"]):
+            part = scored.positive[rows]
+            logprobs, entropy = self.policy.logprobs(part, self.policy.hidden_states(part, k), self.hparams["positive_temperature"])
+            old = logprobs.detach() if scored.old_logprobs is None else scored.old_logprobs[rows, : logprobs.shape[1]]
+            mask = part.rationale_mask & keep.flatten()[rows].unsqueeze(1)
+            result = self.algorithm.loss(logprobs, old, advantages.flatten()[rows], mask)
+            self.manual_backward(result.loss / tokens)
+            for name, value in (
+                ("loss", result.loss),
+                ("clip_share", result.clipped),
+                ("approx_kl", result.kl),
+                ("entropy", (entropy * mask).sum()),
+            ):
+                sums[name] += float(value.detach()) / tokens
+        return sums
+
+    def _step(self, instance_ids: Sequence[str]) -> float:
+        """Clips, checks and applies the gradient; returns its norm before clipping."""
+        optimizer = self.optimizers()
+        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not torch.isfinite(torch.tensor(norm)):
+            raise NonFiniteError(
+                f"gradient norm is {norm} in rollout batch {self.rollout_batches}, records {', '.join(instance_ids)}; "
+                "the weights were not changed. Lower module.learning_rate, or look at these records"
+            )
+        self.clip_gradients(optimizer, self.hparams["max_gradient_norm"], "norm")  # type: ignore[arg-type]
+        optimizer.step()  # type: ignore[union-attr]
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+        return norm
+
+    def _require_finite(self, reward: Reward, batch: Sequence[Triplet]) -> None:
+        for name, term in {**reward.terms, "total": reward.total}.items():
+            bad = (~torch.isfinite(term)).any(dim=1).nonzero().flatten().tolist()
+            if bad:
+                raise NonFiniteError(
+                    f"reward term {name!r} is not finite in rollout batch {self.rollout_batches}, records "
+                    f"{', '.join(batch[i].id for i in bad)}; the weights were not changed"
+                )
+
+    # ---- Lightning
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        h = self.hparams
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=h["learning_rate"], weight_decay=h["weight_decay"])
+        warmup = max(1, h["warmup_steps"])
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def transfer_batch_to_device(self, batch: list[Triplet], device: torch.device, dataloader_idx: int) -> list[Triplet]:
+        """Batches are text: nothing to move."""
+        return batch
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        encoder = "live" if self.policy.frozen_encoder is None else "frozen"
+        checkpoint["grace"] = {
+            "policy_path": self.policy.path,
+            "encoder": encoder,
+            "settings": self.settings.to_dict(),
+            "rollout_batches": self.rollout_batches,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.rollout_batches = checkpoint["grace"]["rollout_batches"]
+
+
+def unrelated_similarity(positive: Tensor) -> float:
+    """Mean cosine between positives of different instances; `positive` is [B, K, D] of unit vectors; nan where B = 1."""
+    b = len(positive)
+    if b == 1:
+        return float("nan")
+    means = positive.mean(dim=1)  # the mean of all cross similarities is that of the means
+    return float(((means @ means.T).sum() - means.square().sum()) / (b * (b - 1)))
+
+
+def _groups(instances: Sequence[int], k: int, per_micro: int) -> Iterator[Tensor]:
+    """Row indices of `per_micro` instances at a time, K rows each."""
+    for start in range(0, len(instances), per_micro):
+        chosen = torch.tensor(list(instances[start : start + per_micro]))
+        yield (chosen.unsqueeze(1) * k + torch.arange(k)).flatten()
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Adds the wall time of a phase; waits for a GPU's queue, or its work would be counted in a later phase."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start

@@ -1,0 +1,162 @@
+"""The policy: a causal language model whose hidden states are also the embedding space."""
+
+import copy
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from src.modules.logprobs import selected_logprobs
+from src.modules.pooling import masked_mean
+from src.modules.sequences import Rollouts
+from src.modules.shared_prompt import pack, unpack
+
+ENCODER_FOLDER = "encoder"
+"""Where an exported folder keeps the frozen encoder, if the policy has one."""
+
+
+def _require_files(path: str) -> None:
+    """Refuses a local folder without a config or a tokenizer: transformers makes an empty tokenizer of the latter in silence."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    for needed in (["config.json"], ["tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"]):
+        if not any((folder / name).is_file() for name in needed):
+            raise FileNotFoundError(f"no policy at {path!r}: the folder has no {needed[0]}; save model and tokenizer into the same folder")
+
+
+class Policy(nn.Module):
+    """A causal language model and its tokenizer, with weights in float32 (bf16 weights barely move at 1e-6).
+
+    Args:
+        model: the model that writes rationales and is trained.
+        tokenizer: its tokenizer; needs an EOS token.
+        encoder: where embeddings come from: `live`, the model as it is trained (as published), or `frozen`, a copy of
+            the weights it has now, which never changes.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoder: Literal["live", "frozen"] = "live") -> None:
+        super().__init__()
+        if encoder not in ("live", "frozen"):
+            raise ValueError(f"policy.encoder={encoder!r}: it is live or frozen")
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token: no rationale could ever finish")
+        _require_plain_logits(model)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.path = str(model.name_or_path)
+        self.frozen_encoder: nn.Module | None = None
+        if encoder == "frozen":
+            self.frozen_encoder = copy.deepcopy(model.base_model).eval().requires_grad_(False)
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        encoder: Literal["live", "frozen"] = "live",
+        revision: str | None = None,
+        attn_implementation: str = "sdpa",
+    ) -> "Policy":
+        """Reads a policy from a folder or from the hub, in float32.
+
+        A folder that was exported with a frozen encoder keeps it: `encoder` then has no say.
+
+        Raises:
+            FileNotFoundError: no such folder, and no such model in reach.
+        """
+        _require_files(path)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, revision=revision, dtype=torch.float32, attn_implementation=attn_implementation
+            )
+        except OSError as error:
+            raise FileNotFoundError(
+                f"no policy at {path!r}: give policy.path a local folder with config.json, weights and tokenizer, "
+                f"or a hub name on a machine that reaches the hub ({str(error).splitlines()[0]})"
+            ) from error
+        policy = cls(model, tokenizer, encoder)
+        if Path(path, ENCODER_FOLDER).is_dir():
+            frozen = AutoModelForCausalLM.from_pretrained(Path(path, ENCODER_FOLDER), dtype=torch.float32)
+            policy.frozen_encoder = frozen.base_model.eval().requires_grad_(False)
+        return policy
+
+    def train(self, mode: bool = True) -> "Policy":
+        """As torch has it, but a frozen encoder stays in eval mode."""
+        super().train(mode)
+        if self.frozen_encoder is not None:
+            self.frozen_encoder.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def pad_id(self) -> int:
+        """Id that fills rows; padding is masked everywhere, so EOS serves where there is no padding token."""
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return int(pad if pad is not None else eos)
+
+    def hidden_states(self, rollouts: Rollouts, group_size: int = 1) -> Tensor:
+        """[N, T, D] last hidden states of the live model, after its final norm.
+
+        No attention mask: rows are right-padded, so causality alone keeps padding out of every real position. With
+        `group_size` K > 1, rows g*K .. g*K + K - 1 share one prompt, which is then computed once.
+        """
+        return _hidden_states(self.model.base_model, rollouts, group_size)
+
+    def embed(self, rollouts: Rollouts, hidden: Tensor | None = None, group_size: int = 1) -> Tensor:
+        """[N, D] float32 pooled embeddings, not normalised.
+
+        `hidden` saves the pass where the caller has the live model's states; a frozen encoder has no use for them.
+        """
+        if self.frozen_encoder is not None:
+            with torch.no_grad():
+                hidden = _hidden_states(self.frozen_encoder, rollouts, group_size)
+        elif hidden is None:
+            hidden = self.hidden_states(rollouts, group_size)
+        return masked_mean(hidden, rollouts.pooling_mask)
+
+    def logprobs(self, rollouts: Rollouts, hidden: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probs of the rationales' tokens and the entropies of the distributions they come from.
+
+        Returns:
+            Two [N, T] float32 tensors, 0 outside the rationale: log pi(token t | tokens before t) at position t.
+        """
+        mask = rollouts.rationale_mask
+        rows, columns = mask.nonzero(as_tuple=True)
+        values, entropies = selected_logprobs(
+            hidden[rows, columns - 1], self.model.get_output_embeddings().weight, rollouts.input_ids[rows, columns], temperature
+        )
+        zeros = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+        return zeros.index_put((rows, columns), values), zeros.index_put((rows, columns), entropies)
+
+
+def _require_plain_logits(model: PreTrainedModel) -> None:
+    """Refuses models whose logits are more than states times output embeddings: their log-probs would be wrong.
+
+    Raises:
+        ValueError: a bias, a soft cap or a scale on the logits.
+    """
+    config = model.config.get_text_config()
+    extras = [
+        name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, name, None) not in (None, 1, 1.0)
+    ]
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        extras.append("a bias in the output layer")
+    if extras:
+        raise ValueError(f"the model {model.name_or_path!r} changes its logits by {', '.join(extras)}, which the log-probs here leave out")
+
+
+def _hidden_states(backbone: nn.Module, rollouts: Rollouts, group_size: int) -> Tensor:
+    if group_size == 1:
+        states: Tensor = backbone(input_ids=rollouts.input_ids, use_cache=False).last_hidden_state
+        return states
+    packed = pack(rollouts, group_size)
+    states = backbone(
+        input_ids=packed.input_ids, attention_mask=packed.attention_mask, position_ids=packed.position_ids, use_cache=False
+    ).last_hidden_state
+    return unpack(states, packed)

@@ -1,0 +1,126 @@
+"""The one prompt renderer: training, evaluation and export all turn text into token ids here."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+GRACE_INSTRUCTION = (
+    "Read and analyze the following text, then you need to provide your reasoning within <think></think> tags. "
+    "Finally, generate a comprehensive understanding of this text."
+)
+"""The representation instruction of the paper (arXiv 2510.04506)."""
+
+_SLOT = "GRACETEXTSLOT"  # stands for the text while the template is rendered; letters only, so that no template changes it
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Rendered chats, up to and including the header of the assistant's turn.
+
+    Attributes:
+        ids: N tensors of int64, [L_i] each.
+        prefix_lengths: [N] int64, tokens before the first token of the user's text.
+        text_lengths: [N] int64, tokens of the text itself; the template's own tokens follow them.
+
+    Example: `<user>` `a` `b` `</user>` `<assistant>` has prefix length 1, text length 2, L = 5.
+    """
+
+    ids: tuple[Tensor, ...]
+    prefix_lengths: Tensor
+    text_lengths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[N] int64, tokens of each prompt."""
+        return torch.tensor([len(ids) for ids in self.ids])
+
+    def select(self, rows: Tensor) -> "Prompts":
+        """The prompts at some indices, [n] int64."""
+        return Prompts(tuple(self.ids[row] for row in rows.tolist()), self.prefix_lengths[rows], self.text_lengths[rows])
+
+    def repeat(self, n: int) -> "Prompts":
+        """Each prompt n times, its copies side by side."""
+        return self.select(torch.arange(len(self)).repeat_interleave(n))
+
+
+class PromptRenderer:
+    """Renders texts as a chat of one instruction and one text.
+
+    The template is rendered once, around a slot; its two halves and the text are tokenised apart. So the prefix
+    length is exact, a long text is cut inside the text and never in the template's frame, and no text can merge with
+    the frame or (its special tokens are read as plain characters) end the user's turn.
+
+    Where a template has no system role, the instruction opens the user's turn and counts as prefix.
+
+    Args:
+        tokenizer: one with a chat template.
+        instruction: the system message.
+        max_prompt_tokens: longest prompt, frame included.
+        template_kwargs: passed to the chat template.
+
+    Raises:
+        ValueError: no chat template, a template that does not show the text once, or no room for any text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        instruction: str = GRACE_INSTRUCTION,
+        max_prompt_tokens: int = 1024,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: GRACE writes rationales in a chat; "
+                "use an instruct model or add a chat_template to its tokenizer_config.json"
+            )
+        self.tokenizer = tokenizer
+        self.instruction = instruction
+        self.max_prompt_tokens = max_prompt_tokens
+        before, after = self._frame(template_kwargs or {})
+        self._before: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
+        self._after: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
+        self.max_text_tokens = max_prompt_tokens - len(self._before) - len(self._after)
+        if self.max_text_tokens < 1:
+            raise ValueError(
+                f"max_prompt_tokens={max_prompt_tokens} leaves no room for text: the chat template and the instruction "
+                f"take {len(self._before) + len(self._after)} tokens"
+            )
+
+    def _frame(self, template_kwargs: Mapping[str, Any]) -> tuple[str, str]:
+        """The rendered chat before and after the text."""
+
+        def render(messages: list[dict[str, str]]) -> str:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template_kwargs))
+
+        user = {"role": "user", "content": _SLOT}
+        try:
+            rendered = render([{"role": "system", "content": self.instruction}, user])
+        except TemplateError:  # what a template's raise_exception raises
+            rendered = ""
+        if self.instruction.strip() not in rendered:  # no system role: refused, or left out in silence
+            rendered = render([{"role": "user", "content": f"{self.instruction}\n\n{_SLOT}"}])
+        if rendered.count(_SLOT) != 1 or self.instruction.strip() not in rendered:
+            raise ValueError(f"the chat template of {self.tokenizer.name_or_path!r} does not show the instruction and the user's text once")
+        before, after = rendered.split(_SLOT)
+        return before, after
+
+    def __call__(self, texts: Sequence[str]) -> Prompts:
+        """Token ids of the chats of `texts`; an empty text gives the frame alone."""
+        if not texts:
+            raise ValueError("no texts to render")
+        encoded = self.tokenizer([text.strip() for text in texts], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        cut = [ids[: self.max_text_tokens] for ids in encoded]
+        return Prompts(
+            ids=tuple(torch.tensor(self._before + ids + self._after) for ids in cut),
+            prefix_lengths=torch.full((len(cut),), len(self._before)),
+            text_lengths=torch.tensor([len(ids) for ids in cut]),
+        )

@@ -1,0 +1,172 @@
+"""Contrastive rewards: how well a document's rationale placed the document, as numbers [B, K].
+
+B instances, K rollouts of each positive, M negatives an instance, D hidden size. Equations from GRACE (Sun et al.,
+arXiv 2510.04506, section 3), but for the forms that are this project's own, which say so. To try a reward of your own,
+write one more function here with the same first argument and result, and one YAML that names it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Unit vectors of one global batch.
+
+    Attributes:
+        query: [B, D] float32, one rollout each.
+        positive: [B, K, D] float32.
+        negative: [B, M, D] float32, M >= 0, one rollout each.
+    """
+
+    query: Tensor
+    positive: Tensor
+    negative: Tensor
+
+    @classmethod
+    def normalised(cls, query: Tensor, positive: Tensor, negative: Tensor) -> "Embeddings":
+        """The same from pooled hidden states of any length."""
+        return cls(*(F.normalize(x, dim=-1) for x in (query, positive, negative)))
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What each rollout earned, and for what.
+
+    Attributes:
+        terms: each term by name, [B, K] float32, before weighting.
+        weights: of each term in the total; a term of weight 0 is only looked at.
+        total: [B, K] float32, the weighted sum on the scale that the policy gradient sees.
+    """
+
+    terms: dict[str, Tensor]
+    weights: dict[str, float]
+    total: Tensor
+
+
+def combine(terms: dict[str, Tensor], weights: dict[str, float], scale: float = 1.0) -> Reward:
+    """The weighted sum of the terms, times `scale`."""
+    total = torch.stack([weights[name] * term for name, term in terms.items()]).sum(dim=0) * scale
+    return Reward(terms, weights, total)
+
+
+def consistency(positive: Tensor) -> Tensor:
+    """[B, K]: mean similarity of a rollout to the others of its group; 0 where K = 1. `positive` is [B, K, D]."""
+    k = positive.shape[1]
+    if k == 1:
+        return positive.new_zeros(positive.shape[:2])
+    similarity = positive @ positive.transpose(1, 2)  # [B, K, K]
+    return (similarity.sum(dim=2) - similarity.diagonal(dim1=1, dim2=2)) / (k - 1)
+
+
+def _to_queries(e: Embeddings) -> Tensor:
+    """[B, K, B]: similarity of rollout k of instance i to the query of instance j."""
+    return torch.einsum("ikd,jd->ikj", e.positive, e.query)
+
+
+def _own(similarity: Tensor) -> Tensor:
+    """[B, K]: the entries j = i of a [B, K, B] tensor."""
+    return similarity.diagonal(dim1=0, dim2=2).T
+
+
+def _others(b: int, device: torch.device) -> Tensor:
+    """[B, B] bool, True off the diagonal."""
+    return ~torch.eye(b, dtype=torch.bool, device=device)
+
+
+def paper(e: Embeddings, *, consistency_weight: float = 0.2, hard_weight: float = 0.2, temperature: float = 0.1) -> Reward:
+    """The published reward.
+
+    positive = sim(h_q, h_p[k]); negative = -sum_m sim(h_q, h_n[m]); consistency as above;
+    hard = -1/(B-1) sum_{j != i} max_l sim(h_q[i], h_p[j, l]) (0 where B = 1);
+    total = (positive + negative + lambda1 consistency + lambda2 hard) / temperature.
+
+    `negative` and `hard` are the same number for all K rollouts of an instance: a group baseline removes them.
+    """
+    b, k = e.positive.shape[:2]
+    cross = torch.einsum("id,jld->ijl", e.query, e.positive).max(dim=2).values  # [B, B]
+    hard = -(cross * _others(b, cross.device)).sum(dim=1) / max(b - 1, 1)
+    terms = {
+        "positive": torch.einsum("id,ikd->ik", e.query, e.positive),
+        "negative": -torch.einsum("id,imd->i", e.query, e.negative).unsqueeze(1).expand(b, k),
+        "consistency": consistency(e.positive),
+        "hard": hard.unsqueeze(1).expand(b, k),
+    }
+    weights = {"positive": 1.0, "negative": 1.0, "consistency": consistency_weight, "hard": hard_weight}
+    return combine(terms, weights, 1 / temperature)
+
+
+def document(
+    e: Embeddings,
+    *,
+    consistency_weight: float = 0.2,
+    hard_weight: float = 0.2,
+    temperature: float = 0.1,
+    hard: Literal["mean", "max"] = "mean",
+) -> Reward:
+    """The published reward with both negative terms moved to the document's side, so that each depends on the rollout.
+
+    negative = -sum_m sim(h_p[k], h_n[m]); hard = -mean (or max) over j != i of sim(h_p[k], h_q[j]) (0 where B = 1);
+    the rest as in `paper`. The unsupervised code of the GRACE authors uses the mean.
+    """
+    if hard not in ("mean", "max"):
+        raise ValueError(f"reward.hard={hard!r}: it is mean or max")
+    b = len(e.query)
+    similarity = _to_queries(e)
+    others = _others(b, similarity.device).unsqueeze(1)  # [B, 1, B]
+    if b == 1:
+        in_batch = similarity.new_zeros(similarity.shape[:2])
+    elif hard == "mean":
+        in_batch = -(similarity * others).sum(dim=2) / (b - 1)
+    else:
+        in_batch = -similarity.masked_fill(~others, -torch.inf).max(dim=2).values
+    terms = {
+        "positive": _own(similarity),
+        "negative": -torch.einsum("ikd,imd->ik", e.positive, e.negative),
+        "consistency": consistency(e.positive),
+        "hard": in_batch,
+    }
+    weights = {"positive": 1.0, "negative": 1.0, "consistency": consistency_weight, "hard": hard_weight}
+    return combine(terms, weights, 1 / temperature)
+
+
+def listwise(
+    e: Embeddings,
+    *,
+    document_weight: float = 1.0,
+    query_weight: float = 1.0,
+    consistency_weight: float = 0.0,
+    temperature: float = 0.05,
+) -> Reward:
+    """This project's reward: the log-probability that texts find their own among the batch's (InfoNCE as a reward).
+
+    to_query = log softmax_j(sim(h_p[i,k], h_q[j]) / tau) at j = i: the rollout finds its query.
+    to_document = log of exp(sim(h_q[i], h_p[i,k]) / tau) over itself + sum_m exp(sim(h_q[i], h_n[i,m]) / tau)
+        + sum_{j != i} exp(sim(h_q[i], mean_l h_p[j,l]) / tau): the query finds the rollout.
+
+    A shift common to all similarities cancels, so a rationale that pulls every text together earns nothing.
+
+    Raises:
+        ValueError: B = 1 leaves `to_query` nothing to tell apart.
+    """
+    b = len(e.query)
+    if b == 1:
+        raise ValueError("reward=listwise needs at least 2 instances a batch: a single query is always found; raise datamodule.batch_size")
+    similarity = _to_queries(e) / temperature
+    own = _own(similarity)  # [B, K]
+    # [B, B] query i to the mean rollout of document j: a mean of similarities is the similarity to the mean
+    rivals = torch.einsum("id,jd->ij", e.query, e.positive.mean(dim=1)) / temperature
+    rivals = rivals.masked_fill(~_others(b, rivals.device), -torch.inf)
+    hard_negatives = torch.einsum("id,imd->im", e.query, e.negative) / temperature
+    against = torch.cat([rivals, hard_negatives], dim=1).logsumexp(dim=1, keepdim=True)  # [B, 1]
+    terms = {
+        "to_query": own - similarity.logsumexp(dim=2),
+        "to_document": own - torch.logaddexp(own, against),
+        "consistency": consistency(e.positive),
+    }
+    weights = {"to_query": document_weight, "to_document": query_weight, "consistency": consistency_weight}
+    return combine(terms, weights)

@@ -1,0 +1,174 @@
+"""The in-process rollout engine: samples with the weights that are being trained, and pools as it samples.
+
+The hidden state of a token depends on what stands before it alone, so the states met while a rationale is sampled are
+those that an encode pass would compute again: log-probs and embeddings come with the rollouts.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from src.modules.policy import Policy
+from src.modules.prompt import Prompts
+from src.modules.sequences import Rollouts, join
+from src.modules.shared_cache import SharedPromptCache, decoding
+
+
+@dataclass
+class _Written:
+    """What is known of N rationales while they are written: [N, R] ids and log-probs, [N] lengths, [N, D] sums of states."""
+
+    ids: Tensor
+    logprobs: Tensor
+    lengths: Tensor
+    finished: Tensor
+    sums: Tensor
+
+
+class HFRollouts:
+    """Samples rationales through the policy's own transformers model, so the sampler is the policy.
+
+    Each distinct prompt is read once and shared by its rollouts; keys and values lie in preallocated buffers; rows that
+    have finished leave the batch.
+
+    Args:
+        max_new_tokens: longest rationale, EOS included.
+        batch_size: sequences sampled together.
+    """
+
+    def __init__(self, max_new_tokens: int, batch_size: int = 256) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"rollout.max_new_tokens={max_new_tokens}: a rationale needs at least one token")
+        if batch_size < 1:
+            raise ValueError(f"rollout.batch_size={batch_size}: it must be at least 1")
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def generate(self, policy: Policy, prompts: Prompts, n: int = 1, temperature: float = 1.0, seed: int = 0) -> Rollouts:
+        """n rationales for every prompt.
+
+        Every rollout draws from random numbers of its own place, so the same seed and prompts give the same rationales
+        whatever the batch size (but for ties of rounding).
+
+        Args:
+            temperature: of sampling; 0 is greedy, for which n > 1 would repeat one rationale.
+
+        Returns:
+            Rollouts on the policy's device with log-probs, and with embeddings where they come from the live model;
+            rows i*n .. i*n + n - 1 belong to prompt i.
+        """
+        draws = torch.rand(len(prompts) * n, self.max_new_tokens, generator=torch.Generator().manual_seed(seed))
+        order = prompts.lengths.argsort(descending=True, stable=True)  # batches of like lengths: less padding
+        ends = end_tokens(policy)
+        was_training = policy.training
+        policy.eval()
+        parts, rows = [], []
+        with decoding(policy.model):
+            for chunk in order.split(max(1, self.batch_size // n)):
+                own = (chunk.unsqueeze(1) * n + torch.arange(n)).flatten()
+                parts.append(self._write(policy, prompts.select(chunk), n, temperature, draws[own], ends))
+                rows.append(own)
+        policy.train(was_training)
+        back = torch.cat(rows).argsort()
+        written = _Written(*(torch.cat([getattr(part, name) for part in parts])[back] for name in _Written.__dataclass_fields__))
+        return self._collect(policy, prompts.repeat(n), written)
+
+    def _collect(self, policy: Policy, prompts: Prompts, written: _Written) -> Rollouts:
+        lengths = written.lengths.tolist()
+        rationales = [row[:length] for row, length in zip(written.ids, lengths, strict=True)]
+        logprobs = [row[:length] for row, length in zip(written.logprobs, lengths, strict=True)]
+        rollouts = join(prompts, rationales, written.finished, policy.pad_id, logprobs)
+        if policy.frozen_encoder is None:
+            counts = rollouts.lengths - rollouts.prefix_lengths
+            rollouts = replace(rollouts, embeddings=written.sums / counts.unsqueeze(1))
+        return rollouts.to(policy.device)
+
+    def _write(self, policy: Policy, prompts: Prompts, n: int, temperature: float, draws: Tensor, ends: Tensor) -> _Written:
+        """The rationales of one batch of prompts, on the CPU."""
+        device, backbone = policy.device, policy.model.base_model
+        head = policy.model.get_output_embeddings().weight
+        draws, ends = draws.to(device), ends.to(device)
+        total, limit = len(prompts) * n, self.max_new_tokens
+        groups = torch.arange(len(prompts), device=device).repeat_interleave(n)
+        cache = SharedPromptCache(groups, prompts.lengths.to(device), limit)
+        last, sums = _read_prompts(policy, prompts, cache)
+        positions = prompts.lengths.to(device)[groups]
+        out = _Written(
+            ids=torch.zeros(total, limit, dtype=torch.long, device=device),
+            logprobs=torch.zeros(total, limit, device=device),
+            lengths=torch.full((total,), limit, device=device),
+            finished=torch.zeros(total, dtype=torch.bool, device=device),
+            sums=sums[groups],
+        )
+        rows = torch.arange(total, device=device)  # those that are still written
+        done = torch.zeros_like(rows, dtype=torch.bool)  # of them, those that wait to leave
+        hidden = last[groups]
+        for step in range(limit):
+            ids, logprobs = choose(hidden, head, draws[rows, step], temperature)
+            out.ids[rows, step], out.logprobs[rows, step] = ids, logprobs
+            cache.step = step
+            states = backbone(
+                input_ids=ids.unsqueeze(1),
+                position_ids=(positions + step).unsqueeze(1),
+                past_key_values=cache,
+                use_cache=True,
+                rollout_cache=cache,
+            ).last_hidden_state[:, 0]
+            hidden = states
+            out.sums[rows] += states.float() * ~done.unsqueeze(1)
+            ended = torch.isin(ids, ends) & ~done
+            out.lengths[rows[ended]] = step + 1
+            out.finished[rows[ended]] = True
+            done = done | ended
+            # copying the buffers costs about what a fifth of the rows cost in one step
+            if done.sum() * 5 >= len(rows):
+                alive = (~done).nonzero().flatten()
+                if len(alive) == 0:
+                    break
+                cache.keep(alive)
+                rows, hidden, positions, done = rows[alive], hidden[alive], positions[alive], done[alive]
+        return _Written(*(getattr(out, name).cpu() for name in _Written.__dataclass_fields__))
+
+
+def _read_prompts(policy: Policy, prompts: Prompts, cache: SharedPromptCache) -> tuple[Tensor, Tensor]:
+    """Fills the cache with the prompts; returns the last states [G, D] and the sums of the pooled ones, [G, D] float32."""
+    ids = torch.nn.utils.rnn.pad_sequence(list(prompts.ids), batch_first=True, padding_value=policy.pad_id).to(policy.device)
+    positions = torch.arange(ids.shape[1], device=policy.device)
+    states = policy.model.base_model(
+        input_ids=ids, position_ids=positions.unsqueeze(0), past_key_values=cache, use_cache=True, rollout_cache=cache
+    ).last_hidden_state
+    lengths, prefixes = prompts.lengths.to(policy.device), prompts.prefix_lengths.to(policy.device)
+    pooled = (positions >= prefixes.unsqueeze(1)) & (positions < lengths.unsqueeze(1))
+    sums = states.masked_fill(~pooled.unsqueeze(-1), 0.0).sum(dim=1, dtype=torch.float32)
+    return states[torch.arange(len(lengths), device=policy.device), lengths - 1], sums
+
+
+def choose(hidden: Tensor, weight: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Next tokens from states [N, D] and output embeddings [V, D], with their log-probs; [N] int64 and float32.
+
+    Inverse-transform sampling: one uniform draw a row against the cumulative distribution. Noise over the whole
+    vocabulary, as `torch.multinomial` draws it, took half of the time on a CPU.
+
+    Args:
+        draws: [N] uniform on [0, 1).
+        temperature: 0 takes the likeliest token and reports its log-prob at temperature 1.
+    """
+    logits = (hidden @ weight.to(hidden.dtype).T).float()
+    if temperature > 0:
+        logits = logits / temperature
+        cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1)
+        # rounding may leave the last entry below 1: draws are taken relative to it
+        targets = (draws * cumulative[:, -1]).unsqueeze(1)
+        ids = torch.searchsorted(cumulative, targets, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+    else:
+        ids = logits.argmax(dim=-1)
+    return ids, logits.gather(1, ids.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=-1)
+
+
+def end_tokens(policy: Policy) -> Tensor:
+    """[E] int64: every id that ends a rationale, the tokenizer's EOS and those of the model's generation config."""
+    named = getattr(policy.model.generation_config, "eos_token_id", None)
+    ids = {policy.tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or [])}
+    return torch.tensor(sorted(ids))

@@ -1,0 +1,82 @@
+"""How a text becomes an embedding: the settings that travel with a policy's weights."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.hub import cached_file
+
+from src.modules.prompt import GRACE_INSTRUCTION
+
+SETTINGS_FILE = "grace.json"
+"""Its name in an exported folder, beside config.json."""
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """Prompt, lengths and pooling of an encoder. The defaults are the paper's (GRACE, arXiv 2510.04506).
+
+    Attributes:
+        instruction: the system message.
+        max_prompt_tokens: longest prompt, the chat's frame included.
+        max_new_tokens: longest rationale, EOS included.
+        pooling: what makes one vector of many states; `mean` is the only way so far.
+        template_kwargs: passed to the chat template.
+
+    Raises:
+        ValueError: a length below one, or a pooling that does not exist.
+    """
+
+    instruction: str = GRACE_INSTRUCTION
+    max_prompt_tokens: int = 1024
+    max_new_tokens: int = 256
+    pooling: str = "mean"
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_tokens", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"encoder settings: {name}={getattr(self, name)}, it must be at least 1")
+        if self.pooling != "mean":
+            raise ValueError(f"encoder settings: pooling={self.pooling!r} does not exist; it is mean")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in the file and in checkpoints (which are read as weights only)."""
+        return asdict(self) | {"template_kwargs": dict(self.template_kwargs)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> "EncoderSettings":
+        """Settings from plain values; `where` names their origin in errors.
+
+        Raises:
+            ValueError: a key that is not a setting.
+        """
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"{where} has settings that are not known here: {', '.join(unknown)}; was it written by a newer version?")
+        return cls(**values)
+
+    def save(self, folder: Path | str) -> None:
+        """Writes `grace.json` into a folder that exists."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+        Path(folder, SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "EncoderSettings":
+        """The settings of a folder or of a model on the hub; the paper's where it has none (any instruct model).
+
+        Raises:
+            ValueError: the file is no JSON object, or has unknown keys.
+        """
+        file = cached_file(str(folder), SETTINGS_FILE, _raise_exceptions_for_missing_entries=False)
+        if file is None:
+            return cls()
+        try:
+            values = json.loads(Path(file).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{file} is not a JSON object of settings")
+        return cls.from_dict(values, str(file))

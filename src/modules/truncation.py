@@ -1,0 +1,40 @@
+"""What a rollout earns that met the length limit before it had finished."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Penalty = Literal["relative", "constant", "mask"]
+
+
+def penalise_truncated(rewards: Tensor, finished: Tensor, penalty: Penalty = "relative", size: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Rewards with the truncated rollouts' replaced, and which rollouts count.
+
+    Args:
+        rewards, finished: [B, K] float32 and bool.
+        penalty: `relative`, the lowest finished reward of the group less `size` times the standard deviation of its
+            finished rewards (so on the reward's own scale, whatever the temperature); `constant`, -`size` as the
+            published code has it; `mask`, the rollout leaves both the group's baseline and the loss.
+        size: of the penalty.
+
+    Returns:
+        rewards [B, K], and [B, K] bool that is False on rollouts to leave out. A group in which nothing finished keeps
+        its rewards under `relative`, as there is nothing to be relative to.
+
+    Raises:
+        ValueError: an unknown penalty.
+    """
+    everything = torch.ones_like(finished)
+    if penalty == "constant":
+        return torch.where(finished, rewards, -size), everything
+    if penalty == "mask":
+        return rewards, finished
+    if penalty != "relative":
+        raise ValueError(f"truncation penalty {penalty!r}: it is relative, constant or mask")
+    some = finished.any(dim=1, keepdim=True)
+    counts = finished.sum(dim=1, keepdim=True).clamp(min=1)
+    lowest = rewards.masked_fill(~finished, torch.inf).min(dim=1, keepdim=True).values
+    mean = (rewards * finished).sum(dim=1, keepdim=True) / counts
+    std = (((rewards - mean) ** 2 * finished).sum(dim=1, keepdim=True) / counts).sqrt()
+    return torch.where(finished | ~some, rewards, lowest - size * std), everything

@@ -1,0 +1,105 @@
+"""Figures. Pure functions from numbers to matplotlib figures, without pyplot and so without global state."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+DPI = 120
+_MEAN, _SPREAD = "#1f5fa8", "#c8511b"
+_ROWS = ("#9aa5b1", "#5b8db8", "#c8511b", "#4b9a6b", "#7d5ba6")
+
+
+@dataclass
+class TermHistory:
+    """One reward term over rollout batches.
+
+    Attributes:
+        steps: rollout batch of each entry.
+        mean: over all rollouts of the batch.
+        within_group_std: mean over groups of the standard deviation over a group's rollouts.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    mean: list[float] = field(default_factory=list)
+    within_group_std: list[float] = field(default_factory=list)
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean of the last `window` values at each place (of fewer at the beginning)."""
+    means, total = [], 0.0
+    for i, value in enumerate(values):
+        total += value - (values[i - window] if i >= window else 0.0)
+        means.append(total / min(i + 1, window))
+    return means
+
+
+def reward_terms_figure(history: Mapping[str, TermHistory], weights: Mapping[str, float] | None = None) -> Figure:
+    """Small multiples: a column a term; its mean above, the spread within groups, which is all that moves the gradient, below.
+
+    Args:
+        history: by term; `total` goes last and, where it is there, in the place of honour.
+        weights: of the terms, shown in the titles; those of weight 0 are said to be only watched.
+
+    Raises:
+        ValueError: no term.
+    """
+    if not history:
+        raise ValueError("no reward terms to draw: no rollout batch was recorded")
+    names = sorted(history, key=lambda name: name == "total")
+    figure = Figure(figsize=(2.7 * len(names) + 0.6, 4.8), dpi=DPI, layout="constrained")
+    axes = figure.subplots(2, len(names), sharex=True, squeeze=False)
+    for column, name in enumerate(names):
+        term = history[name]
+        window = max(1, len(term.steps) // 10)
+        for row, (values, colour) in enumerate([(term.mean, _MEAN), (term.within_group_std, _SPREAD)]):
+            axis = axes[row, column]
+            axis.plot(term.steps, values, color=colour, alpha=0.35, linewidth=1.0, label="rollout batch")
+            axis.plot(term.steps, running_mean(values, window), color=colour, linewidth=2.0, label=f"running mean of {window}")
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        axes[1, column].set_ylim(0.0, max(1e-3, 1.05 * max(term.within_group_std, default=0.0)))  # rounding is no spread
+        axes[0, column].set_title(_term_title(name, weights), fontsize=10)
+        axes[1, column].set_xlabel("rollout batch")
+    axes[0, 0].set_ylabel("mean")
+    axes[1, 0].set_ylabel("std within groups")
+    axes[0, -1].legend(fontsize=8, frameon=False)
+    axes[1, -1].legend(fontsize=8, frameon=False)
+    figure.suptitle("Reward terms (before weighting) and their weighted total", fontsize=12)
+    return figure
+
+
+def _term_title(name: str, weights: Mapping[str, float] | None) -> str:
+    if weights is None or name not in weights:
+        return name
+    return f"{name} (weight {weights[name]:g})" if weights[name] else f"{name} (weight 0: only watched)"
+
+
+def scores_figure(rows: Mapping[str, Mapping[str, float]], title: str) -> Figure:
+    """Grouped bars: a group a category, a bar a row of the table; scores are fractions, shown in percent.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not rows:
+        raise ValueError("no scores to draw")
+    categories = list(dict.fromkeys(category for scores in rows.values() for category in scores))
+    figure = Figure(figsize=(1.6 * len(categories) + 2.0, 3.6), dpi=DPI, layout="constrained")
+    axis = figure.subplots()
+    width = 0.8 / len(rows)
+    for i, (row, scores) in enumerate(rows.items()):
+        places = [c + (i - (len(rows) - 1) / 2) * width for c in range(len(categories))]
+        heights = [100 * scores.get(category, math.nan) for category in categories]
+        bars = axis.bar(places, heights, width * 0.95, label=row, color=_ROWS[i % len(_ROWS)])
+        axis.bar_label(bars, fmt="%.1f", fontsize=7, padding=1)
+    axis.set_xticks(range(len(categories)), categories, fontsize=9)
+    axis.set_ylabel("main score (%)")
+    axis.set_title(title, fontsize=11)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", alpha=0.25)
+    axis.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=len(rows), fontsize=8, frameon=False)
+    return figure

@@ -1,0 +1,109 @@
+"""What one needs to know to repeat a run: its config, its code, its packages, its machine."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import Logger, MLFlowLogger
+from omegaconf import DictConfig, OmegaConf
+
+PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "mteb", "mlflow", "hydra-core", "datasets", "numpy", "peft", "vllm")
+"""Distributions whose versions are recorded, where installed."""
+
+_SECRET_KEY = re.compile(r"(^|[._-])(password|passwd|secret|token|api_?key|credentials?)$", re.IGNORECASE)
+_USER_INFO = re.compile(r"(://[^/@\s:]*):[^/@\s]*@")
+_SECRET_QUERY = re.compile(r"([?&](?:password|passwd|secret|token|api_?key)=)[^&\s]*", re.IGNORECASE)
+
+
+def redact(text: str) -> str:
+    """A text without the passwords of its URIs: `http://me:pw@host` becomes `http://me:***@host`."""
+    return _SECRET_QUERY.sub(r"\1***", _USER_INFO.sub(r"\1:***@", text))
+
+
+def without_secrets(config: Any, key: str = "") -> Any:
+    """A plain container (dicts, lists, scalars) with the values of secret-sounding keys and URI passwords replaced."""
+    if isinstance(config, dict):
+        return {name: without_secrets(value, str(name)) for name, value in config.items()}
+    if isinstance(config, list):
+        return [without_secrets(value, key) for value in config]
+    if config is not None and _SECRET_KEY.search(key):
+        return "***"
+    return redact(config) if isinstance(config, str) else config
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested dicts under dotted names; lists stay whole."""
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def git_state(root: Path) -> dict[str, str]:
+    """Commit of a working copy, and whether anything in it differs from that commit.
+
+    Outside a repository, before its first commit, or without git on the machine, the commit says which of these it is.
+    """
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+
+    try:
+        commit = git("rev-parse", "--verify", "HEAD")
+    except FileNotFoundError:
+        return {"git.commit": "none: git is not installed"}
+    if commit.returncode != 0:
+        inside = git("rev-parse", "--git-dir").returncode == 0
+        return {"git.commit": "none: nothing committed yet" if inside else "none: not a git repository"}
+    return {"git.commit": commit.stdout.strip(), "git.dirty": str(bool(git("status", "--porcelain").stdout.strip())).lower()}
+
+
+def package_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Versions of the installed ones among `packages`, and Python's."""
+    found = {"version.python": platform.python_version()}
+    for package in packages:
+        try:
+            found[f"version.{package}"] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # an optional extra
+    return found
+
+
+def hardware() -> dict[str, str]:
+    """Processor, cores that this process may use, memory, and the visible GPUs."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "hardware.platform": platform.platform(),
+        "hardware.cores": str(cores),
+        "hardware.threads": str(torch.get_num_threads()),
+        "hardware.memory_gib": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f}",
+        "hardware.gpus": ", ".join(gpus) or "none",
+    }
+
+
+def log_run_info(loggers: Sequence[Logger], cfg: DictConfig, root: Path) -> None:
+    """Gives every logger the resolved config; MLflow also gets it whole as config.yaml, and the rest as tags.
+
+    Raises:
+        omegaconf.errors.MissingMandatoryValue: a value of the config is still `???`.
+    """
+    config = without_secrets(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    params = dict(flatten(config))
+    tags = git_state(root) | package_versions() | hardware()
+    for logger in loggers:
+        logger.log_hyperparams(params)
+        if isinstance(logger, MLFlowLogger):
+            from mlflow.entities import RunTag
+
+            client, run_id = logger.experiment, logger.run_id
+            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+            client.log_dict(run_id, config, "config.yaml")

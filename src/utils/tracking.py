@@ -1,0 +1,48 @@
+"""What callbacks hand to the trainer's loggers outside of Lightning's own `log`: tables, figures, texts, late metrics.
+
+Everything here does nothing on ranks other than 0, and nothing where there is no logger for it.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import MLFlowLogger
+from matplotlib.figure import Figure
+
+
+def mlflow_loggers(trainer: L.Trainer) -> list[MLFlowLogger]:
+    """The MLflow loggers of a trainer; none on other ranks than 0."""
+    return [logger for logger in trainer.loggers if isinstance(logger, MLFlowLogger)] if trainer.is_global_zero else []
+
+
+def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
+    """Metrics at a step, in one call a logger; for hooks in which Lightning's `log` is refused (start and end)."""
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(metrics), step=step)
+
+
+def log_table(trainer: L.Trainer, columns: Mapping[str, Sequence[Any]], file: str) -> None:
+    """A table as an MLflow artifact, e.g. `rationales/step_100.json`."""
+    for logger in mlflow_loggers(trainer):
+        logger.experiment.log_table(logger.run_id, {name: list(values) for name, values in columns.items()}, file)
+
+
+def log_text(trainer: L.Trainer, text: str, file: str) -> None:
+    """A text file as an MLflow artifact."""
+    for logger in mlflow_loggers(trainer):
+        logger.experiment.log_text(logger.run_id, text, file)
+
+
+def log_figure(trainer: L.Trainer, figure: Figure, file: str) -> None:
+    """A figure as an MLflow artifact."""
+    for logger in mlflow_loggers(trainer):
+        logger.experiment.log_figure(logger.run_id, figure, file, save_kwargs={"dpi": figure.dpi})
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")

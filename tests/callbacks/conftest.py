@@ -1,0 +1,87 @@
+"""A real fit of a few rollout batches on a handful of triplets, with whatever callbacks a test is about."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import pytest
+from lightning.pytorch.loggers import Logger, MLFlowLogger
+from torch.utils.data import DataLoader
+
+from src.datamodules.records import Triplet
+from src.modules import advantages, losses, rewards
+from src.modules.grace import GRACE, Algorithm
+from src.modules.policy import Policy
+from src.modules.rollout_hf import HFRollouts
+from src.modules.tiny_policy import TINY_INSTRUCTION
+from tests.conftest import SENTENCES
+
+
+class FewTriplets(L.LightningDataModule):
+    """Batches of two triplets made of the sentences."""
+
+    def __init__(self, batches: int) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def train_dataloader(self) -> DataLoader[list[Triplet]]:
+        s = SENTENCES
+        batch = [Triplet(f"t{i}", s[i], s[i + 2], (s[i + 4],)) for i in range(2)]
+        return DataLoader([batch] * self.batches, batch_size=None)  # type: ignore[arg-type]
+
+    def fixed_texts(self, count: int) -> list[str]:
+        return SENTENCES[-count:]
+
+
+@pytest.fixture
+def module(tiny_policy: Policy) -> GRACE:
+    """GRACE on the tiny policy with the document reward, at a rate that moves it."""
+    return make_module(tiny_policy)
+
+
+def make_module(policy: Policy, reward: Callable[..., rewards.Reward] = rewards.document) -> GRACE:
+    """K = 3, rationales of at most 8 tokens, one update a rollout batch."""
+    algorithm = Algorithm(partial(advantages.grpo), partial(losses.ppo_clip), updates_per_batch=1)
+    return GRACE(
+        policy,
+        HFRollouts(max_new_tokens=8),
+        partial(reward),
+        algorithm,
+        instruction=TINY_INSTRUCTION,
+        max_prompt_tokens=96,
+        num_rollouts=3,
+        learning_rate=1e-2,
+    )
+
+
+def fit(
+    module: GRACE,
+    callbacks: Sequence[L.Callback],
+    folder: Path,
+    batches: int = 2,
+    logger: Logger | None = None,
+    ckpt_path: str | None = None,
+) -> L.Trainer:
+    """Fits `batches` rollout batches; whatever is written goes below `folder`."""
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        limit_train_batches=batches,
+        log_every_n_steps=1,
+        logger=logger or False,
+        callbacks=list(callbacks),
+        default_root_dir=folder,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, L.pytorch.callbacks.Checkpoint) for c in callbacks),
+        enable_progress_bar=any(isinstance(c, L.pytorch.callbacks.ProgressBar) for c in callbacks),
+    )
+    trainer.fit(module, datamodule=FewTriplets(batches), ckpt_path=ckpt_path)
+    return trainer
+
+
+@pytest.fixture
+def mlflow_logger(tracking_uri: str, tmp_path: Path) -> MLFlowLogger:
+    """A run of its own in the session's store; its artifacts go below tmp_path."""
+    return MLFlowLogger(tmp_path.name, tracking_uri=tracking_uri, artifact_location=f"file://{tmp_path}/mlartifacts")

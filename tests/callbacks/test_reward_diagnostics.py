@@ -1,0 +1,86 @@
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.loggers import MLFlowLogger
+
+from src.callbacks.reward_diagnostics import RewardDiagnostics, diagnose, within_group_std
+from src.callbacks.throughput import Throughput, peak_memory, speeds
+from src.modules import rewards
+from src.modules.grace import GRACE
+from src.modules.policy import Policy
+from src.modules.report import StepReport
+from src.modules.rewards import Reward
+from tests.callbacks.conftest import fit, make_module
+
+
+def report(unrelated_similarity: float = 0.25) -> StepReport:
+    term = torch.tensor([[1.0, 3.0], [5.0, 5.0]])
+    return StepReport(
+        reward=Reward({"positive": term}, {"positive": 2.0}, 2 * term),
+        advantages=torch.tensor([[-1.0, 1.0], [0.0, 0.0]]),
+        finished=torch.tensor([[True, False], [True, True]]),
+        rationale_lengths=torch.tensor([[1, 8], [3, 4]]),
+        distinct_rationales=0.75,
+        unrelated_similarity=unrelated_similarity,
+        update={"loss": -0.5, "gradient_norm": 2.0, "clip_share": 0.0, "entropy": 3.0, "approx_kl": 0.1, "updates": 4.0},
+        seconds={"rollout": 2.0, "encode": 0.5, "update": 4.0},
+        rollout_tokens=100,
+        update_tokens=400,
+        instance_ids=["a", "b"],
+    )
+
+
+def test_within_group_std_is_the_mean_over_groups() -> None:
+    assert within_group_std(torch.tensor([[1.0, 3.0], [5.0, 5.0]])) == pytest.approx(0.5)
+    assert within_group_std(torch.ones(4, 1)) == 0.0
+
+
+def test_diagnose() -> None:
+    metrics = diagnose(report())
+    assert metrics["reward/positive/mean"] == 3.5
+    assert metrics["reward/total/within_group_std"] == pytest.approx(1.0)
+    assert metrics["rollout/truncated_share"] == 0.25
+    assert metrics["rollout/rationale_length"] == 4.0
+    assert metrics["update/gradient_norm"] == 2.0
+    assert "rollout/unrelated_similarity" in metrics
+    assert "rollout/unrelated_similarity" not in diagnose(report(unrelated_similarity=float("nan")))
+
+
+def test_speeds() -> None:
+    metrics = speeds(report())
+    assert metrics["throughput/rollout_tokens_per_second"] == 50.0
+    assert metrics["throughput/update_tokens_per_second"] == 100.0
+    assert metrics["seconds/encode"] == 0.5
+    assert 0.01 < peak_memory(torch.device("cpu"))["memory/peak_rss_gib"] < 1000
+
+
+def test_fit_logs_one_step_a_rollout_batch_and_draws(module: GRACE, mlflow_logger: MLFlowLogger, tmp_path: Path) -> None:
+    callbacks = [RewardDiagnostics(str(tmp_path / "out" / "terms.png")), Throughput()]
+    fit(module, callbacks, tmp_path, batches=3, logger=mlflow_logger)
+    client, run_id = mlflow_logger.experiment, mlflow_logger.run_id
+    for name in ("reward/positive/mean", "reward/hard/within_group_std", "update/entropy", "seconds/batch", "rollout/distinct_rationales"):
+        assert [metric.step for metric in client.get_metric_history(run_id, name)] == [1, 2, 3], name
+    assert (tmp_path / "out" / "terms.png").read_bytes().startswith(b"\x89PNG")
+    assert [file.path for file in client.list_artifacts(run_id, "figures")] == ["figures/terms.png"]
+
+
+def test_paper_form_is_warned_about_once_a_term(tiny_policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        fit(make_module(tiny_policy, rewards.paper), [RewardDiagnostics()], tmp_path, batches=3)
+    warned = [record.args[0] for record in caplog.records if "cannot move the gradient" in record.message]  # type: ignore[index]
+    assert warned == ["negative", "hard"]
+
+
+def test_document_form_is_not(module: GRACE, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        fit(module, [RewardDiagnostics()], tmp_path)
+    assert "cannot move the gradient" not in caplog.text
+
+
+def test_state_survives_a_round_trip(module: GRACE, tmp_path: Path) -> None:
+    callback, resumed = RewardDiagnostics(), RewardDiagnostics()
+    fit(module, [callback], tmp_path)
+    resumed.load_state_dict(callback.state_dict())
+    assert resumed.history == callback.history

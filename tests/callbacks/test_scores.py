@@ -1,0 +1,100 @@
+"""The callbacks that score and export: real MTEB tasks on a few docstrings, a real MLflow store."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from lightning.pytorch.loggers import MLFlowLogger
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from src.callbacks.checkpoint import RolloutCheckpoint
+from src.callbacks.export import Export
+from src.callbacks.final_report import FinalReport, markdown
+from src.callbacks.mteb_eval import MTEBEvaluation
+from src.callbacks.rationale_table import RationaleTable
+from src.datamodules.offline_sets import OfflineSize
+from src.datamodules.offline_tasks import offline_tasks
+from src.modules.grace import GRACE
+from src.modules.policy import Policy
+from src.modules.settings import EncoderSettings
+from tests.callbacks.conftest import fit, make_module
+
+TINY = OfflineSize(documents=40, queries=12, per_module=6, candidates=4, per_label=4)
+
+
+@pytest.fixture(scope="module")
+def retrieval(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], list[Any]]:
+    """Makes one retrieval task on a few docstrings."""
+    cache = tmp_path_factory.mktemp("cache")
+    return lambda: offline_tasks(["networkx"], cache, TINY)[:1]
+
+
+def test_mteb_at_start_every_n_and_end(
+    module: GRACE, retrieval: Callable[[], list[Any]], mlflow_logger: MLFlowLogger, tmp_path: Path
+) -> None:
+    checkpoint = RolloutCheckpoint(str(tmp_path / "c"), every_n_rollout_batches=2, monitor="mteb/average")
+    trainer = fit(module, [MTEBEvaluation(retrieval, every_n_rollout_batches=2), checkpoint], tmp_path, batches=3, logger=mlflow_logger)
+    client, run_id = mlflow_logger.experiment, mlflow_logger.run_id
+    logged = client.get_metric_history(run_id, "mteb/average")
+    assert [metric.step for metric in logged] == [0, 2, 3]
+    assert all(0 <= metric.value <= 1 for metric in logged)
+    assert float(trainer.callback_metrics["mteb/average"]) == pytest.approx(logged[-1].value)
+    assert checkpoint.best_model_score == pytest.approx(max(metric.value for metric in logged[1:]))
+    assert client.get_metric_history(run_id, "mteb/category/Retrieval")[-1].value == pytest.approx(logged[-1].value)
+
+
+def test_mteb_stops_at_the_start_where_a_task_fails(module: GRACE, retrieval: Callable[[], list[Any]], tmp_path: Path) -> None:
+    def broken() -> list[Any]:
+        tasks = retrieval()
+        tasks[0].metadata = tasks[0].metadata.model_copy(update={"main_score": "no_such_score"})
+        return tasks
+
+    with pytest.raises(RuntimeError, match="MTEB tasks fail: DocstringRetrieval"):
+        fit(module, [MTEBEvaluation(broken)], tmp_path)
+
+
+def test_final_report(
+    module: GRACE, retrieval: Callable[[], list[Any]], mlflow_logger: MLFlowLogger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    callbacks = [RationaleTable(str(out / "rationales.md"), texts=2), FinalReport(str(out), retrieval)]
+    fit(module, callbacks, tmp_path, logger=mlflow_logger)
+    shown = capsys.readouterr().out
+    for expected in ("Base + reasoning", "GRACE", "Retr", "before", "after", str(out / "report.md"), str(mlflow_logger.run_id)):
+        assert expected in shown
+    assert (out / "test_scores.png").read_bytes().startswith(b"\x89PNG")
+    assert "| Base + reasoning |" in (out / "report.md").read_text()
+    client, run_id = mlflow_logger.experiment, mlflow_logger.run_id
+    steps = {row: client.get_metric_history(run_id, f"test/{row}/average")[0].step for row in ("base", "base_reasoning", "grace")}
+    assert steps == {"base": 0, "base_reasoning": 0, "grace": 2}
+    mlflow.set_tracking_uri(mlflow_logger._tracking_uri)
+    table = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/report/test_scores.json"))
+    assert [row[0] for row in table["data"]] == ["Base", "Base + reasoning", "GRACE"]
+
+
+def test_final_report_of_a_resumed_run_keeps_the_starting_rows(
+    tiny_policy: Policy, retrieval: Callable[[], list[Any]], tmp_path: Path
+) -> None:
+    callback, resumed = FinalReport(str(tmp_path / "a"), retrieval), FinalReport(str(tmp_path / "b"), retrieval)
+    module = make_module(tiny_policy)
+    fit(module, [callback], tmp_path)
+    resumed.load_state_dict(callback.state_dict())
+    assert list(resumed.rows) == ["Base", "Base + reasoning"]
+    fit(make_module(module.policy), [resumed], tmp_path)  # its weights are no longer those of the start
+    assert {row: resumed.rows[row] for row in ("Base", "Base + reasoning")} == callback.state_dict()["rows"]
+
+
+def test_markdown_has_percent() -> None:
+    assert "| Base | 12.35 | 50.00 |" in markdown({"Base": {"Retrieval": 0.12345, "average": 0.5}}, steps=7)
+
+
+def test_export_is_loaded_by_transformers(module: GRACE, tmp_path: Path) -> None:
+    fit(module, [Export(str(tmp_path / "export"))], tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    weights = module.policy.model.state_dict()
+    assert all(weight.equal(weights[name]) for name, weight in model.state_dict().items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "export").chat_template
+    assert EncoderSettings.load(tmp_path / "export") == module.settings

@@ -1,0 +1,113 @@
+"""Fixtures: a policy small enough for any machine, configs composed into temporary folders, an MLflow store."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("PROJECT_ROOT", str(Path(__file__).resolve().parents[1]))
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, open_dict
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from src.modules.policy import Policy
+from src.modules.settings import EncoderSettings
+from src.modules.tiny_policy import TINY_INSTRUCTION, train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SENTENCES = [
+    "Return the sorted copy of a list of numbers.",
+    "Compute the shortest path between two nodes of a graph.",
+    "Read a table from a file and return its columns.",
+    "Raise an error when the shape of the array does not match.",
+    "Split the text into words and count each of them.",
+    "Draw random samples from a normal distribution.",
+    "Open a connection to the database and run the query.",
+    "Solve a linear system with the conjugate gradient method.",
+    "Parse the arguments of the command line.",
+    "Write the model and its weights to a folder.",
+    "Name the terms that matter, then sum the text up.",
+    "Train a classifier on labelled documents.",
+]
+"""What the tiny policy's tokenizer is trained on."""
+
+
+def make_tiny_policy(folder: Path, seed: int = 0) -> Path:
+    """Random weights, 2 layers of 32, and a byte-level tokenizer of 320 ids with a ChatML template."""
+    tokenizer = train_tokenizer(SENTENCES * 3, vocab_size=320)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    EncoderSettings(instruction=TINY_INSTRUCTION, max_prompt_tokens=96, max_new_tokens=8).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny policy; read it, do not write to it."""
+    return make_tiny_policy(tmp_path_factory.mktemp("tiny_policy"))
+
+
+@pytest.fixture
+def tiny_policy(tiny_policy_folder: Path) -> Policy:
+    """A tiny policy of one's own."""
+    return Policy.load(str(tiny_policy_folder))
+
+
+@pytest.fixture(scope="session")
+def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An MLflow SQLite store, created once: its first use takes seconds."""
+    from mlflow.tracking import MlflowClient
+
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    MlflowClient(uri).search_experiments()
+    return uri
+
+
+Compose = Callable[..., DictConfig]
+"""(overrides, config_name="train") -> a composed config."""
+
+
+@pytest.fixture
+def compose(tmp_path: Path, tiny_policy_folder: Path) -> Iterator[Compose]:
+    """Composes a config as the command line would, with all output in `tmp_path` and the tiny policy in place of any folder.
+
+    Docstrings are read once into the project's own cache, which is what `paths.cache_dir` goes on pointing to.
+    """
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+
+        def composed(*overrides: str, config_name: str = "train") -> DictConfig:
+            cfg = hydra_compose(config_name=config_name, overrides=list(overrides))
+            with open_dict(cfg):
+                cfg.paths.output_dir = str(tmp_path / "output")
+                cfg.paths.artifact_location = f"file://{tmp_path}/mlartifacts"
+                cfg.paths.tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
+                if "path" in (cfg.get("policy") or {}):
+                    cfg.policy.path = str(tiny_policy_folder)
+            return cfg
+
+        yield composed
+    GlobalHydra.instance().clear()

@@ -1,0 +1,125 @@
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from src.modules.advantages import grpo
+from src.modules.export import export, load_policy
+from src.modules.grace import GRACE, Algorithm
+from src.modules.losses import ppo_clip
+from src.modules.policy import Policy
+from src.modules.rewards import paper
+from src.modules.rollout_hf import HFRollouts
+from src.modules.settings import EncoderSettings
+
+SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=64, max_new_tokens=5)
+
+
+def moved(policy: Policy) -> Policy:
+    """The policy as if trained: other weights than its folder has."""
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return policy
+
+
+def same_weights(left: Policy, right: Policy) -> bool:
+    a, b = left.state_dict(), right.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_transformers_loads_what_was_exported(tiny_policy: Policy, tmp_path: Path) -> None:
+    policy = moved(tiny_policy)
+    folder = export(policy, SETTINGS, tmp_path / "run" / "export")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("a graph", return_tensors="pt")["input_ids"]
+    assert model.dtype == torch.float32
+    torch.testing.assert_close(model(ids).logits, policy.model(ids).logits)
+    assert tokenizer.chat_template == policy.tokenizer.chat_template
+    assert [path.name for path in folder.parent.iterdir()] == ["export"]  # nothing left of writing it aside
+
+
+def test_a_policy_comes_back_with_its_settings(tiny_policy: Policy, tmp_path: Path) -> None:
+    policy = moved(tiny_policy)
+    loaded, settings = load_policy(export(policy, SETTINGS, tmp_path / "export"))
+    assert settings == SETTINGS
+    assert same_weights(loaded, policy)
+    assert loaded.frozen_encoder is None
+
+
+def test_float16_halves_the_file_and_leaves_the_policy_alone(tiny_policy: Policy, tmp_path: Path) -> None:
+    half = export(tiny_policy, SETTINGS, tmp_path / "half", dtype=torch.float16) / "model.safetensors"
+    whole = export(tiny_policy, SETTINGS, tmp_path / "whole") / "model.safetensors"
+    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.float16
+    assert {p.dtype for p in tiny_policy.parameters()} == {torch.float32}
+    assert {p.dtype for p in load_policy(tmp_path / "half")[0].parameters()} == {torch.float32}
+
+
+def test_a_frozen_encoder_goes_along(tiny_policy_folder: Path, tmp_path: Path) -> None:
+    policy = moved(Policy.load(str(tiny_policy_folder), encoder="frozen"))
+    loaded, _ = load_policy(export(policy, SETTINGS, tmp_path / "export"))
+    assert same_weights(loaded, policy)
+    assert loaded.frozen_encoder is not None
+    start = Policy.load(str(tiny_policy_folder)).model.base_model.state_dict()
+    assert all(torch.equal(tensor, start[name]) for name, tensor in loaded.frozen_encoder.state_dict().items())
+
+
+def test_an_export_in_the_same_place_is_replaced(tiny_policy: Policy, tmp_path: Path) -> None:
+    export(tiny_policy, SETTINGS, tmp_path / "export")
+    (tmp_path / "export" / "stale").touch()
+    export(moved(tiny_policy), SETTINGS, tmp_path / "export")
+    assert not (tmp_path / "export" / "stale").exists()
+    assert same_weights(load_policy(tmp_path / "export")[0], tiny_policy)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def trained(policy: Policy) -> GRACE:
+    return GRACE(
+        policy,
+        HFRollouts(SETTINGS.max_new_tokens),
+        reward=paper,
+        algorithm=Algorithm(advantage=grpo, loss=ppo_clip),
+        instruction=SETTINGS.instruction,
+        max_prompt_tokens=SETTINGS.max_prompt_tokens,
+    )
+
+
+def checkpoint_of(module: GRACE, file: Path) -> Path:
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(file, weights_only=True)
+    return file
+
+
+@pytest.mark.parametrize("encoder", ["live", "frozen"])
+def test_a_lightning_checkpoint_loads(tiny_policy_folder: Path, tmp_path: Path, encoder: str) -> None:
+    policy = moved(Policy.load(str(tiny_policy_folder), encoder=encoder))  # type: ignore[arg-type]
+    loaded, settings = load_policy(checkpoint_of(trained(policy), tmp_path / "last.ckpt"))
+    assert settings == SETTINGS
+    assert same_weights(loaded, policy)
+
+
+def test_what_is_missing_or_foreign_is_named(tiny_policy: Policy, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no model at .*nowhere: name an exported folder"):
+        load_policy(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*last.ckpt: training writes them to"):
+        load_policy(tmp_path / "last.ckpt")
+    (tmp_path / "broken.ckpt").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match=r"broken.ckpt cannot be read as a checkpoint"):
+        load_policy(tmp_path / "broken.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"other.ckpt is not a checkpoint of GRACE training"):
+        load_policy(tmp_path / "other.ckpt")
+    fresh = Policy(type(tiny_policy.model)(tiny_policy.model.config), tiny_policy.tokenizer)
+    fresh.path = ""  # as a model has it that was never read from a folder
+    with pytest.raises(ValueError, match=r"came from no folder"):
+        load_policy(checkpoint_of(trained(fresh), tmp_path / "fresh.ckpt"))
+
+
+def test_weights_of_another_policy_are_refused(tiny_policy: Policy, tmp_path: Path) -> None:
+    del tiny_policy.model.base_model.layers[1]
+    with pytest.raises(ValueError, match=r"the weights in .*last.ckpt are not those of the policy at"):
+        load_policy(checkpoint_of(trained(tiny_policy), tmp_path / "last.ckpt"))

@@ -1,0 +1,220 @@
+import functools
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from src.datamodules.records import Triplet
+from src.modules.advantages import grpo
+from src.modules.grace import GRACE, Algorithm, NonFiniteError, unrelated_similarity
+from src.modules.losses import ppo_clip
+from src.modules.rewards import Embeddings, Reward, document, listwise, paper
+from src.modules.rollout_hf import HFRollouts
+from src.modules.sequences import Rollouts
+from tests.builders import SENTENCES, small_policy
+
+TRIPLETS = [
+    Triplet(f"file.jsonl:{i}", SENTENCES[i][:20], SENTENCES[i], (SENTENCES[(i + 1) % len(SENTENCES)][::-1],)) for i in range(len(SENTENCES))
+]
+
+
+def make(reward: Any = document, encoder: str = "live", algorithm: dict[str, Any] | None = None, **kwargs: Any) -> GRACE:
+    settings: dict[str, Any] = {"num_rollouts": 3, "learning_rate": 1e-3, "max_prompt_tokens": 100, "max_gradient_norm": 1e9, **kwargs}
+    new_tokens = settings.pop("max_new_tokens", 6)
+    return GRACE(
+        policy=small_policy(encoder),
+        engine=HFRollouts(new_tokens),
+        reward=reward,
+        algorithm=Algorithm(**{"advantage": grpo, "loss": ppo_clip, **(algorithm or {})}),
+        instruction="Name the terms.",
+        **settings,
+    )
+
+
+class Watch(L.Callback):
+    """Keeps the gradients that the optimiser sees and the report of every batch."""
+
+    def __init__(self) -> None:
+        self.gradients: list[list[Tensor]] = []
+        self.reports: list[Any] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        self.gradients.append([p.grad.clone() for p in pl_module.parameters() if p.grad is not None])
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        self.reports.append(pl_module.report)
+
+
+def fit(module: GRACE, batches: list[list[Triplet]]) -> Watch:
+    watch = Watch()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[watch],
+    )
+    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    return watch
+
+
+def weights(module: GRACE) -> list[Tensor]:
+    return [p.detach().clone() for p in module.policy.model.parameters()]
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_gradient_does_not_depend_on_the_micro_batch(updates):
+    runs = [fit(make(micro_batch_size=size, algorithm={"updates_per_batch": updates}), [TRIPLETS]) for size in (1, 2, 5)]
+    for run in runs[1:]:
+        assert len(run.gradients) == updates
+        for ours, unsplit in zip(run.gradients[0], runs[0].gradients[0], strict=True):
+            torch.testing.assert_close(ours, unsplit, atol=1e-5, rtol=1e-4)
+
+
+def test_the_gradient_is_that_of_advantage_weighted_log_probabilities_from_transformers_itself():
+    module = make()
+    watch = fit(module, [TRIPLETS])
+    start = make()  # the same weights, seed and rollouts
+    scored = start.score(TRIPLETS, {})
+    advantages = watch.reports[0].advantages.flatten()
+    rollouts = scored.positive
+    logits = start.policy.model(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask.long()).logits
+    logprobs = logits[:, :-1].log_softmax(-1).gather(-1, rollouts.input_ids[:, 1:, None]).squeeze(-1)
+    mask = rollouts.rationale_mask[:, 1:]
+    (-(advantages.unsqueeze(1) * logprobs * mask).sum() / mask.sum()).backward()
+    expected = [p.grad for p in start.policy.model.parameters()]
+    for ours, theirs in zip(watch.gradients[0], expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+
+
+class WithoutStates(HFRollouts):
+    """An engine that returns token ids alone, as one with its own copy of the weights does."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Rollouts:
+        return replace(super().generate(*args, **kwargs), logprobs=None, embeddings=None)
+
+
+@pytest.mark.parametrize("engine", [HFRollouts(6), WithoutStates(6)])
+def test_log_probs_and_embeddings_are_those_of_separate_rows_whether_the_engine_gives_them_or_a_pass(engine):
+    module = make(algorithm={"updates_per_batch": 2})
+    module.engine = engine
+    with torch.no_grad():
+        scored = module.score(TRIPLETS, {})
+        hidden = module.policy.hidden_states(scored.positive)
+        logprobs, _ = module.policy.logprobs(scored.positive, hidden)
+        pooled = torch.nn.functional.normalize(module.policy.embed(scored.positive, hidden), dim=-1)
+    assert scored.old_logprobs is not None
+    torch.testing.assert_close(scored.old_logprobs, logprobs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scored.embeddings.positive.flatten(0, 1), pooled, atol=1e-5, rtol=1e-5)
+
+
+def test_several_updates_see_the_sampling_policys_ratio_move_away_from_one():
+    watch = fit(make(algorithm={"updates_per_batch": 5}, learning_rate=1e-2), [TRIPLETS])
+    update = watch.reports[0].update
+    assert update["updates"] == 5
+    assert update["approx_kl"] > 1e-4
+    assert fit(make(learning_rate=1e-2), [TRIPLETS]).reports[0].update["approx_kl"] == 0
+
+
+def test_a_run_repeats_itself_under_its_seed_and_differs_under_another():
+    totals = [fit(make(seed=seed), [TRIPLETS, TRIPLETS]).reports[1].reward.total for seed in (0, 0, 1)]
+    assert torch.equal(totals[0], totals[1])
+    assert not torch.equal(totals[0], totals[2])
+
+
+def test_the_report_counts_what_happened():
+    module = make()
+    report = fit(module, [TRIPLETS, TRIPLETS]).reports[1]
+    assert module.rollout_batches == 2
+    assert report.advantages.shape == report.finished.shape == report.rationale_lengths.shape == (5, 3)
+    assert report.instance_ids == [t.id for t in TRIPLETS]
+    assert set(report.seconds) == {"rollout", "encode", "update"}
+    assert 0 < report.distinct_rationales <= 1
+    assert report.rollout_tokens >= report.rationale_lengths.sum()
+    assert report.update["gradient_norm"] > 0
+    assert report.update["entropy"] > 0
+
+
+def test_a_frozen_encoder_embeds_alike_before_and_after_an_update_and_a_live_one_does_not():
+    for encoder, same in (("frozen", True), ("live", False)):
+        module = make(encoder=encoder, learning_rate=1e-2)
+        rollouts = module.engine.generate(module.policy, module.renderer(["some text"]), 1, 0.0, 0)
+        with torch.no_grad():
+            before = module.policy.embed(rollouts)
+            fit(module, [TRIPLETS])
+            after = module.policy.embed(rollouts)
+        assert torch.equal(before, after) is same
+
+
+@pytest.mark.parametrize("penalty", ["relative", "constant", "mask"])
+def test_a_batch_in_which_every_rollout_is_truncated_goes_through(penalty):
+    module = make(algorithm={"truncation": penalty}, max_new_tokens=1, num_rollouts=4, seed=2)  # under this seed no first token is EOS
+    before = weights(module)
+    report = fit(module, [TRIPLETS]).reports[0]
+    assert not report.finished.any()
+    moved = any(not torch.equal(a, b) for a, b in zip(before, weights(module), strict=True))
+    # a constant penalty makes all rewards equal and a mask leaves nothing: only `relative` has something to learn from
+    assert moved == (penalty == "relative")
+    assert report.update["updates"] == (0 if penalty == "mask" else 1)
+
+
+def test_one_instance_a_batch_trains_without_in_batch_negatives_and_listwise_says_it_cannot():
+    assert torch.isfinite(fit(make(paper), [TRIPLETS[:1]]).reports[0].reward.total).all()
+    assert unrelated_similarity(torch.randn(1, 3, 8)) != unrelated_similarity(torch.randn(1, 3, 8))  # nan
+    with pytest.raises(ValueError, match="at least 2 instances"):
+        fit(make(listwise), [TRIPLETS[:1]])
+
+
+def test_a_group_of_one_rollout_is_refused():
+    with pytest.raises(ValueError, match="num_rollouts=1"):
+        make(num_rollouts=1)
+
+
+def test_more_updates_than_instances_leave_the_empty_ones_out():
+    assert fit(make(algorithm={"updates_per_batch": 4}), [TRIPLETS[:2]]).reports[0].update["updates"] == 2
+
+
+def test_records_with_different_numbers_of_negatives_are_named():
+    odd = Triplet("file.jsonl:9", "a query", "a document", ())
+    with pytest.raises(ValueError, match="one number of negatives"):
+        fit(make(), [[*TRIPLETS, odd]])
+
+
+def broken_reward(e: Embeddings, value: float) -> Reward:
+    good = document(e)
+    total = good.total.clone()
+    total[1, 2] = value
+    return Reward({**good.terms, "mine": total}, {**good.weights, "mine": 1.0}, total)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_stops_with_step_term_and_record(value):
+    module = make(functools.partial(broken_reward, value=value))
+    before = weights(module)
+    with pytest.raises(NonFiniteError, match=r"'mine' is not finite in rollout batch 0, records file\.jsonl:1;"):
+        fit(module, [TRIPLETS])
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(module), strict=True))
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change():
+    def explode(*args: Tensor) -> Any:
+        result = ppo_clip(*args)
+        return type(result)(result.loss * torch.inf, result.clipped, result.kl)
+
+    module = make(algorithm={"loss": explode})
+    before = weights(module)
+    with pytest.raises(NonFiniteError, match=r"gradient norm is nan in rollout batch 0, records file\.jsonl:0, file"):
+        fit(module, [TRIPLETS])
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(module), strict=True))
+
+
+def test_unrelated_similarity_is_the_mean_over_pairs_of_different_instances():
+    positive = torch.nn.functional.normalize(torch.randn(3, 2, 5, dtype=torch.float64), dim=-1)
+    pairs = [positive[i, k] @ positive[j, r] for i in range(3) for j in range(3) if i != j for k in range(2) for r in range(2)]
+    assert abs(unrelated_similarity(positive) - float(torch.stack(pairs).mean())) < 1e-9

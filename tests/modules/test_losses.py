@@ -1,0 +1,48 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.modules.losses import ppo_clip
+from tests.oracles import ppo_clip_oracle
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 6), st.floats(0.05, 0.4), st.floats(0.05, 0.4), st.integers(0, 2**31 - 1))
+def test_ppo_clip_is_the_equation_forward_and_backward(n, t, low, high, seed):
+    generator = torch.Generator().manual_seed(seed)
+    old = -torch.rand(n, t, generator=generator, dtype=torch.float64) * 3
+    ours = (old + 0.3 * torch.randn(n, t, generator=generator, dtype=torch.float64)).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    advantages = torch.randn(n, generator=generator, dtype=torch.float64)
+    mask = torch.rand(n, t, generator=generator) > 0.3
+    a = ppo_clip(ours, old, advantages, mask, low, high).loss
+    b = ppo_clip_oracle(theirs, old, advantages, mask, low, high)
+    torch.testing.assert_close(a, b)
+    a.backward()
+    if b.requires_grad:
+        b.backward()
+    torch.testing.assert_close(ours.grad, torch.zeros_like(ours) if theirs.grad is None else theirs.grad)
+
+
+def test_on_policy_its_gradient_is_that_of_the_policy_gradient():
+    logprobs = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    mask = torch.rand(3, 5) > 0.2
+    ppo_clip(logprobs, logprobs.detach(), advantages, mask).loss.backward()
+    torch.testing.assert_close(logprobs.grad, -(advantages.unsqueeze(1) * mask))
+
+
+def test_what_was_clipped_and_how_far_it_went_are_counted():
+    old = torch.zeros(1, 3)
+    new = torch.tensor([[0.5, -0.5, 0.0]])
+    result = ppo_clip(new, old, torch.tensor([1.0]), torch.ones(1, 3, dtype=torch.bool))
+    assert result.clipped.item() == 1  # only the ratio above 1.2 is cut for a positive advantage
+    expected = sum(r - 1 - torch.log(torch.tensor(r)).item() for r in (2.718281828**0.5, 2.718281828**-0.5))
+    assert abs(result.kl.item() - expected) < 1e-5
+
+
+def test_masked_positions_may_hold_anything():
+    old = torch.zeros(1, 2)
+    new = torch.tensor([[0.1, torch.inf]])
+    result = ppo_clip(new, old, torch.tensor([1.0]), torch.tensor([[True, False]]))
+    assert torch.isfinite(result.loss)

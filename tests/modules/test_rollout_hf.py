@@ -1,0 +1,135 @@
+import pytest
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from src.modules.policy import Policy
+from src.modules.prompt import PromptRenderer, Prompts
+from src.modules.rollout_hf import HFRollouts, choose, end_tokens
+from tests.builders import SENTENCES, small_policy, small_tokenizer
+
+TEXTS = ["x", *SENTENCES, SENTENCES[0] + " " + SENTENCES[1], ""]
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def policy_of(architecture: str) -> Policy:
+    if architecture == "qwen2":
+        return small_policy()
+    tokenizer = small_tokenizer()
+    kind, config = {"llama": (LlamaForCausalLM, LlamaConfig), "qwen3": (Qwen3ForCausalLM, Qwen3Config)}[architecture]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        extra = {"head_dim": 16} if architecture == "qwen3" else {}
+        model = kind(config(vocab_size=len(tokenizer), initializer_range=0.2, tie_word_embeddings=True, **SHAPE, **extra))
+    return Policy(model.eval(), tokenizer)
+
+
+def prompts_of(policy: Policy) -> Prompts:
+    return PromptRenderer(policy.tokenizer, "Name the terms.", 128)(TEXTS)
+
+
+def eos_often(policy: Policy) -> None:
+    """Makes EOS likely, so that rows finish at different lengths and leave the batch."""
+    ids = torch.randperm(len(policy.tokenizer), generator=torch.Generator().manual_seed(0))[:60].tolist()
+    policy.model.generation_config.eos_token_id = [policy.tokenizer.eos_token_id, *ids]
+
+
+def generated(policy: Policy, prompts: Prompts, index: int, limit: int) -> torch.Tensor:
+    """transformers' own greedy continuation of one prompt."""
+    config = GenerationConfig(max_new_tokens=limit, do_sample=False, eos_token_id=end_tokens(policy).tolist(), pad_token_id=policy.pad_id)
+    ids = prompts.ids[index].unsqueeze(0)
+    return policy.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("batch_size", [2, 256])
+def test_greedy_rationales_are_those_of_transformers_generate(architecture, batch_size):
+    policy = policy_of(architecture)
+    eos_often(policy)
+    prompts = prompts_of(policy)
+    rollouts = HFRollouts(16, batch_size).generate(policy, prompts, n=1, temperature=0.0)
+    assert 0 < rollouts.finished.sum() < len(TEXTS) or rollouts.rationale_lengths.unique().numel() > 2
+    for i, ours in enumerate(rollouts.rationales()):
+        assert ours.tolist() == generated(policy, prompts, i, 16).tolist()
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize(("n", "temperature"), [(1, 0.0), (4, 1.0), (3, 0.7)])
+def test_log_probs_and_embeddings_are_those_of_a_plain_pass(architecture, n, temperature):
+    policy = policy_of(architecture)
+    eos_often(policy)
+    rollouts = HFRollouts(16).generate(policy, prompts_of(policy), n=n, temperature=temperature, seed=3)
+    assert rollouts.rationale_lengths.unique().numel() > 2  # rows left the batch at different times
+    with torch.no_grad():
+        hidden = policy.hidden_states(rollouts)
+        logprobs, _ = policy.logprobs(rollouts, hidden, temperature or 1.0)
+        pooled = policy.embed(rollouts, hidden)
+    assert rollouts.logprobs is not None
+    assert rollouts.embeddings is not None
+    torch.testing.assert_close(rollouts.logprobs, logprobs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(rollouts.embeddings, pooled, atol=1e-4, rtol=0)
+
+
+def test_the_same_seed_gives_the_same_rationales_whatever_the_batch_size():
+    policy = small_policy()
+    runs = [HFRollouts(10, size).generate(policy, prompts_of(policy), n=2, seed=5).input_ids for size in (2, 6, 256)]
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+    assert not torch.equal(runs[0], HFRollouts(10).generate(policy, prompts_of(policy), n=2, seed=6).input_ids)
+
+
+def test_every_rollout_of_a_prompt_begins_with_it_and_ends_once():
+    policy = small_policy()
+    eos_often(policy)
+    prompts = prompts_of(policy)
+    rollouts = HFRollouts(12).generate(policy, prompts, n=3, seed=1)
+    ends = set(end_tokens(policy).tolist())
+    for row, (ids, finished) in enumerate(zip(rollouts.rationales(), rollouts.finished.tolist(), strict=True)):
+        prompt = prompts.ids[row // 3]
+        assert rollouts.input_ids[row, : len(prompt)].equal(prompt)
+        assert not ends & set(ids[:-1].tolist())
+        assert (int(ids[-1]) in ends) == finished
+        assert finished or len(ids) == 12
+
+
+def test_sampling_follows_the_distribution():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(1, 8, generator=generator), torch.randn(6, 8, generator=generator)
+    draws = torch.rand(40_000, generator=generator)
+    ids, logprobs = choose(hidden.expand(len(draws), 8), weight, draws, 0.8)
+    expected = torch.softmax(hidden @ weight.T / 0.8, dim=-1)[0]
+    torch.testing.assert_close(torch.bincount(ids, minlength=6) / len(draws), expected, atol=0.01, rtol=0)
+    torch.testing.assert_close(logprobs.exp(), expected[ids])
+
+
+@pytest.mark.parametrize("draw", [0.0, 1.0 - 2**-24])
+def test_the_outermost_draws_stay_within_the_vocabulary_and_never_take_an_impossible_token(draw):
+    weight = torch.tensor([[-torch.inf], [0.0], [0.0], [-torch.inf]])
+    ids, _ = choose(torch.ones(1, 1), weight, torch.tensor([draw]), 1.0)
+    assert ids.item() in (1, 2)
+
+
+def test_an_engine_leaves_mode_attention_and_global_random_state_alone():
+    policy = small_policy().train()
+    state, attention = torch.get_rng_state(), policy.model.config._attn_implementation
+    HFRollouts(3).generate(policy, prompts_of(policy))
+    assert policy.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert policy.model.config._attn_implementation == attention
+
+
+def test_a_frozen_encoder_leaves_the_embedding_to_an_encode_pass():
+    policy = small_policy("frozen")
+    assert HFRollouts(3).generate(policy, prompts_of(policy)).embeddings is None
+
+
+def test_a_window_in_the_attention_is_refused():
+    policy = small_policy()
+    policy.model.base_model.layers[1].self_attn.sliding_window = 4
+    with pytest.raises(ValueError, match="sliding_window"):
+        HFRollouts(3).generate(policy, prompts_of(policy))
+
+
+@pytest.mark.parametrize("settings", [{"max_new_tokens": 0}, {"max_new_tokens": 4, "batch_size": 0}])
+def test_settings_without_sense_are_refused(settings):
+    with pytest.raises(ValueError, match="at least"):
+        HFRollouts(**settings)

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from src.modules.truncation import penalise_truncated
+
+rewards = torch.tensor([[1.0, 2.0, 9.0], [0.0, 4.0, 8.0], [1.0, 2.0, 3.0]])
+finished = torch.tensor([[True, True, False], [True, True, True], [False, False, False]])
+
+
+def test_relative_puts_a_truncated_rollout_below_the_worst_finished_one_on_the_rewards_own_scale():
+    penalised, keep = penalise_truncated(rewards, finished, "relative", size=2.0)
+    assert keep.all()
+    assert penalised[0].tolist() == [1.0, 2.0, 1.0 - 2.0 * 0.5]
+    scaled, _ = penalise_truncated(rewards * 10, finished, "relative", size=2.0)
+    torch.testing.assert_close(scaled, penalised * 10)
+
+
+def test_relative_leaves_groups_alone_in_which_all_or_none_finished():
+    penalised, _ = penalise_truncated(rewards, finished, "relative")
+    torch.testing.assert_close(penalised[1:], rewards[1:])
+
+
+def test_constant_is_the_published_form():
+    penalised, keep = penalise_truncated(rewards, finished, "constant", size=1.0)
+    assert keep.all()
+    assert penalised[0].tolist() == [1.0, 2.0, -1.0]
+    assert penalised[2].tolist() == [-1.0] * 3
+
+
+def test_mask_takes_truncated_rollouts_out():
+    penalised, keep = penalise_truncated(rewards, finished, "mask")
+    torch.testing.assert_close(penalised, rewards)
+    assert keep.equal(finished)
+
+
+def test_an_unknown_penalty_is_refused():
+    with pytest.raises(ValueError, match="relative, constant or mask"):
+        penalise_truncated(rewards, finished, "harsh")  # type: ignore[arg-type]

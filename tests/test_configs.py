@@ -1,0 +1,93 @@
+"""Every config composes, what it describes can be made, and mistakes are told in Hydra's own words."""
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from src.utils.instantiate import instantiate_all
+from tests.conftest import ROOT, Compose
+
+
+def options(group: str) -> list[str]:
+    return sorted(file.stem for file in (ROOT / "configs" / group).glob("*.yaml"))
+
+
+def needs_hub(cfg: DictConfig) -> bool:
+    """Whether the policy is a name on the hub; the compose fixture points local folders to the tiny policy."""
+    path = cfg.get("policy", {}).get("path")
+    return path is not None and not Path(path).is_dir()
+
+
+def test_there_are_experiments() -> None:
+    assert "tiny_sup" in options("experiment")
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_experiment_composes_and_instantiates(experiment: str, compose: Compose) -> None:
+    cfg = compose(f"experiment={experiment}", "trainer.accelerator=cpu")
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    if needs_hub(cfg):
+        pytest.skip(f"{experiment} takes its policy from the hub")
+    if "train_packages" in cfg.datamodule:
+        cfg.datamodule.train_packages = ["torchmetrics"]  # all of them take a minute to read
+    assert isinstance(instantiate(cfg.datamodule), L.LightningDataModule)
+    assert isinstance(instantiate(cfg.module), L.LightningModule)
+    callbacks = instantiate_all(cfg.callbacks, "callbacks")
+    assert all(isinstance(callback, L.Callback) for callback in callbacks)
+    assert isinstance(instantiate(cfg.trainer, callbacks=callbacks, logger=False), L.Trainer)
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [
+        (group, name)
+        for group in ("reward", "algorithm", "callbacks", "debug", "policy", "datamodule", "trainer", "logger")
+        for name in options(group)
+    ],
+)
+def test_every_option_composes_with_the_default(group: str, name: str, compose: Compose) -> None:
+    experiment = "cold_start" if name in ("cold_start", "demonstrations", "tiny_fresh") else "tiny_sup"
+    assert compose(f"experiment={experiment}", f"{group}={name}") is not None
+
+
+def test_the_default_needs_no_setting(compose: Compose) -> None:
+    assert compose().name == "tiny_sup"
+
+
+def test_debug_fast_wins_over_the_experiment(compose: Compose) -> None:
+    cfg = compose("debug=fast")
+    assert cfg.trainer.limit_train_batches == 2
+    assert cfg.callbacks.final_report.tasks.size.documents == 60
+
+
+def test_callbacks_can_be_switched_off(compose: Compose) -> None:
+    cfg = compose("callbacks.mteb=null", "callbacks.final_report=null")
+    names = [type(callback).__name__ for callback in instantiate_all(cfg.callbacks, "callbacks")]
+    assert "MTEBEvaluation" not in names
+    assert "RewardDiagnostics" in names
+
+
+@pytest.mark.parametrize("search", options("hparams_search"))
+def test_search_composes(search: str, compose: Compose) -> None:
+    cfg = compose(f"hparams_search={search}")
+    assert cfg.optimized_metric == "mteb/average"
+    assert cfg.name.startswith(search)
+
+
+def test_an_unknown_key_is_refused(compose: Compose) -> None:
+    with pytest.raises(ConfigCompositionException, match=r"Could not override 'module\.lerning_rate'"):
+        compose("module.lerning_rate=1")
+
+
+def test_a_misspelt_group_is_refused(compose: Compose) -> None:
+    with pytest.raises(ConfigCompositionException, match=r"Could not override 'rewards'"):
+        compose("rewards=paper")
+
+
+def test_a_misspelt_option_is_refused_and_the_options_are_listed(compose: Compose) -> None:
+    with pytest.raises(MissingConfigException, match=r"(?s)reward/papr.*document.*listwise.*paper"):
+        compose("reward=papr")

@@ -1,0 +1,88 @@
+"""train.py as a user runs it, and what it leaves in MLflow."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.errors import InstantiationException
+from mlflow.tracking import MlflowClient
+
+from tests.conftest import ROOT, Compose
+from train import train
+
+
+def run_train(*overrides: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "PROJECT_ROOT"}
+    return subprocess.run([sys.executable, "train.py", *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def places(tracking_uri: str, tiny_policy_folder: Path, tmp_path: Path) -> list[str]:
+    return [
+        f"policy.path={tiny_policy_folder}",
+        f"hydra.run.dir={tmp_path}/out",
+        f"paths.cache_dir={tmp_path}/cache",
+        f"paths.tracking_uri={tracking_uri}",
+        f"paths.artifact_location=file://{tmp_path}/artifacts",
+        f"project={tmp_path.name}",
+        # few and small packages: the point is the way, not the data
+        "datamodule.train_packages=[torchmetrics]",
+        "datamodule.val_packages=[sqlalchemy]",
+        "datamodule.test_packages=[networkx]",
+    ]
+
+
+def test_train_end_to_end(places: list[str], tracking_uri: str, tmp_path: Path) -> None:
+    done = run_train("debug=fast", "seed=7", *places)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for expected in ("Base + reasoning", "GRACE", "Rationales", f"{tmp_path}/out/report.md", "rollout batch 2/2"):
+        assert expected in done.stdout, done.stdout[-3000:]
+    for file in ("report.md", "rationales.md", "reward_terms.png", "test_scores.png", "export/grace.json", "checkpoints/last.ckpt"):
+        assert (tmp_path / "out" / file).exists(), file
+
+    client = MlflowClient(tracking_uri)
+    experiment = client.get_experiment_by_name(tmp_path.name)
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["seed"] == "7"
+    assert run.data.params["reward._target_"] == "src.modules.rewards.listwise"
+    assert {"git.commit", "version.lightning", "hardware.cores"} <= set(run.data.tags)
+    for metric in ("reward/total/mean", "reward/to_query/within_group_std", "kl/from_start", "throughput/rollout_tokens_per_second"):
+        assert [entry.step for entry in client.get_metric_history(run.info.run_id, metric)] == [1, 2], metric
+    assert {"mteb/average", "test/base/average", "test/base_reasoning/average", "test/grace/DocstringRetrieval"} <= set(run.data.metrics)
+    artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "figures", "rationales", "report", "report.md"} <= artifacts
+    config = yaml.safe_load((tmp_path / "artifacts" / run.info.run_id / "artifacts" / "config.yaml").read_text())
+    assert config["paths"]["output_dir"] == f"{tmp_path}/out"
+
+
+@pytest.mark.slow
+def test_a_sweep_gives_every_run_a_folder_of_its_own(places: list[str], tmp_path: Path) -> None:
+    small = ["callbacks=minimal", "logger=none", "trainer.limit_train_batches=1", "rollout.max_new_tokens=4"]
+    grid = ["hparams_search=lambdas", "reward.consistency_weight=0.2", "reward.hard_weight=0.0,0.2", "optimized_metric=reward/total/mean"]
+    done = run_train(*grid, *small, *places, f"hydra.sweep.dir={tmp_path}/sweep")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for job in ("0", "1"):
+        assert (tmp_path / "sweep" / job / "reward_terms.png").exists()
+        assert (tmp_path / "sweep" / job / "checkpoints" / "last.ckpt").exists()
+
+
+def test_the_optimised_metric_is_returned(compose: Compose) -> None:
+    settings = ["logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=1"]
+    settings += ["rollout.max_new_tokens=4", "datamodule.train_packages=[torchmetrics]"]
+    reward = train(compose(*settings, "optimized_metric=reward/total/mean"))
+    assert reward is not None
+    assert reward < 0  # of the listwise form, a sum of log-probabilities
+    with pytest.raises(KeyError, match=r"optimized_metric='nope' was never logged; there are: .*reward/total/mean"):
+        train(compose(*settings, "optimized_metric=nope"))
+
+
+def test_a_missing_policy_is_one_clear_line(compose: Compose) -> None:
+    cfg = compose("logger=none", "callbacks=minimal", "trainer.accelerator=cpu")
+    cfg.policy.path = "/no/such/folder"
+    with pytest.raises(InstantiationException, match="no policy at '/no/such/folder'"):
+        train(cfg)

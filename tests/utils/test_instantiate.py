@@ -1,0 +1,26 @@
+import pytest
+from omegaconf import OmegaConf
+
+from src.utils.instantiate import instantiate_all
+
+FRACTION = {"_target_": "fractions.Fraction", "numerator": 1, "denominator": 2}
+
+
+def test_order_is_kept_and_null_left_out() -> None:
+    group = OmegaConf.create({"b": FRACTION, "off": None, "a": {**FRACTION, "numerator": 3}})
+    assert [fraction.numerator for fraction in instantiate_all(group, "callbacks")] == [1, 3]
+
+
+def test_a_single_config_is_a_list_of_one() -> None:
+    assert len(instantiate_all(OmegaConf.create(FRACTION), "logger")) == 1
+
+
+def test_no_group_is_nothing() -> None:
+    assert instantiate_all(None, "logger") == []
+    assert instantiate_all(OmegaConf.create({}), "logger") == []
+
+
+@pytest.mark.parametrize("entry", [{"numerator": 1}, "fractions.Fraction", 3])
+def test_an_entry_without_target_is_named(entry: object) -> None:
+    with pytest.raises(ValueError, match=r"callbacks\.wrong has no _target_"):
+        instantiate_all(OmegaConf.create({"wrong": entry}), "callbacks")

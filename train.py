@@ -1,0 +1,48 @@
+"""Trains whatever configs/train.yaml composes: `python train.py`, `python train.py experiment=... seed=1`."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("PROJECT_ROOT", str(Path(__file__).resolve().parent))  # configs/paths reads it
+
+import hydra
+import lightning as L
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from src.utils.instantiate import instantiate_all
+from src.utils.run_info import log_run_info
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Fits what the config describes; returns the last value of `optimized_metric`, if one is named.
+
+    Raises:
+        KeyError: no callback or module logged that metric.
+    """
+    L.seed_everything(cfg.seed, workers=True)
+    datamodule = instantiate(cfg.datamodule)
+    module = instantiate(cfg.module)
+    loggers = instantiate_all(cfg.get("logger"), "logger")
+    callbacks = instantiate_all(cfg.get("callbacks"), "callbacks")
+    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False)
+    if trainer.is_global_zero:
+        log_run_info(loggers, cfg, root=Path(cfg.paths.root))
+    trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path)
+    if cfg.optimized_metric is None:
+        return None
+    if cfg.optimized_metric not in trainer.callback_metrics:
+        raise KeyError(
+            f"optimized_metric={cfg.optimized_metric!r} was never logged; there are: {', '.join(sorted(trainer.callback_metrics))}"
+        )
+    return float(trainer.callback_metrics[cfg.optimized_metric])
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="train")
+def main(cfg: DictConfig) -> float | None:
+    """The command line."""
+    return train(cfg)
+
+
+if __name__ == "__main__":
+    main()
