@@ -37,7 +37,7 @@ def make_encoder(cfg: DictConfig, policy: Policy, settings: EncoderSettings, rat
 
 def load_tasks(cfg: DictConfig) -> list[Any]:
     """The MTEB tasks that the config names."""
-    offline = {"test": cfg.packages.test_packages, "validation": cfg.packages.val_packages}
+    offline = {"test": cfg.packages.test, "validation": cfg.packages.validation}
     if isinstance(cfg.tasks, str) and cfg.tasks in offline:
         return offline_tasks(list(offline[cfg.tasks]), cfg.paths.cache_dir, size=cfg.size)
     return named_tasks([cfg.tasks] if isinstance(cfg.tasks, str) else list(cfg.tasks), cfg.mirror)

@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from src.utils.instantiate import instantiate_all
+from src.utils.quiet import quiet_lightning
 from src.utils.run_info import log_run_info
 
 
@@ -20,6 +21,7 @@ def train(cfg: DictConfig) -> float | None:
     Raises:
         KeyError: no callback or module logged that metric.
     """
+    quiet_lightning()
     L.seed_everything(cfg.seed, workers=True)
     datamodule = instantiate(cfg.datamodule)
     module = instantiate(cfg.module)

@@ -32,8 +32,7 @@ def test_experiment_composes_and_instantiates(experiment: str, compose: Compose)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     if needs_hub(cfg):
         pytest.skip(f"{experiment} takes its policy from the hub")
-    if "train_packages" in cfg.datamodule:
-        cfg.datamodule.train_packages = ["torchmetrics"]  # all of them take a minute to read
+    cfg.packages.train = ["torchmetrics"]  # all of them take a minute to read
     assert isinstance(instantiate(cfg.datamodule), L.LightningDataModule)
     assert isinstance(instantiate(cfg.module), L.LightningModule)
     callbacks = instantiate_all(cfg.callbacks, "callbacks")

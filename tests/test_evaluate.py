@@ -7,7 +7,7 @@ from mlflow.tracking import MlflowClient
 import evaluate
 from tests.conftest import Compose
 
-SMALL = ["size=small", "packages.test_packages=[networkx,rich]"]
+SMALL = ["size=small", "packages.test=[networkx,rich]"]
 
 
 def test_base_and_trained_policy_stand_side_by_side(

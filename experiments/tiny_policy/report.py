@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--tracking-uri", default=f"sqlite:///{ROOT / 'mlflow.db'}")
     parser.add_argument("--output", type=Path, default=HERE)
     arguments = parser.parse_args()
-    packages = OmegaConf.load(ROOT / "configs" / "datamodule" / "packages.yaml")
+    packages = OmegaConf.load(ROOT / "configs" / "packages" / "docstrings.yaml")
     cache = ROOT / "data" / "cache"
     print(loss_curve(arguments.tracking_uri, arguments.run_name, arguments.output / "loss.png"))
 
@@ -74,8 +74,8 @@ def main() -> None:
         "with rationales, greedy": RationaleEncoder(policy, settings, engine),
         "with rationales, sampled at 1": RationaleEncoder(policy, settings, engine, temperature=1.0),
     }
-    tasks = offline_tasks(packages.test_packages, cache, size="large")
-    lines = [f"Offline tasks on {', '.join(packages.test_packages)} (none of it trained on), main scores in %:", ""]
+    tasks = offline_tasks(packages.test, cache, size="large")
+    lines = [f"Offline tasks on {', '.join(packages.test)} (none of it trained on), main scores in %:", ""]
     for row, (name, encoder) in enumerate(encoders.items()):
         scores = run_tasks(encoder, tasks, None, f"tiny-{row}")
         columns = [*scores.tasks, "average"]
@@ -83,7 +83,7 @@ def main() -> None:
             lines += [f"| | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
         lines.append(f"| {name} | {' | '.join(f'{100 * value:.2f}' for value in [*scores.tasks.values(), scores.average])} |")
 
-    docs = random.Random(7).sample(collect(packages.test_packages, cache), 10)
+    docs = random.Random(7).sample(collect(packages.test, cache), 10)
     _, rationales = encoders["with rationales, greedy"].explain([doc.body[:320] for doc in docs])
     lines += [
         "",

@@ -85,7 +85,6 @@ class DemonstrationDataModule(L.LightningDataModule):
 
     Args:
         train_packages, val_packages: names as in `collect`.
-        test_packages: never read; named so that one list says who is held out.
         cache_dir: where the parsed docstrings are kept.
         groups, per_group: a batch is `groups` modules with `per_group` docstrings each.
         terms: most terms in a rationale.
@@ -98,7 +97,6 @@ class DemonstrationDataModule(L.LightningDataModule):
         self,
         train_packages: Sequence[str],
         val_packages: Sequence[str],
-        test_packages: Sequence[str],
         cache_dir: str,
         groups: int = 16,
         per_group: int = 4,

@@ -47,6 +47,7 @@ def fresh_policy(
     heads: int = 4,
     key_value_heads: int = 2,
     max_positions: int = 1024,
+    attn_implementation: str = "sdpa",
     seed: int = 0,
 ) -> Policy:
     """A policy with random weights and a tokenizer trained on the docstrings of `packages`."""
@@ -61,6 +62,7 @@ def fresh_policy(
         num_key_value_heads=key_value_heads,
         max_position_embeddings=max_positions,
         tie_word_embeddings=True,
+        attn_implementation=attn_implementation,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

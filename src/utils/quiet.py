@@ -1,4 +1,4 @@
-"""MTEB without its commentary: what it says while it works would bury what this project says."""
+"""Libraries without their commentary: what they say while they work would bury what this project says."""
 
 import logging
 import warnings
@@ -29,3 +29,19 @@ def quiet_mteb() -> Iterator[None]:
         logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
+
+
+_NEEDLESS_WARNINGS = (
+    r".*isinstance\(treespec, LeafSpec\).*",
+    r".*does not have many workers.*",  # batches are text, made faster than they are used
+    r".*You have overridden `transfer_batch_to_device`.*",
+    r".*module\(s\) in eval mode at the start of training.*",  # as transformers loads them
+)
+
+
+def quiet_lightning() -> None:
+    """Leaves out Lightning's warnings about what is meant here, and its advertisements; for the rest of the process."""
+    for message in _NEEDLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "pytorch_lightning.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())

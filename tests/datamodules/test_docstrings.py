@@ -157,10 +157,10 @@ def test_every_package_of_the_corpus_is_pinned_and_installed_at_its_pin() -> Non
     pins = dict(line.split("==") for line in project["dependencies"] if "==" in line)
     owners = packages_distributions()
     named: set[str] = set()
-    for file in (ROOT / "configs" / "datamodule").glob("*.yaml"):
+    for file in (ROOT / "configs" / "packages").glob("*.yaml"):
         config = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
         assert isinstance(config, dict)
-        named |= {p for key, packages in config.items() if str(key).endswith("packages") and isinstance(packages, list) for p in packages}
+        named |= {package for packages in config.values() for package in packages}
     assert named
     for package in sorted(named - {STDLIB}):
         pinned = {name for name in {n.lower() for n in owners[package]} if name in pins}

@@ -1,0 +1,79 @@
+"""The commands of README.md, each run as far as a small machine without a network goes."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import evaluate
+from tests.conftest import ROOT, Compose
+from train import train
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+SMALL = [
+    *("logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=1", "datamodule.seed=0"),
+    *("rollout.max_new_tokens=4", "module.num_rollouts=2"),
+]
+
+
+def commands(program: str) -> list[str]:
+    """The command lines of the README's shell blocks that begin with `program`, without comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.startswith(program)]
+
+
+def points(overrides: list[str]) -> list[list[str]]:
+    """The first and the last point of a sweep, or the one run."""
+    if overrides[0] != "-m":
+        return [overrides]
+    split = [override.split("=") for override in overrides[1:]]
+    return [[f"{name}={values.split(',')[end]}" for name, values in split] for end in (0, -1)]
+
+
+@pytest.fixture
+def triplets(tmp_path: Path) -> Path:
+    file = tmp_path / "triplets.jsonl"
+    records = [{"query": f"query {i}", "positive": f"a document about {i}", "negative": f"another {i}"} for i in range(40)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+@pytest.mark.parametrize("command", commands("python train.py"))
+def test_train_commands(command: str, compose: Compose, triplets: Path) -> None:
+    for overrides in points(shlex.split(command)[2:] or ["seed=0"]):
+        own = [re.sub(r"^datamodule\.path=.*", f"datamodule.path={triplets}", override) for override in overrides]
+        small = [override for override in SMALL if override.split("=")[0] not in {o.split("=")[0] for o in own}]
+        if any(override.startswith("debug=") for override in own):  # brings settings for callbacks that `minimal` leaves out
+            assert compose(*own).trainer.limit_train_batches == 2  # and is run by tests/test_train.py
+            continue
+        cfg = compose(*own, *small)
+        cfg.packages.train = ["torchmetrics"]
+        cfg.optimized_metric = "reward/total/mean"
+        assert train(cfg) is not None
+
+
+def test_the_default_evaluation_and_one_of_a_checkpoint_are_the_documented_ones(compose: Compose) -> None:
+    assert "python evaluate.py" in commands("python evaluate.py")  # run by tests/test_evaluate.py on small tasks
+    for command in commands("python evaluate.py"):
+        overrides = shlex.split(command)[2:]
+        cfg = compose(*overrides, config_name="evaluate")
+        if cfg.model is not None:  # neither a checkpoint of yours nor the hub is here: one line says so
+            with pytest.raises(SystemExit, match=r"^evaluate.py: no "):
+                evaluate.evaluate(cfg)
+
+
+@pytest.mark.parametrize("command", commands("make"))
+def test_make_targets_exist(command: str) -> None:
+    done = subprocess.run(["make", "--dry-run", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_and_pictures_are_there() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
