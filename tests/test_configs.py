@@ -32,7 +32,7 @@ def test_experiment_composes_and_instantiates(experiment: str, compose: Compose)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     if needs_hub(cfg):
         pytest.skip(f"{experiment} takes its policy from the hub")
-    cfg.packages.train = ["torchmetrics"]  # all of them take a minute to read
+    cfg.packages.cold_start = ["torchmetrics"]  # all of them take a minute to read
     assert isinstance(instantiate(cfg.datamodule), L.LightningDataModule)
     assert isinstance(instantiate(cfg.module), L.LightningModule)
     callbacks = instantiate_all(cfg.callbacks, "callbacks")
@@ -90,3 +90,10 @@ def test_a_misspelt_group_is_refused(compose: Compose) -> None:
 def test_a_misspelt_option_is_refused_and_the_options_are_listed(compose: Compose) -> None:
     with pytest.raises(MissingConfigException, match=r"(?s)reward/papr.*document.*listwise.*paper"):
         compose("reward=papr")
+
+
+def test_no_package_serves_twice(compose: Compose) -> None:
+    lists = compose().packages
+    named = [package for packages in lists.values() for package in packages]
+    assert len(named) == len(set(named))
+    assert set(lists) == {"cold_start", "train", "validation", "test"}

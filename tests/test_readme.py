@@ -52,7 +52,7 @@ def test_train_commands(command: str, compose: Compose, triplets: Path) -> None:
             assert compose(*own).trainer.limit_train_batches == 2  # and is run by tests/test_train.py
             continue
         cfg = compose(*own, *small)
-        cfg.packages.train = ["torchmetrics"]
+        cfg.packages.train = ["urllib3"]
         cfg.optimized_metric = "reward/total/mean"
         assert train(cfg) is not None
 

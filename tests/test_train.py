@@ -29,7 +29,7 @@ def places(tracking_uri: str, tiny_policy_folder: Path, tmp_path: Path) -> list[
         f"paths.artifact_location=file://{tmp_path}/artifacts",
         f"project={tmp_path.name}",
         # few and small packages: the point is the way, not the data
-        "packages.train=[torchmetrics]",
+        "packages.train=[urllib3]",
         "packages.validation=[sqlalchemy]",
         "packages.test=[networkx]",
     ]
@@ -73,7 +73,7 @@ def test_a_sweep_gives_every_run_a_folder_of_its_own(places: list[str], tmp_path
 
 def test_the_optimised_metric_is_returned(compose: Compose) -> None:
     settings = ["logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=1"]
-    settings += ["rollout.max_new_tokens=4", "packages.train=[torchmetrics]"]
+    settings += ["rollout.max_new_tokens=4", "packages.train=[urllib3]"]
     reward = train(compose(*settings, "optimized_metric=reward/total/mean"))
     assert reward is not None
     assert reward < 0  # of the listwise form, a sum of log-probabilities

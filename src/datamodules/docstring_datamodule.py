@@ -1,7 +1,8 @@
 """Triplets from the docstrings of installed packages: the data of the default experiment."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import lightning as L
 from torch.utils.data import DataLoader, IterableDataset
@@ -32,14 +33,26 @@ def make_triplets(docstrings: Sequence[Docstring], negatives: int, max_text_char
     return triplets
 
 
-class TripletStream(IterableDataset[list[Triplet]]):
-    """Endless shuffled epochs of batches of `groups` modules with `per_group` triplets each."""
+def batches_done(trainer: L.Trainer | None) -> int:
+    """Batches that a trainer has trained on, before an interruption too; 0 where nothing trains."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed) if trainer else 0  # type: ignore[attr-defined]
 
-    def __init__(self, triplets: Sequence[Triplet], groups: int, per_group: int, seed: int) -> None:
+
+class TripletStream(IterableDataset[list[Triplet]]):
+    """Endless shuffled passes of batches of `groups` modules with `per_group` triplets each.
+
+    `done` is asked at every start and says how many batches to leave out, so that neither a resumed run nor another of
+    the trainer's epochs sees the first batches again.
+    """
+
+    def __init__(self, triplets: Sequence[Triplet], groups: int, per_group: int, seed: int, done: Callable[[], int] = lambda: 0) -> None:
         require_one_batch(len(triplets), groups, per_group)
-        self.triplets, self.groups, self.per_group, self.seed = list(triplets), groups, per_group, seed
+        self.triplets, self.groups, self.per_group, self.seed, self.done = list(triplets), groups, per_group, seed, done
 
     def __iter__(self) -> Iterator[list[Triplet]]:
+        return islice(self._batches(), self.done(), None)
+
+    def _batches(self) -> Iterator[list[Triplet]]:
         rng = random.Random(self.seed)
         while True:
             yield from grouped_batches(self.triplets, lambda t: t.id.split(":")[0], self.groups, self.per_group, rng)
@@ -88,7 +101,9 @@ class DocstringDataModule(L.LightningDataModule):
         return make_triplets(collect(packages, self.cache_dir), self.negatives, self.max_text_chars, random.Random(seed))
 
     def train_dataloader(self) -> DataLoader[list[Triplet]]:
-        stream = TripletStream(self.triplets(self.train_packages, self.seed), self.groups, self.per_group, self.seed)
+        stream = TripletStream(
+            self.triplets(self.train_packages, self.seed), self.groups, self.per_group, self.seed, lambda: batches_done(self.trainer)
+        )
         return DataLoader(stream, batch_size=None)
 
     def fixed_texts(self, count: int) -> list[str]:

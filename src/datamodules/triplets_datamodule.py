@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
-from src.datamodules.docstring_datamodule import TripletStream
+from src.datamodules.docstring_datamodule import TripletStream, batches_done
 from src.datamodules.records import Triplet
 
 
@@ -92,7 +92,8 @@ class TripletsDataModule(L.LightningDataModule):
         read_triplets(self.path, self.negatives)
 
     def train_dataloader(self) -> DataLoader[list[Triplet]]:
-        return DataLoader(TripletStream(self.split()[0], self.batch_size, 1, self.seed), batch_size=None)
+        stream = TripletStream(self.split()[0], self.batch_size, 1, self.seed, lambda: batches_done(self.trainer))
+        return DataLoader(stream, batch_size=None)
 
     def fixed_texts(self, count: int) -> list[str]:
         """Held-out documents, the same at every call; fewer than `count` where fewer are held out."""

@@ -48,6 +48,10 @@ class Algorithm:
     truncation: Penalty = "relative"
     truncation_size: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.updates_per_batch < 1:
+            raise ValueError(f"algorithm.updates_per_batch={self.updates_per_batch}: it must be at least 1")
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -87,7 +91,7 @@ class GRACE(L.LightningModule):
         seed: of the rollouts; each batch, side and rank draws its own stream from it.
 
     Raises:
-        ValueError: num_rollouts < 2, as a group of one has no baseline.
+        ValueError: num_rollouts < 2, as a group of one has no baseline; a temperature or a size without sense.
     """
 
     def __init__(
@@ -113,6 +117,14 @@ class GRACE(L.LightningModule):
         super().__init__()
         if num_rollouts < 2:
             raise ValueError(f"module.num_rollouts={num_rollouts}: a group of one rollout has no baseline to be better than; use 2 or more")
+        if positive_temperature <= 0 or other_temperature < 0:
+            raise ValueError(
+                f"module.positive_temperature={positive_temperature}, module.other_temperature={other_temperature}: the first must be "
+                "above 0, as greedy rollouts do not differ; the second may be 0 (greedy)"
+            )
+        for name, value in (("micro_batch_size", micro_batch_size), ("encode_batch_size", encode_batch_size)):
+            if value < 1:
+                raise ValueError(f"module.{name}={value}: it must be at least 1")
         self.save_hyperparameters(ignore=["policy", "engine", "reward", "algorithm", "template_kwargs"])
         self.automatic_optimization = False
         self.policy, self.engine, self.reward, self.algorithm = policy, engine, reward, algorithm
@@ -129,6 +141,20 @@ class GRACE(L.LightningModule):
     def encoder(self, rationale: bool = True, temperature: float = 0.0) -> RationaleEncoder:
         """The policy as it is now, as an encoder of texts."""
         return RationaleEncoder(self.policy, self.settings, self.engine, rationale=rationale, temperature=temperature)
+
+    def setup(self, stage: str) -> None:
+        """Refuses what would train wrongly in silence.
+
+        Raises:
+            ValueError: several processes (in-batch terms would miss the other ranks' texts), or float16 arithmetic (its
+                gradients are scaled where they are clipped here).
+        """
+        if self.trainer.world_size > 1:
+            raise ValueError(f"trainer.devices: {self.trainer.world_size} processes, and GRACE trains in one so far; use trainer.devices=1")
+        if self.trainer.precision.startswith("16"):
+            raise ValueError(
+                f"trainer.precision={self.trainer.precision}: use bf16-mixed or 32-true, float16 would overflow its loss scale"
+            )
 
     # ---- one rollout batch
 
@@ -176,7 +202,8 @@ class GRACE(L.LightningModule):
         with _timed(seconds, "encode"):
             embedded, old_logprobs = self._encode_positives(positive)
             rest = self._encode_others(others)
-        embeddings = Embeddings.normalised(rest[:b], embedded.view(b, h["num_rollouts"], -1), rest[b:].view(b, negatives.pop(), -1))
+        own, against = embedded.view(b, h["num_rollouts"], -1), rest[b:].unflatten(0, (b, negatives.pop()))
+        embeddings = Embeddings.normalised(rest[:b], own, against)
         sampled = int(positive.rationale_lengths.sum() + others.rationale_lengths.sum())
         return Scored(positive, old_logprobs, embeddings, sampled)
 

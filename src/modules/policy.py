@@ -156,7 +156,19 @@ def _hidden_states(backbone: nn.Module, rollouts: Rollouts, group_size: int) -> 
         states: Tensor = backbone(input_ids=rollouts.input_ids, use_cache=False).last_hidden_state
         return states
     packed = pack(rollouts, group_size)
-    states = backbone(
-        input_ids=packed.input_ids, attention_mask=packed.attention_mask, position_ids=packed.position_ids, use_cache=False
-    ).last_hidden_state
+    mask = _as_read(packed.attention_mask, str(backbone.config._attn_implementation))  # type: ignore[union-attr]
+    states = backbone(input_ids=packed.input_ids, attention_mask=mask, position_ids=packed.position_ids, use_cache=False).last_hidden_state
     return unpack(states, packed)
+
+
+def _as_read(visible: Tensor, implementation: str) -> Tensor:
+    """A [G, 1, L, L] bool mask in the form that an attention of transformers reads; what it cannot read it ignores in silence.
+
+    Raises:
+        ValueError: an attention that takes no mask of this shape.
+    """
+    if implementation == "sdpa":
+        return visible
+    if implementation == "eager":  # adds its mask to the scores
+        return torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, -torch.inf)
+    raise ValueError(f"policy.attn_implementation={implementation}: rollouts that share a prompt need sdpa or eager")

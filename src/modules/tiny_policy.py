@@ -62,7 +62,7 @@ def fresh_policy(
         num_key_value_heads=key_value_heads,
         max_position_embeddings=max_positions,
         tie_word_embeddings=True,
-        attn_implementation=attn_implementation,
+        attn_implementation=attn_implementation,  # type: ignore[call-arg]
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -13,9 +13,9 @@ def penalise_truncated(rewards: Tensor, finished: Tensor, penalty: Penalty = "re
 
     Args:
         rewards, finished: [B, K] float32 and bool.
-        penalty: `relative`, the lowest finished reward of the group less `size` times the standard deviation of its
-            finished rewards (so on the reward's own scale, whatever the temperature); `constant`, -`size` as the
-            published code has it; `mask`, the rollout leaves both the group's baseline and the loss.
+        penalty: `relative`, the lowest finished reward of the group less `size` times the standard deviation of all its
+            rewards (so on the reward's own scale, whatever the temperature); `constant`, -`size` as the published code
+            has it; `mask`, the rollout leaves both the group's baseline and the loss.
         size: of the penalty.
 
     Returns:
@@ -33,8 +33,7 @@ def penalise_truncated(rewards: Tensor, finished: Tensor, penalty: Penalty = "re
     if penalty != "relative":
         raise ValueError(f"truncation penalty {penalty!r}: it is relative, constant or mask")
     some = finished.any(dim=1, keepdim=True)
-    counts = finished.sum(dim=1, keepdim=True).clamp(min=1)
     lowest = rewards.masked_fill(~finished, torch.inf).min(dim=1, keepdim=True).values
-    mean = (rewards * finished).sum(dim=1, keepdim=True) / counts
-    std = (((rewards - mean) ** 2 * finished).sum(dim=1, keepdim=True) / counts).sqrt()
+    # of all, not of the finished alone: one that finished has no spread, and the rest would go without a penalty
+    std = rewards.std(dim=1, keepdim=True, correction=0)
     return torch.where(finished | ~some, rewards, lowest - size * std), everything

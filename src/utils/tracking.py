@@ -12,6 +12,15 @@ from lightning.pytorch.loggers import MLFlowLogger
 from matplotlib.figure import Figure
 
 
+def mlflow_logger(tracking_uri: str, artifact_location: str, **settings: Any) -> MLFlowLogger:
+    """A logger whose artifacts lie at `artifact_location` if its store is a local SQLite file.
+
+    Any other store has a place of its own for them; a folder named here would keep them on this machine.
+    """
+    local = tracking_uri.startswith("sqlite:")
+    return MLFlowLogger(tracking_uri=tracking_uri, artifact_location=artifact_location if local else None, **settings)
+
+
 def mlflow_loggers(trainer: L.Trainer) -> list[MLFlowLogger]:
     """The MLflow loggers of a trainer; none on other ranks than 0."""
     return [logger for logger in trainer.loggers if isinstance(logger, MLFlowLogger)] if trainer.is_global_zero else []

@@ -1,7 +1,10 @@
 import json
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
+import torch
 
 from src.datamodules.records import Triplet
 from src.datamodules.triplets_datamodule import TripletsDataModule, read_triplets
@@ -56,3 +59,54 @@ def test_what_is_held_out_is_not_trained_on_and_batches_are_whole(tmp_path):
     assert data.fixed_texts(5) == data.fixed_texts(5)
     with pytest.raises(ValueError, match="do not fill one batch"):
         TripletsDataModule(str(file), batch_size=30).train_dataloader()
+
+
+class Seen(L.Callback):
+    """Notes the records of every batch; ends training after batch `until` and saves there."""
+
+    def __init__(self, until: int = -1, file: Path | None = None) -> None:
+        self.until, self.file = until, file
+        self.batches: list[list[str]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append([triplet.id for triplet in batch])
+        if len(self.batches) == self.until:
+            trainer.save_checkpoint(self.file)
+            raise RuntimeError("interrupted")
+
+
+class Nothing(L.LightningModule):
+    """Trains one number that the batches have no say in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: list[Triplet], batch_idx: int) -> torch.Tensor:
+        return self.number.square()
+
+    def transfer_batch_to_device(self, batch: list[Triplet], device: torch.device, dataloader_idx: int) -> list[Triplet]:
+        return batch
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_resumed_run_and_a_second_epoch_go_on_with_the_data_where_it_stood(tmp_path):
+    file = write(tmp_path / "data.jsonl", *({**GOOD, "positive": f"text {i}"} for i in range(24)))
+
+    def batches(seen: Seen, epochs: int, ckpt_path: Path | None = None) -> list[list[str]]:
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = L.Trainer(accelerator="cpu", max_epochs=epochs, limit_train_batches=6 // epochs, callbacks=[seen], **quiet)
+        trainer.fit(Nothing(), datamodule=TripletsDataModule(str(file), batch_size=3), ckpt_path=ckpt_path)
+        return seen.batches
+
+    whole = batches(Seen(), epochs=1)
+    assert len({tuple(batch) for batch in whole}) == 6
+    assert batches(Seen(), epochs=2) == whole
+    with pytest.raises(RuntimeError, match="interrupted"):
+        batches(Seen(2, tmp_path / "two.ckpt"), epochs=1)
+    assert batches(Seen(), epochs=1, ckpt_path=tmp_path / "two.ckpt") == whole[2:]
+    with pytest.raises(RuntimeError, match="interrupted"):
+        batches(Seen(5, tmp_path / "five.ckpt"), epochs=2)
+    assert batches(Seen(), epochs=2, ckpt_path=tmp_path / "five.ckpt") == whole[5:]

@@ -10,9 +10,14 @@ finished = torch.tensor([[True, True, False], [True, True, True], [False, False,
 def test_relative_puts_a_truncated_rollout_below_the_worst_finished_one_on_the_rewards_own_scale():
     penalised, keep = penalise_truncated(rewards, finished, "relative", size=2.0)
     assert keep.all()
-    assert penalised[0].tolist() == [1.0, 2.0, 1.0 - 2.0 * 0.5]
+    torch.testing.assert_close(penalised[0], torch.tensor([1.0, 2.0, 1.0 - 2.0 * rewards[0].std(correction=0)]))
     scaled, _ = penalise_truncated(rewards * 10, finished, "relative", size=2.0)
     torch.testing.assert_close(scaled, penalised * 10)
+
+
+def test_relative_pushes_a_group_to_finish_in_which_only_one_did():
+    penalised, _ = penalise_truncated(torch.tensor([[1.0, 5.0, 7.0, 9.0]]), torch.tensor([[True, False, False, False]]), "relative")
+    assert (penalised[0, 1:] < 1.0).all()
 
 
 def test_relative_leaves_groups_alone_in_which_all_or_none_finished():

@@ -24,3 +24,11 @@ def test_no_group_is_nothing() -> None:
 def test_an_entry_without_target_is_named(entry: object) -> None:
     with pytest.raises(ValueError, match=r"callbacks\.wrong has no _target_"):
         instantiate_all(OmegaConf.create({"wrong": entry}), "callbacks")
+
+
+def test_only_a_local_store_keeps_artifacts_in_a_folder_of_ours() -> None:
+    from src.utils.tracking import mlflow_logger
+
+    settings = {"experiment_name": "e", "artifact_location": "file:///here"}
+    assert mlflow_logger("sqlite:///x.db", **settings)._artifact_location == "file:///here"
+    assert mlflow_logger("http://localhost:5000", **settings)._artifact_location is None
