@@ -3,10 +3,7 @@
 batch -> rollouts -> embeddings, log-probs -> reward terms -> advantages -> loss -> steps
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning as L
@@ -15,59 +12,31 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from src.datamodules.records import Triplet
+from src.modules.algorithm import Algorithm
 from src.modules.encoder import RationaleEncoder
-from src.modules.losses import TokenLoss
 from src.modules.policy import Policy
 from src.modules.prompt import PromptRenderer
 from src.modules.report import StepReport
 from src.modules.rewards import Embeddings, Reward
 from src.modules.rollout_hf import HFRollouts
+from src.modules.scoring import (
+    PositiveEncoding,
+    Scored,
+    as_sides,
+    encode_others,
+    encode_positives,
+    instance_rows,
+    sampled_tokens,
+    unrelated_similarity,
+)
 from src.modules.sequences import Rollouts
 from src.modules.settings import EncoderSettings
-from src.modules.truncation import Penalty, penalise_truncated
+from src.modules.truncation import penalise_truncated
+from src.utils.timing import timed
 
 
 class NonFiniteError(RuntimeError):
     """A reward or a gradient is infinite or not a number; the weights are still those of the last good step."""
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    """A policy-gradient algorithm: which advantage, which loss, how many steps.
-
-    Attributes:
-        advantage: (rewards [B, K], keep [B, K] bool) -> advantages [B, K].
-        loss: (logprobs [N, T], old_logprobs [N, T], advantages [N], mask [N, T]) -> sums over tokens.
-        updates_per_batch: optimiser steps a rollout batch, each on its share of the instances; 1 is purely on-policy.
-        truncation, truncation_size: see `penalise_truncated`.
-    """
-
-    advantage: Callable[[Tensor, Tensor], Tensor]
-    loss: Callable[[Tensor, Tensor, Tensor, Tensor], TokenLoss]
-    updates_per_batch: int = 1
-    truncation: Penalty = "relative"
-    truncation_size: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.updates_per_batch < 1:
-            raise ValueError(f"algorithm.updates_per_batch={self.updates_per_batch}: it must be at least 1")
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Rollouts of one batch with what was computed from them before any update.
-
-    Attributes:
-        positive: the B*K rollouts of the positives.
-        old_logprobs: [B*K, T] float32 of the sampling policy; None where one update makes them those of the update.
-        embeddings: unit vectors of all sides.
-        rollout_tokens: tokens sampled, all sides.
-    """
-
-    positive: Rollouts
-    old_logprobs: Tensor | None
-    embeddings: Embeddings
-    rollout_tokens: int
 
 
 class GRACE(L.LightningModule):
@@ -170,7 +139,7 @@ class GRACE(L.LightningModule):
         rewards, keep = penalise_truncated(reward.total, finished, self.algorithm.truncation, self.algorithm.truncation_size)
         advantages = self.algorithm.advantage(rewards, keep)
         self.policy.train()
-        with _timed(seconds, "update"):
+        with timed(seconds, "update"):
             update = self.update(scored, advantages, keep, batch)
         self.rollout_batches += 1
         self.report = StepReport(
@@ -189,59 +158,21 @@ class GRACE(L.LightningModule):
 
     def score(self, batch: Sequence[Triplet], seconds: dict[str, float]) -> Scored:
         """Rollouts of a batch, their embeddings, and the sampling policy's log-probs where an update will need them."""
-        negatives = {len(triplet.negatives) for triplet in batch}
-        if len(negatives) != 1:
-            raise ValueError(
-                f"a batch must have one number of negatives an instance, this one has {sorted(negatives)} (first record: {batch[0].id})"
-            )
-        h, b = self.hparams, len(batch)
-        with _timed(seconds, "rollout"):
+        h, several = self.hparams, self.algorithm.updates_per_batch > 1
+        with timed(seconds, "rollout"):
             positive = self._roll_out([t.positive for t in batch], h["num_rollouts"], h["positive_temperature"], side=0)
             texts = [t.query for t in batch] + [n for t in batch for n in t.negatives]
             others = self._roll_out(texts, 1, h["other_temperature"], side=1)
-        with _timed(seconds, "encode"):
-            embedded, old_logprobs = self._encode_positives(positive)
-            rest = self._encode_others(others)
-        own, against = embedded.view(b, h["num_rollouts"], -1), rest[b:].unflatten(0, (b, negatives.pop()))
-        embeddings = Embeddings.normalised(rest[:b], own, against)
-        sampled = int(positive.rationale_lengths.sum() + others.rationale_lengths.sum())
-        return Scored(positive, old_logprobs, embeddings, sampled)
+        with timed(seconds, "encode"):
+            encode = PositiveEncoding(h["num_rollouts"], h["micro_batch_size"], h["positive_temperature"])
+            embedded, old_logprobs = encode_positives(self.policy, positive, encode, with_logprobs=several)
+            rest = encode_others(self.policy, others, h["encode_batch_size"])
+        return Scored(positive, old_logprobs, as_sides(embedded, rest, batch), sampled_tokens(positive, others))
 
     def _roll_out(self, texts: Sequence[str], n: int, temperature: float, side: int) -> Rollouts:
         # a tuple of ints hashes to the same number in every process
         seed = hash((self.hparams["seed"], self.rollout_batches, side, self.global_rank)) % 2**31
         return self.engine.generate(self.policy, self.renderer(texts), n=n, temperature=temperature, seed=seed)
-
-    def _encode_positives(self, positive: Rollouts) -> tuple[Tensor, Tensor | None]:
-        """[B*K, D] embeddings and [B*K, T] log-probs (None where one update needs none).
-
-        What the engine met while it sampled is taken; one pass computes the rest.
-        """
-        several = self.algorithm.updates_per_batch > 1
-        embeddings, logprobs = positive.embeddings, positive.logprobs if several else None
-        if embeddings is None or (several and logprobs is None):
-            embeddings, logprobs = self._encode_pass(positive, several)
-        return embeddings, logprobs
-
-    def _encode_pass(self, positive: Rollouts, with_logprobs: bool) -> tuple[Tensor, Tensor | None]:
-        k = self.hparams["num_rollouts"]
-        embeddings, logprobs = [], []
-        for rows in _groups(range(len(positive) // k), k, self.hparams["micro_batch_size"]):
-            part = positive[rows]
-            hidden = self.policy.hidden_states(part, k)
-            embeddings.append(self.policy.embed(part, hidden, k))
-            if with_logprobs:
-                values, _ = self.policy.logprobs(part, hidden, self.hparams["positive_temperature"])
-                logprobs.append(torch.nn.functional.pad(values, (0, positive.input_ids.shape[1] - values.shape[1])))
-        return torch.cat(embeddings), torch.cat(logprobs) if with_logprobs else None
-
-    def _encode_others(self, others: Rollouts) -> Tensor:
-        """[B + B*M, D] embeddings; where the engine gives none, from a pass in batches of like lengths."""
-        if others.embeddings is not None:
-            return others.embeddings
-        order = others.lengths.argsort()
-        parts = [self.policy.embed(others[rows]) for rows in order.split(self.hparams["encode_batch_size"])]
-        return torch.cat(parts)[order.argsort()]
 
     # ---- the update
 
@@ -266,7 +197,7 @@ class GRACE(L.LightningModule):
         """Adds up the gradient of the token mean over a minibatch; the same whatever the micro-batch size."""
         k = advantages.shape[1]
         sums = dict.fromkeys(("loss", "clip_share", "approx_kl", "entropy"), 0.0)
-        for rows in _groups(instances.tolist(), k, self.hparams["micro_batch_size"]):
+        for rows in instance_rows(instances.tolist(), k, self.hparams["micro_batch_size"]):
             part = scored.positive[rows]
             logprobs, entropy = self.policy.logprobs(part, self.policy.hidden_states(part, k), self.hparams["positive_temperature"])
             old = logprobs.detach() if scored.old_logprobs is None else scored.old_logprobs[rows, : logprobs.shape[1]]
@@ -332,29 +263,3 @@ class GRACE(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.rollout_batches = checkpoint["grace"]["rollout_batches"]
-
-
-def unrelated_similarity(positive: Tensor) -> float:
-    """Mean cosine between positives of different instances; `positive` is [B, K, D] of unit vectors; nan where B = 1."""
-    b = len(positive)
-    if b == 1:
-        return float("nan")
-    means = positive.mean(dim=1)  # the mean of all cross similarities is that of the means
-    return float(((means @ means.T).sum() - means.square().sum()) / (b * (b - 1)))
-
-
-def _groups(instances: Sequence[int], k: int, per_micro: int) -> Iterator[Tensor]:
-    """Row indices of `per_micro` instances at a time, K rows each."""
-    for start in range(0, len(instances), per_micro):
-        chosen = torch.tensor(list(instances[start : start + per_micro]))
-        yield (chosen.unsqueeze(1) * k + torch.arange(k)).flatten()
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Adds the wall time of a phase; waits for a GPU's queue, or its work would be counted in a later phase."""
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start

@@ -11,10 +11,12 @@ from torch.utils.data import DataLoader
 
 from src.datamodules.records import Triplet
 from src.modules.advantages import grpo
-from src.modules.grace import GRACE, Algorithm, NonFiniteError, unrelated_similarity
+from src.modules.algorithm import Algorithm
+from src.modules.grace import GRACE, NonFiniteError
 from src.modules.losses import ppo_clip
 from src.modules.rewards import Embeddings, Reward, document, listwise, paper
 from src.modules.rollout_hf import HFRollouts
+from src.modules.scoring import unrelated_similarity
 from src.modules.sequences import Rollouts
 from tests.builders import SENTENCES, small_policy
 
