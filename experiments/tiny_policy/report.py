@@ -32,19 +32,28 @@ CURVES = {
 }
 
 
+def joined_history(client: mlflow.MlflowClient, runs: list[str], metric: str) -> list[tuple[int, float]]:
+    """Steps and values over runs that went on one from the other, the later run's where two have a step."""
+    values: dict[int, float] = {}
+    for run in runs:
+        values |= {point.step: point.value for point in client.get_metric_history(run, metric)}
+    return sorted(values.items())
+
+
 def loss_curve(tracking_uri: str, run_name: str, path: Path) -> str:
-    """Draws the losses of the newest run of that name; says what it saw."""
+    """Draws the losses of the runs of that name, resumed ones joined; says what it saw."""
     mlflow.set_tracking_uri(tracking_uri)
-    runs = mlflow.search_runs(search_all_experiments=True, filter_string=f"attributes.run_name = '{run_name}'", max_results=1)
+    runs = mlflow.search_runs(search_all_experiments=True, filter_string=f"attributes.run_name = '{run_name}'", order_by=["start_time ASC"])
     if runs.empty:
         return f"no run named {run_name!r} in {tracking_uri}: the loss curve was left as it is"
     plt.switch_backend("Agg")
-    client, run = mlflow.MlflowClient(), runs["run_id"].iloc[0]
+    client = mlflow.MlflowClient()
     figure, axes = plt.subplots(2, 3, figsize=(11, 5.6), dpi=120, layout="constrained", sharex=True)
     for axis, (name, title) in zip(axes.flat, CURVES.items(), strict=True):
         for split, style in (("train", {"linewidth": 0.8}), ("val", {"marker": "o", "markersize": 3})):
-            points = client.get_metric_history(run, f"{split}/{name}")
-            axis.plot([p.step for p in points], [p.value for p in points], label=split, **style)
+            points = joined_history(client, list(runs["run_id"]), f"{split}/{name}")
+            points = [point for point in points if point[0] >= 250 or name == "copying"]  # before that it only copies
+            axis.plot([step for step, _ in points], [value for _, value in points], label=split, **style)
         axis.set_title(title)
         axis.grid(alpha=0.3)
     axes[0, 0].legend(frameon=False)
@@ -52,8 +61,7 @@ def loss_curve(tracking_uri: str, run_name: str, path: Path) -> str:
         axis.set_xlabel("steps")
     figure.supylabel("nats")
     figure.savefig(path)
-    minutes = (runs["end_time"].iloc[0] - runs["start_time"].iloc[0]).total_seconds() / 60
-    return f"run {run}: {minutes:.0f} minutes"
+    return f"{len(runs)} runs named {run_name!r}"
 
 
 def main() -> None:

@@ -58,10 +58,18 @@ class Policy(nn.Module):
         encoder: Literal["live", "frozen"] = "live",
         revision: str | None = None,
         attn_implementation: str = "sdpa",
+        train_embeddings: bool = True,
     ) -> "Policy":
         """Reads a policy from a folder or from the hub, in float32.
 
         A folder that was exported with a frozen encoder keeps it: `encoder` then has no say.
+
+        Args:
+            path: a folder, or a name on the hub.
+            revision: on the hub.
+            attn_implementation: `sdpa` or `eager`.
+            train_embeddings: False holds the token embeddings (and a tied output layer) as they are. A policy gradient
+                tells little about most of the vocabulary, and Adam makes full steps of that little.
 
         Raises:
             FileNotFoundError: no such folder, and no such model in reach.
@@ -78,6 +86,7 @@ class Policy(nn.Module):
                 f"or a hub name on a machine that reaches the hub ({str(error).splitlines()[0]})"
             ) from error
         policy = cls(model, tokenizer, encoder)
+        model.get_input_embeddings().requires_grad_(train_embeddings)
         if Path(path, ENCODER_FOLDER).is_dir():
             frozen = AutoModelForCausalLM.from_pretrained(Path(path, ENCODER_FOLDER), dtype=torch.float32)
             policy.frozen_encoder = frozen.base_model.eval().requires_grad_(False)

@@ -140,3 +140,10 @@ def test_a_model_that_does_more_to_its_logits_is_refused() -> None:
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(ValueError, match="final_logit_softcapping"):
         Policy(model, tokenizer)
+
+
+def test_embeddings_can_be_held_while_the_rest_is_trained(tiny_policy_folder: Path) -> None:
+    policy = Policy.load(str(tiny_policy_folder), train_embeddings=False)
+    rollouts = some_rollouts(policy)
+    policy.logprobs(rollouts, policy.hidden_states(rollouts))[0].sum().backward()
+    assert [name for name, p in policy.model.named_parameters() if p.grad is None] == ["model.embed_tokens.weight"]
