@@ -23,9 +23,11 @@ DIAGNOSTICS = {
 }
 
 
-def finished_runs(project: str) -> pd.DataFrame:
-    """The last finished run of every (name, seed)."""
-    runs = mlflow.search_runs(experiment_names=[project], filter_string="attributes.status = 'FINISHED'")
+def last_runs(project: str, unfinished: bool) -> pd.DataFrame:
+    """The last run of every (name, seed), of those that finished or of all."""
+    runs = mlflow.search_runs(experiment_names=[project])
+    if not unfinished:
+        runs = runs[runs["status"] == "FINISHED"]
     if runs.empty:
         raise SystemExit(
             f"no finished runs of project {project!r} in {mlflow.get_tracking_uri()}; see README.md for the command that makes them"
@@ -38,6 +40,18 @@ def mean_and_spread(values: list[float], scale: float = 1.0) -> str:
     """`mean ± sample standard deviation`."""
     spread = f" ± {scale * stdev(values):.2f}" if len(values) > 1 else ""
     return f"{scale * fmean(values):.2f}{spread}"
+
+
+def validation_rows(runs: pd.DataFrame) -> list[list[str]]:
+    """What a run without a final report has: validation scores before the first batch and after the last."""
+    client, rows = mlflow.MlflowClient(), []
+    for _, run in runs.iterrows():
+        cells = []
+        for task in SCORES:
+            points = [value for _, value in sorted(history(client, run["run_id"], f"mteb/{task}").items())]
+            cells.append(f"{100 * points[0]:.2f} -> {100 * points[-1]:.2f}" if points else "-")
+        rows.append([run["form"], run["seed"], *cells])
+    return rows
 
 
 def score_rows(runs: pd.DataFrame) -> list[list[str]]:
@@ -103,14 +117,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--project", default="tiny_learning")
     parser.add_argument("--tracking-uri", default=f"sqlite:///{HERE.parents[1] / 'mlflow.db'}")
+    parser.add_argument("--unfinished", action="store_true", help="runs that were cut off, too")
     parser.add_argument("--output", type=Path, default=HERE)
     arguments = parser.parse_args()
     mlflow.set_tracking_uri(arguments.tracking_uri)
-    runs = finished_runs(arguments.project)
+    runs = last_runs(arguments.project, arguments.unfinished)
+    scored = "metrics.test/grace/average" in runs
     page = "\n\n".join(
         [
-            "Held-out tasks, %, mean ± standard deviation over seeds:",
-            table(["", "seeds", *SCORES.values()], score_rows(runs)),
+            "Held-out tasks, %, mean ± standard deviation over seeds:" if scored else "Validation tasks, %, first -> last:",
+            table(["", "seeds" if scored else "seed", *SCORES.values()], score_rows(runs) if scored else validation_rows(runs)),
             "First ten -> last ten rollout batches, means over seeds:",
             table(["", *DIAGNOSTICS.values()], diagnostic_rows(runs)),
             "![curves](curves.png)\n",
