@@ -117,12 +117,12 @@ def test_the_seed_decides_everything() -> None:
 
 def test_the_datamodule_validates_on_other_packages_and_always_the_same(tmp_path: Path) -> None:
     settings = {"groups": 4, "per_group": 2, "val_batches": 3}
-    data = DemonstrationDataModule(["rich"], ["jinja2"], [], str(tmp_path), **settings)  # type: ignore[arg-type]
+    data = DemonstrationDataModule(["rich"], ["jinja2"], str(tmp_path), **settings)  # type: ignore[arg-type]
     training = {d.query for batch in itertools.islice(data.train_dataloader(), 40) for d in batch}
     validation = list(data.val_dataloader())
     assert [len(batch) for batch in validation] == [8, 8, 8]
     assert not training & {d.query for batch in validation for d in batch}
-    again = DemonstrationDataModule(["rich"], ["jinja2"], [], str(tmp_path), **settings, seed=5)  # type: ignore[arg-type]
+    again = DemonstrationDataModule(["rich"], ["jinja2"], str(tmp_path), **settings, seed=5)  # type: ignore[arg-type]
     assert list(again.val_dataloader()) == validation
 
 

@@ -67,7 +67,8 @@ def test_losses_are_finite_and_reach_every_parameter() -> None:
 
 def test_a_short_fit_lowers_every_loss(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    cold_start, batch = module(learning_rate=3e-3, warmup_steps=2), demonstrations()
+    # two steps of copying alone first: the way the default begins
+    cold_start, batch = module(learning_rate=3e-3, warmup_steps=2, copy_steps=2), demonstrations()
     with torch.no_grad():
         before = cold_start.losses(batch)
     trainer = L.Trainer(
@@ -85,3 +86,15 @@ def test_a_short_fit_lowers_every_loss(tmp_path: Path) -> None:
     assert trainer.global_step == 40
     for name in ("text", "query_rationale", "document_rationale", "nce", "nce_rationale"):
         assert after[name] < 0.9 * before[name], name
+
+
+def test_copying_is_the_cross_entropy_of_what_was_said_before() -> None:
+    cold_start = module()
+    vocabulary = len(cold_start.policy.tokenizer)
+    torch.manual_seed(0)
+    loss = cold_start.copying_loss(rows=3, tokens=5)
+    torch.manual_seed(0)
+    first = torch.randint(vocabulary, (3, 5))
+    logits = cold_start.policy.model(input_ids=torch.cat([first, first], dim=1)).logits
+    expected = [-logits[row, 4 + t].log_softmax(-1)[first[row, t]] for row in range(3) for t in range(5)]
+    torch.testing.assert_close(loss, torch.stack(expected).mean())
