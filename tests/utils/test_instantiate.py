@@ -26,9 +26,9 @@ def test_an_entry_without_target_is_named(entry: object) -> None:
         instantiate_all(OmegaConf.create({"wrong": entry}), "callbacks")
 
 
-def test_only_a_local_store_keeps_artifacts_in_a_folder_of_ours() -> None:
+def test_only_a_local_store_keeps_artifacts_in_a_folder_of_ours(tracking_uri: str) -> None:
     from src.utils.tracking import mlflow_logger
 
     settings = {"experiment_name": "e", "artifact_location": "file:///here"}
-    assert mlflow_logger("sqlite:///x.db", **settings)._artifact_location == "file:///here"
+    assert mlflow_logger(tracking_uri, **settings)._artifact_location == "file:///here"
     assert mlflow_logger("http://localhost:5000", **settings)._artifact_location is None
