@@ -82,18 +82,24 @@ def listwise_oracle(
     query: Tensor, positive: Tensor, negative: Tensor, to_query: float, to_document: float, lambda1: float, temperature: float
 ) -> Tensor:
     b, k = positive.shape[:2]
+
+    def centred(i: int, document: Tensor) -> Tensor:
+        """exp of the document's similarity to query i, less its mean over the queries."""
+        similarities = [_dot(query[j], document) / temperature for j in range(b)]
+        return (similarities[i] - sum(similarities) / b).exp()
+
     rows = []
     for i in range(b):
         row = []
         for r in range(k):
-            own = (_dot(query[i], positive[i, r]) / temperature).exp()
-            queries = torch.stack([(_dot(positive[i, r], query[j]) / temperature).exp() for j in range(b)]).sum()
+            own = centred(i, positive[i, r])
+            queries = sum(centred(j, positive[i, r]) for j in range(b))
             documents = own
             for m in range(negative.shape[1]):
-                documents = documents + (_dot(query[i], negative[i, m]) / temperature).exp()
+                documents = documents + centred(i, negative[i, m])
             for j in range(b):
                 if j != i:
-                    documents = documents + (_dot(query[i], positive[j].mean(dim=0)) / temperature).exp()
+                    documents = documents + centred(i, positive[j].mean(dim=0))
             value = to_query * (own / queries).log() + to_document * (own / documents).log()
             row.append(value + lambda1 * consistency_oracle(positive, i, r))
         rows.append(torch.stack(row))

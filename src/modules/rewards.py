@@ -69,7 +69,7 @@ def _to_queries(e: Embeddings) -> Tensor:
 
 
 def _own(similarity: Tensor) -> Tensor:
-    """[B, K]: the entries j = i of a [B, K, B] tensor."""
+    """[B, n]: the entries j = i of a [B, n, B] tensor."""
     return similarity.diagonal(dim1=0, dim2=2).T
 
 
@@ -144,11 +144,16 @@ def listwise(
 ) -> Reward:
     """This project's reward: the log-probability that texts find their own among the batch's (InfoNCE as a reward).
 
-    to_query = log softmax_j(sim(h_p[i,k], h_q[j]) / tau) at j = i: the rollout finds its query.
-    to_document = log of exp(sim(h_q[i], h_p[i,k]) / tau) over itself + sum_m exp(sim(h_q[i], h_n[i,m]) / tau)
-        + sum_{j != i} exp(sim(h_q[i], mean_l h_p[j,l]) / tau): the query finds the rollout.
+    With s[j] a document's similarity to query j over tau, less the mean of it over the batch's queries:
 
-    A shift common to all similarities cancels, so a rationale that pulls every text together earns nothing.
+    to_query = log softmax_j(s of h_p[i,k])[i]: the rollout finds its query.
+    to_document = log of exp(s[i] of h_p[i,k]) over itself + sum_m exp(s[i] of h_n[i,m])
+        + sum_{j != i} exp(mean_l s[i] of h_p[j,l]): the query finds the rollout.
+
+    A shift common to all similarities cancels, so a rationale that pulls every text together earns nothing. Nor does a
+    rollout that comes closer to every query alike (a hub; longer rationales do): that the mean is taken off each
+    document's own similarities sees to it. It would win each comparison with the rivals, who do not move, and when all
+    rollouts learn it nothing is won.
 
     Raises:
         ValueError: B = 1 leaves `to_query` nothing to tell apart.
@@ -157,11 +162,12 @@ def listwise(
     if b == 1:
         raise ValueError("reward=listwise needs at least 2 instances a batch: a single query is always found; raise datamodule.batch_size")
     similarity = _to_queries(e) / temperature
+    similarity = similarity - similarity.mean(dim=2, keepdim=True)
     own = _own(similarity)  # [B, K]
-    # [B, B] query i to the mean rollout of document j: a mean of similarities is the similarity to the mean
-    rivals = torch.einsum("id,jd->ij", e.query, e.positive.mean(dim=1)) / temperature
+    rivals = similarity.mean(dim=1).T  # [B, B]: of query i to document j
     rivals = rivals.masked_fill(~_others(b, rivals.device), -torch.inf)
-    hard_negatives = torch.einsum("id,imd->im", e.query, e.negative) / temperature
+    to_negatives = torch.einsum("imd,jd->imj", e.negative, e.query) / temperature
+    hard_negatives = _own(to_negatives - to_negatives.mean(dim=2, keepdim=True))  # [B, M]
     against = torch.cat([rivals, hard_negatives], dim=1).logsumexp(dim=1, keepdim=True)  # [B, 1]
     terms = {
         "to_query": own - similarity.logsumexp(dim=2),

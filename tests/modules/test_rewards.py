@@ -98,6 +98,23 @@ def test_a_shift_common_to_all_similarities_earns_nothing_listwise(shift):
     assert (paper(shifted).total - paper(e).total).abs().min() > 1e-3
 
 
+def test_coming_closer_to_every_query_alike_earns_nothing_listwise_and_much_in_the_other_forms():
+    # queries share a direction; one rollout takes up more of it, as longer rationales do
+    generator = torch.Generator().manual_seed(2)
+    shared = torch.zeros(9).index_fill(0, torch.tensor([8]), 1.0)
+    query = torch.nn.functional.pad(torch.randn(5, 8, generator=generator), (0, 1))
+    query = torch.nn.functional.normalize(query, dim=-1) * 0.8 + 0.6 * shared
+    positive = torch.nn.functional.pad(torch.randn(5, 3, 8, generator=generator), (0, 1)) * 0.2
+    negative = torch.nn.functional.pad(torch.randn(5, 1, 8, generator=generator), (0, 1)) * 0.2
+    hub = positive.clone()
+    hub[0, 0] += 0.2 * shared
+    # lengths are left as they are: one number is added to the rollout's similarities, and nothing else changes
+    before, after = Embeddings(query, positive, negative), Embeddings(query, hub, negative)
+    torch.testing.assert_close(listwise(after).total, listwise(before).total)
+    for reward in (paper, document):
+        assert (reward(after).total - reward(before).total)[0, 0] > 0.1
+
+
 def test_terms_are_returned_before_weighting_and_add_up():
     e = random_embeddings(3, 4, 2, 8, seed=0)
     for reward, scale in ((paper(e), 10.0), (document(e), 10.0), (listwise(e), 1.0)):
