@@ -35,6 +35,8 @@ def diagnose(report: StepReport) -> dict[str, float]:
         "rollout/rationale_length": float(report.rationale_lengths.float().mean()),
         "rollout/distinct_rationales": report.distinct_rationales,
         "rollout/unrelated_similarity": report.unrelated_similarity,
+        "rollout/logprob_gap_mean": report.logprob_gap[0],
+        "rollout/logprob_gap_max": report.logprob_gap[1],
         "advantage/std": float(report.advantages.std(correction=0)),
     }
     metrics |= {f"update/{name}": float(value) for name, value in report.update.items()}

@@ -15,9 +15,11 @@ from src.modules.settings import EncoderSettings
 
 
 class RolloutEngine(Protocol):
-    """What writes rationales: `n` for each prompt, greedily at temperature 0, the same for the same seed."""
+    """What writes rationales of at most `max_new_tokens`: `n` for each prompt, greedily at temperature 0, the same for the same seed."""
 
-    def generate(self, policy: Policy, prompts: Prompts, n: int, temperature: float, seed: int) -> Rollouts: ...
+    max_new_tokens: int
+
+    def generate(self, policy: Policy, prompts: Prompts, n: int, temperature: float, seed: int, prefixes: bool = False) -> Rollouts: ...
 
 
 @contextmanager

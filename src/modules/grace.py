@@ -13,19 +13,20 @@ from torch import Tensor
 
 from src.datamodules.records import Triplet
 from src.modules.algorithm import Algorithm
-from src.modules.encoder import RationaleEncoder
+from src.modules.credit import at_tokens, prefix_rewards, token_advantages, token_returns
+from src.modules.encoder import RationaleEncoder, RolloutEngine
+from src.modules.logprob_gap import LogprobGap
 from src.modules.policy import Policy
 from src.modules.prompt import PromptRenderer
 from src.modules.report import StepReport
 from src.modules.rewards import Embeddings, Reward
-from src.modules.rollout_hf import HFRollouts
 from src.modules.scoring import (
     PositiveEncoding,
     Scored,
     as_sides,
     encode_others,
     encode_positives,
-    instance_rows,
+    micro_batches,
     sampled_tokens,
     unrelated_similarity,
 )
@@ -53,7 +54,7 @@ class GRACE(L.LightningModule):
         instruction, max_prompt_tokens, template_kwargs: of the prompt renderer.
         num_rollouts: K.
         positive_temperature, other_temperature: of sampling; the second for queries and negatives.
-        micro_batch_size: positives (with their K rollouts) in one forward and backward pass.
+        micro_batch_tokens: most tokens in one forward and backward pass, a prompt counted once for its rationales.
         encode_batch_size: sequences in one encode pass of queries and negatives.
         learning_rate, warmup_steps, weight_decay: AdamW; linear warm-up over optimiser steps, then constant.
         max_gradient_norm: gradients are scaled down to it.
@@ -66,7 +67,7 @@ class GRACE(L.LightningModule):
     def __init__(
         self,
         policy: Policy,
-        engine: HFRollouts,
+        engine: RolloutEngine,
         reward: Callable[[Embeddings], Reward],
         algorithm: Algorithm,
         instruction: str,
@@ -75,7 +76,7 @@ class GRACE(L.LightningModule):
         num_rollouts: int = 8,
         positive_temperature: float = 1.0,
         other_temperature: float = 0.5,
-        micro_batch_size: int = 4,
+        micro_batch_tokens: int = 8192,
         encode_batch_size: int = 64,
         learning_rate: float = 1e-6,
         warmup_steps: int = 0,
@@ -91,7 +92,7 @@ class GRACE(L.LightningModule):
                 f"module.positive_temperature={positive_temperature}, module.other_temperature={other_temperature}: the first must be "
                 "above 0, as greedy rollouts do not differ; the second may be 0 (greedy)"
             )
-        for name, value in (("micro_batch_size", micro_batch_size), ("encode_batch_size", encode_batch_size)):
+        for name, value in (("micro_batch_tokens", micro_batch_tokens), ("encode_batch_size", encode_batch_size)):
             if value < 1:
                 raise ValueError(f"module.{name}={value}: it must be at least 1")
         self.save_hyperparameters(ignore=["policy", "engine", "reward", "algorithm", "template_kwargs"])
@@ -137,19 +138,21 @@ class GRACE(L.LightningModule):
         b, k = reward.total.shape
         finished = scored.positive.finished.view(b, k)
         rewards, keep = penalise_truncated(reward.total, finished, self.algorithm.truncation, self.algorithm.truncation_size)
-        advantages = self.algorithm.advantage(rewards, keep)
+        advantages = self._advantages(scored, rewards, rewards - reward.total, keep)
         self.policy.train()
+        gap = LogprobGap()
         with timed(seconds, "update"):
-            update = self.update(scored, advantages, keep, batch)
+            update = self.update(scored, advantages, keep, batch, gap)
         self.rollout_batches += 1
         self.report = StepReport(
             reward=Reward({name: term.cpu() for name, term in reward.terms.items()}, reward.weights, reward.total.cpu()),
-            advantages=advantages.cpu(),
+            advantages=(advantages.sum(dim=1) / scored.positive.rationale_lengths).view(b, k).cpu(),
             finished=finished.cpu(),
             rationale_lengths=scored.positive.rationale_lengths.view(b, k).cpu(),
             distinct_rationales=len({tuple(ids.tolist()) for ids in scored.positive.rationales()}) / (b * k),
             unrelated_similarity=unrelated_similarity(scored.embeddings.positive),
             update=update,
+            logprob_gap=(gap.mean, gap.largest),
             seconds=seconds,
             rollout_tokens=scored.rollout_tokens,
             update_tokens=int(scored.positive.lengths.sum()),
@@ -158,27 +161,44 @@ class GRACE(L.LightningModule):
 
     def score(self, batch: Sequence[Triplet], seconds: dict[str, float]) -> Scored:
         """Rollouts of a batch, their embeddings, and the sampling policy's log-probs where an update will need them."""
-        h, several = self.hparams, self.algorithm.updates_per_batch > 1
+        h, several, by_token = self.hparams, self.algorithm.updates_per_batch > 1, self.algorithm.credit_decay is not None
         with timed(seconds, "rollout"):
-            positive = self._roll_out([t.positive for t in batch], h["num_rollouts"], h["positive_temperature"], side=0)
+            positive = self._roll_out([t.positive for t in batch], h["num_rollouts"], h["positive_temperature"], side=0, prefixes=by_token)
             texts = [t.query for t in batch] + [n for t in batch for n in t.negatives]
             others = self._roll_out(texts, 1, h["other_temperature"], side=1)
         with timed(seconds, "encode"):
-            encode = PositiveEncoding(h["num_rollouts"], h["micro_batch_size"], h["positive_temperature"])
-            embedded, old_logprobs = encode_positives(self.policy, positive, encode, with_logprobs=several)
+            encode = PositiveEncoding(h["num_rollouts"], h["micro_batch_tokens"], h["positive_temperature"])
+            encoded = encode_positives(self.policy, positive, encode, with_logprobs=several, with_prefixes=by_token)
             rest = encode_others(self.policy, others, h["encode_batch_size"])
-        return Scored(positive, old_logprobs, as_sides(embedded, rest, batch), sampled_tokens(positive, others))
+            prefixes = None
+            if encoded.prefix_embeddings is not None:
+                prefixes = torch.nn.functional.normalize(encoded.prefix_embeddings, dim=-1).unflatten(0, (len(batch), -1))
+        embeddings = as_sides(encoded.embeddings, rest, batch)
+        return Scored(positive, encoded.logprobs, embeddings, prefixes, sampled_tokens(positive, others))
 
-    def _roll_out(self, texts: Sequence[str], n: int, temperature: float, side: int) -> Rollouts:
+    def _advantages(self, scored: Scored, rewards: Tensor, penalty: Tensor, keep: Tensor) -> Tensor:
+        """[B*K, T]: of every token of the positives' rationales, 0 elsewhere."""
+        if scored.prefixes is None or self.algorithm.credit_decay is None:
+            return self.algorithm.advantage(rewards, keep).flatten().unsqueeze(1) * scored.positive.rationale_mask
+        lengths = scored.positive.rationale_lengths.view_as(keep)
+        returns = token_returns(
+            prefix_rewards(self.reward, scored.embeddings, scored.prefixes), penalty, lengths, self.algorithm.credit_decay
+        )
+        return at_tokens(token_advantages(self.algorithm.advantage, returns, lengths, keep).flatten(0, 1), scored.positive)
+
+    def _roll_out(self, texts: Sequence[str], n: int, temperature: float, side: int, prefixes: bool = False) -> Rollouts:
         # a tuple of ints hashes to the same number in every process
         seed = hash((self.hparams["seed"], self.rollout_batches, side, self.global_rank)) % 2**31
-        return self.engine.generate(self.policy, self.renderer(texts), n=n, temperature=temperature, seed=seed)
+        return self.engine.generate(self.policy, self.renderer(texts), n=n, temperature=temperature, seed=seed, prefixes=prefixes)
 
     # ---- the update
 
-    def update(self, scored: Scored, advantages: Tensor, keep: Tensor, batch: Sequence[Triplet]) -> dict[str, float]:
-        """`updates_per_batch` optimiser steps, each on its share of the instances; means of what they saw."""
-        b, k = advantages.shape
+    def update(self, scored: Scored, advantages: Tensor, keep: Tensor, batch: Sequence[Triplet], gap: LogprobGap) -> dict[str, float]:
+        """`updates_per_batch` optimiser steps, each on its share of the instances; means of what they saw.
+
+        `gap` takes in the log-probs of the first step, which are still those of the policy that the engine sampled from.
+        """
+        b, k = keep.shape
         minibatches = torch.arange(b).tensor_split(self.algorithm.updates_per_batch)
         sums: dict[str, float] = {}
         steps = 0
@@ -187,22 +207,31 @@ class GRACE(L.LightningModule):
             tokens = int(mask.sum())
             if tokens == 0:  # every rollout masked out (all truncated): nothing to learn from
                 continue
-            stats = self._minibatch_gradient(scored, advantages, keep, instances, tokens)
+            stats = self._minibatch_gradient(scored, advantages, keep, instances, tokens, gap if steps == 0 else None)
             stats["gradient_norm"] = self._step([batch[i].id for i in instances.tolist()])
             sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
             steps += 1
         return {**{name: value / steps for name, value in sums.items()}, "updates": float(steps)}
 
-    def _minibatch_gradient(self, scored: Scored, advantages: Tensor, keep: Tensor, instances: Tensor, tokens: int) -> dict[str, float]:
-        """Adds up the gradient of the token mean over a minibatch; the same whatever the micro-batch size."""
-        k = advantages.shape[1]
+    def _minibatch_gradient(
+        self, scored: Scored, advantages: Tensor, keep: Tensor, instances: Tensor, tokens: int, gap: LogprobGap | None
+    ) -> dict[str, float]:
+        """Adds up the gradient of the token mean over a minibatch; the same whatever the micro-batches.
+
+        Rollouts that are left out of the loss are not computed.
+        """
+        k = keep.shape[1]
         sums = dict.fromkeys(("loss", "clip_share", "approx_kl", "entropy"), 0.0)
-        for rows in instance_rows(instances.tolist(), k, self.hparams["micro_batch_size"]):
+        kept = (instances.unsqueeze(1) * k + torch.arange(k))[keep[instances].cpu()]
+        for rows in micro_batches(scored.positive, kept, k, self.hparams["micro_batch_tokens"]):
             part = scored.positive[rows]
-            logprobs, entropy = self.policy.logprobs(part, self.policy.hidden_states(part, k), self.hparams["positive_temperature"])
+            hidden = self.policy.hidden_states(part, rows // k)
+            logprobs, entropy = self.policy.logprobs(part, hidden, self.hparams["positive_temperature"])
             old = logprobs.detach() if scored.old_logprobs is None else scored.old_logprobs[rows, : logprobs.shape[1]]
-            mask = part.rationale_mask & keep.flatten()[rows].unsqueeze(1)
-            result = self.algorithm.loss(logprobs, old, advantages.flatten()[rows], mask)
+            mask = part.rationale_mask
+            if gap is not None:
+                gap.add(logprobs, part.logprobs, mask)
+            result = self.algorithm.loss(logprobs, old, advantages[rows, : logprobs.shape[1]], mask)
             self.manual_backward(result.loss / tokens)
             for name, value in (
                 ("loss", result.loss),

@@ -1,40 +1,77 @@
 """Log-probabilities of given tokens, without ever holding all logits."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
+
+_CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**26}
+"""Logits at a time: on a CPU 4 MB of them, which its cache holds; on a GPU enough to keep it busy."""
+_LEAST_TOKENS = 64  # in a chunk: below that, reading the weights costs more than computing with them
 
 
-def _chunk(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = (hidden @ weight.to(hidden.dtype).T).float() / temperature
-    normaliser = logits.logsumexp(dim=-1)
-    logprobs = logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - normaliser
-    with torch.no_grad():  # entropy is looked at, not trained on
-        entropy = normaliser - (torch.softmax(logits, dim=-1) * logits).sum(dim=-1)
-    return logprobs, entropy
+class _SelectedLogprobs(torch.autograd.Function):
+    """Chunk by chunk; what the backward pass needs of the states is computed while a chunk's distribution is at hand.
+
+    With p = softmax(W h), the gradient of log p[target] in h is W[target] - p W. What comes from above is but a factor to
+    it, so it is kept, [n, D] as the states are, and no logits are computed again for it. In W it is (onehot - p) h, summed
+    over tokens with those factors: only where W is trained does the backward pass compute the logits again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, keep: bool) -> Any:
+        logprobs, entropies, directions = [], [], []
+        w = weight.to(hidden.dtype)
+        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            log_p = torch.log_softmax((h @ w.T).float(), dim=-1)
+            logprobs.append(log_p.gather(-1, t.unsqueeze(-1)).squeeze(-1))
+            p = log_p.exp()
+            entropies.append(-log_p.mul_(p).sum(dim=-1))
+            if keep:
+                directions.append(w[t] - p.to(w.dtype) @ w)
+        if keep:
+            ctx.save_for_backward(hidden, weight, targets, torch.cat(directions))
+            ctx.chunk = chunk
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(logprobs), entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, directions = ctx.saved_tensors
+        to_hidden, to_weight = directions * upstream.unsqueeze(-1).to(directions.dtype), None
+        if ctx.needs_input_grad[1]:
+            w, to_weight = weight.to(hidden.dtype), torch.zeros_like(weight)
+            for h, t, f in zip(*(x.split(ctx.chunk) for x in (hidden, targets, upstream)), strict=True):
+                p = torch.softmax((h @ w.T).float(), dim=-1).mul_(-f.unsqueeze(-1))
+                p.scatter_add_(-1, t.unsqueeze(-1), f.unsqueeze(-1))
+                to_weight += p.to(h.dtype).T @ h
+        return to_hidden, to_weight, None, None, None
 
 
 def selected_logprobs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk_tokens: int = 1024
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of `targets` under softmax(hidden @ weight.T / temperature), and the entropies of that distribution.
 
-    Chunk by chunk, and the backward pass computes each chunk's logits again, so that [tokens, vocabulary] (0.6 GB a
-    thousand tokens at 152k) never exists whole.
+    Chunk by chunk, so that [tokens, vocabulary] (0.6 GB a thousand tokens at 152k) never exists whole.
 
     Args:
         hidden: [n, D].
         weight: [V, D] of the output embedding (no bias).
         targets: [n] int64.
+        chunk_tokens: tokens at a time; by default what fits a CPU's cache, or fills a GPU.
 
     Returns:
         Two [n] float32 tensors; the entropies carry no gradient.
     """
     if len(targets) == 0:
         return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
-    parts = [
-        checkpoint(_chunk, h, weight, t, temperature, use_reentrant=False)
-        for h, t in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
-    ]
-    logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+    device = hidden.device.type
+    hidden = hidden / temperature  # [n, D] in place of the logits' [n, V]
+    if torch.is_autocast_enabled(device):  # does not reach into a function with a backward pass of its own
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    chunk = chunk_tokens or max(_LEAST_TOKENS, _CHUNK_LOGITS[device] // len(weight))
+    return _SelectedLogprobs.apply(hidden, weight, targets, chunk, torch.is_grad_enabled())

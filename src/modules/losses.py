@@ -31,12 +31,11 @@ def ppo_clip(
 
     Args:
         logprobs, old_logprobs: [N, T] float32 of the current and of the sampling policy.
-        advantages: [N] float32.
+        advantages: [N, T] float32, the same along a row unless credit is given token by token.
         mask: [N, T] bool, True on the tokens that count.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
     ratio = log_ratio.exp()
-    advantages = advantages.unsqueeze(1)
     plain = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     loss = -(torch.minimum(plain, clipped) * mask).sum()

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from src.modules.attention import attending_by
 from src.modules.logprobs import selected_logprobs
 from src.modules.pooling import masked_mean
 from src.modules.sequences import Rollouts
-from src.modules.shared_prompt import pack, unpack
+from src.modules.shared_prompt import PACKED_ATTENTION, pack, unpack
 
 ENCODER_FOLDER = "encoder"
 """Where an exported folder keeps the frozen encoder, if the policy has one."""
@@ -109,25 +110,28 @@ class Policy(nn.Module):
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return int(pad if pad is not None else eos)
 
-    def hidden_states(self, rollouts: Rollouts, group_size: int = 1) -> Tensor:
+    def hidden_states(self, rollouts: Rollouts, groups: Tensor | None = None) -> Tensor:
         """[N, T, D] last hidden states of the live model, after its final norm.
 
-        No attention mask: rows are right-padded, so causality alone keeps padding out of every real position. With
-        `group_size` K > 1, rows g*K .. g*K + K - 1 share one prompt, which is then computed once.
+        No attention mask: rows are right-padded, so causality alone keeps padding out of every real position. Where
+        `groups`, [N] int64, is given, neighbouring rows of one number share a prompt: it is computed once, and padding
+        not at all.
         """
-        return _hidden_states(self.model.base_model, rollouts, group_size)
+        return _hidden_states(self.model.base_model, rollouts, groups)
 
-    def embed(self, rollouts: Rollouts, hidden: Tensor | None = None, group_size: int = 1) -> Tensor:
-        """[N, D] float32 pooled embeddings, not normalised.
+    def embed(self, rollouts: Rollouts, hidden: Tensor | None = None, groups: Tensor | None = None) -> Tensor:
+        """[N, D] float32 pooled embeddings, not normalised; the arguments are those of `encoder_states`."""
+        return masked_mean(self.encoder_states(rollouts, hidden, groups), rollouts.pooling_mask)
+
+    def encoder_states(self, rollouts: Rollouts, hidden: Tensor | None = None, groups: Tensor | None = None) -> Tensor:
+        """[N, T, D] states that embeddings are pooled from, of the live model or of its frozen start.
 
         `hidden` saves the pass where the caller has the live model's states; a frozen encoder has no use for them.
         """
         if self.frozen_encoder is not None:
             with torch.no_grad():
-                hidden = _hidden_states(self.frozen_encoder, rollouts, group_size)
-        elif hidden is None:
-            hidden = self.hidden_states(rollouts, group_size)
-        return masked_mean(hidden, rollouts.pooling_mask)
+                return _hidden_states(self.frozen_encoder, rollouts, groups)
+        return self.hidden_states(rollouts, groups) if hidden is None else hidden
 
     def logprobs(self, rollouts: Rollouts, hidden: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs of the rationales' tokens and the entropies of the distributions they come from.
@@ -160,24 +164,11 @@ def _require_plain_logits(model: PreTrainedModel) -> None:
         raise ValueError(f"the model {model.name_or_path!r} changes its logits by {', '.join(extras)}, which the log-probs here leave out")
 
 
-def _hidden_states(backbone: nn.Module, rollouts: Rollouts, group_size: int) -> Tensor:
-    if group_size == 1:
+def _hidden_states(backbone: nn.Module, rollouts: Rollouts, groups: Tensor | None) -> Tensor:
+    if groups is None:
         states: Tensor = backbone(input_ids=rollouts.input_ids, use_cache=False).last_hidden_state
         return states
-    packed = pack(rollouts, group_size)
-    mask = _as_read(packed.attention_mask, str(backbone.config._attn_implementation))  # type: ignore[union-attr]
-    states = backbone(input_ids=packed.input_ids, attention_mask=mask, position_ids=packed.position_ids, use_cache=False).last_hidden_state
+    packed = pack(rollouts, groups)
+    with attending_by(backbone, PACKED_ATTENTION):
+        states = backbone(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packed=packed).last_hidden_state
     return unpack(states, packed)
-
-
-def _as_read(visible: Tensor, implementation: str) -> Tensor:
-    """A [G, 1, L, L] bool mask in the form that an attention of transformers reads; what it cannot read it ignores in silence.
-
-    Raises:
-        ValueError: an attention that takes no mask of this shape.
-    """
-    if implementation == "sdpa":
-        return visible
-    if implementation == "eager":  # adds its mask to the scores
-        return torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, -torch.inf)
-    raise ValueError(f"policy.attn_implementation={implementation}: rollouts that share a prompt need sdpa or eager")

@@ -20,6 +20,8 @@ class StepReport:
         unrelated_similarity: mean cosine between positives of different instances; nan where B = 1.
         update: means over the optimiser's steps: loss, gradient_norm (before clipping), clip_share, entropy (nats a
             token), approx_kl (to the sampling policy); and updates, the number of steps.
+        logprob_gap: mean and largest distance of the engine's log-probs from the trainer's, in nats a token, over the tokens
+            of the first step; nan where it took none, or the engine does not say.
         seconds: of the phases rollout, encode and update.
         rollout_tokens: tokens sampled, all sides.
         update_tokens: tokens of the sequences that were updated on, a shared prompt counted for each of its rollouts.
@@ -33,6 +35,7 @@ class StepReport:
     distinct_rationales: float
     unrelated_similarity: float
     update: dict[str, float]
+    logprob_gap: tuple[float, float]
     seconds: dict[str, float]
     rollout_tokens: int
     update_tokens: int

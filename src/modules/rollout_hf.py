@@ -17,13 +17,15 @@ from src.modules.shared_cache import SharedPromptCache, decoding
 
 @dataclass
 class _Written:
-    """What is known of N rationales while they are written: [N, R] ids and log-probs, [N] lengths, [N, D] sums of states."""
+    """What is known of N rationales while they are written: [N, R] ids and log-probs, [N] lengths, [N, D] sums of states,
+    and the sums after every token, [N, R + 1, D] (R + 1 = 0 where nobody asks)."""
 
     ids: Tensor
     logprobs: Tensor
     lengths: Tensor
     finished: Tensor
     sums: Tensor
+    prefix_sums: Tensor
 
 
 class HFRollouts:
@@ -46,7 +48,9 @@ class HFRollouts:
         self.batch_size = batch_size
 
     @torch.no_grad()
-    def generate(self, policy: Policy, prompts: Prompts, n: int = 1, temperature: float = 1.0, seed: int = 0) -> Rollouts:
+    def generate(
+        self, policy: Policy, prompts: Prompts, n: int = 1, temperature: float = 1.0, seed: int = 0, prefixes: bool = False
+    ) -> Rollouts:
         """n rationales for every prompt.
 
         Every rollout draws from random numbers of its own place, so the same seed and prompts give the same rationales
@@ -54,6 +58,7 @@ class HFRollouts:
 
         Args:
             temperature: of sampling; 0 is greedy, for which n > 1 would repeat one rationale.
+            prefixes: give the embeddings after every token too.
 
         Returns:
             Rollouts on the policy's device with log-probs, and with embeddings where they come from the live model;
@@ -68,7 +73,7 @@ class HFRollouts:
         with decoding(policy.model):
             for chunk in order.split(max(1, self.batch_size // n)):
                 own = (chunk.unsqueeze(1) * n + torch.arange(n)).flatten()
-                parts.append(self._write(policy, prompts.select(chunk), n, temperature, draws[own], ends))
+                parts.append(self._write(policy, prompts.select(chunk), n, temperature, draws[own], ends, prefixes))
                 rows.append(own)
         policy.train(was_training)
         back = torch.cat(rows).argsort()
@@ -82,10 +87,10 @@ class HFRollouts:
         rollouts = join(prompts, rationales, written.finished, policy.pad_id, logprobs)
         if policy.frozen_encoder is None:
             counts = rollouts.lengths - rollouts.prefix_lengths
-            rollouts = replace(rollouts, embeddings=written.sums / counts.unsqueeze(1))
+            rollouts = replace(rollouts, embeddings=written.sums / counts.unsqueeze(1), prefix_embeddings=_prefix_means(written, counts))
         return rollouts.to(policy.device)
 
-    def _write(self, policy: Policy, prompts: Prompts, n: int, temperature: float, draws: Tensor, ends: Tensor) -> _Written:
+    def _write(self, policy: Policy, prompts: Prompts, n: int, temperature: float, draws: Tensor, ends: Tensor, prefixes: bool) -> _Written:
         """The rationales of one batch of prompts, on the CPU."""
         device, backbone = policy.device, policy.model.base_model
         head = policy.model.get_output_embeddings().weight
@@ -101,7 +106,10 @@ class HFRollouts:
             lengths=torch.full((total,), limit, device=device),
             finished=torch.zeros(total, dtype=torch.bool, device=device),
             sums=sums[groups],
+            prefix_sums=torch.empty(total, limit + 1 if prefixes else 0, sums.shape[1], device=device),
         )
+        if prefixes:
+            out.prefix_sums[:, 0] = out.sums
         rows = torch.arange(total, device=device)  # those that are still written
         done = torch.zeros_like(rows, dtype=torch.bool)  # of them, those that wait to leave
         hidden = last[groups]
@@ -118,6 +126,8 @@ class HFRollouts:
             ).last_hidden_state[:, 0]
             hidden = states
             out.sums[rows] += states.float() * ~done.unsqueeze(1)
+            if prefixes:
+                out.prefix_sums[rows, step + 1] = out.sums[rows]
             ended = torch.isin(ids, ends) & ~done
             out.lengths[rows[ended]] = step + 1
             out.finished[rows[ended]] = True
@@ -130,6 +140,15 @@ class HFRollouts:
                 cache.keep(alive)
                 rows, hidden, positions, done = rows[alive], hidden[alive], positions[alive], done[alive]
         return _Written(*(getattr(out, name).cpu() for name in _Written.__dataclass_fields__))
+
+
+def _prefix_means(written: _Written, counts: Tensor) -> Tensor | None:
+    """[N, R + 1, D] means after every token; `counts`, [N], is of what the whole mean is taken over."""
+    if written.prefix_sums.shape[1] == 0:
+        return None
+    tokens = torch.arange(written.prefix_sums.shape[1]).minimum(written.lengths.unsqueeze(1))  # [N, R + 1]
+    sums = written.prefix_sums.gather(1, tokens.unsqueeze(2).expand_as(written.prefix_sums))
+    return sums / ((counts - written.lengths).unsqueeze(1) + tokens).unsqueeze(2)
 
 
 def _read_prompts(policy: Policy, prompts: Prompts, cache: SharedPromptCache) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from src.datamodules.records import Triplet
 from src.modules.policy import Policy
+from src.modules.pooling import masked_mean, prefix_means
 from src.modules.rewards import Embeddings
 from src.modules.sequences import Rollouts
 
@@ -20,39 +22,56 @@ class Scored:
         positive: the B*K rollouts of the positives.
         old_logprobs: [B*K, T] float32 of the sampling policy; None where one update makes them those of the update.
         embeddings: unit vectors of all sides.
+        prefixes: [B, K, R + 1, D] unit vectors of the positives after every token of their rationales; None unless asked for.
         rollout_tokens: tokens sampled, all sides.
     """
 
     positive: Rollouts
     old_logprobs: Tensor | None
     embeddings: Embeddings
+    prefixes: Tensor | None
     rollout_tokens: int
 
 
 @dataclass(frozen=True)
 class PositiveEncoding:
-    """How positives are passed through the policy: K rollouts each, so many instances at a time, at the sampling temperature."""
+    """How positives are passed through the policy: K rollouts each, so many tokens at a time, at the sampling temperature."""
 
     num_rollouts: int
-    micro_batch_size: int
+    micro_batch_tokens: int
     temperature: float
 
 
-def encode_positives(policy: Policy, positive: Rollouts, how: PositiveEncoding, with_logprobs: bool) -> tuple[Tensor, Tensor | None]:
-    """[B*K, D] embeddings and, if asked for, [B*K, T] log-probs; what the engine met while it sampled is taken as it is."""
-    embeddings, logprobs = positive.embeddings, positive.logprobs if with_logprobs else None
-    if embeddings is not None and (logprobs is not None or not with_logprobs):
-        return embeddings, logprobs
-    k = how.num_rollouts
-    pooled, values = [], []
-    for rows in instance_rows(range(len(positive) // k), k, how.micro_batch_size):
+@dataclass(frozen=True)
+class EncodedPositives:
+    """Attributes: [B*K, D] embeddings; [B*K, T] log-probs and [B*K, R + 1, D] prefix embeddings, None where not asked for."""
+
+    embeddings: Tensor
+    logprobs: Tensor | None
+    prefix_embeddings: Tensor | None
+
+
+def encode_positives(
+    policy: Policy, positive: Rollouts, how: PositiveEncoding, with_logprobs: bool, with_prefixes: bool = False
+) -> EncodedPositives:
+    """What the engine met while it sampled is taken as it is; one pass computes what it did not give."""
+    logprobs, prefixes = positive.logprobs if with_logprobs else None, positive.prefix_embeddings if with_prefixes else None
+    given = positive.embeddings is not None and (logprobs is None) != with_logprobs and (prefixes is None) != with_prefixes
+    if positive.embeddings is not None and given:
+        return EncodedPositives(positive.embeddings, logprobs, prefixes)
+    k, longest = how.num_rollouts, int(positive.rationale_lengths.max())
+    pooled, values, cut = [], [], []
+    for rows in micro_batches(positive, torch.arange(len(positive)), k, how.micro_batch_tokens):
         part = positive[rows]
-        hidden = policy.hidden_states(part, k)  # one pass for both
-        pooled.append(policy.embed(part, hidden, k))
+        hidden = policy.hidden_states(part, rows // k)  # one pass for all
+        encoded = policy.encoder_states(part, hidden, rows // k)
+        pooled.append(masked_mean(encoded, part.pooling_mask))
+        if with_prefixes:
+            cut.append(prefix_means(encoded, part, longest))
         if with_logprobs:
             own, _ = policy.logprobs(part, hidden, how.temperature)
             values.append(torch.nn.functional.pad(own, (0, positive.input_ids.shape[1] - own.shape[1])))
-    return torch.cat(pooled), torch.cat(values) if with_logprobs else None
+    return EncodedPositives(torch.cat(pooled), torch.cat(values) if with_logprobs else None, torch.cat(cut) if with_prefixes else None)
 
 
 def encode_others(policy: Policy, others: Rollouts, batch_size: int) -> Tensor:
@@ -93,8 +112,27 @@ def unrelated_similarity(positive: Tensor) -> float:
     return float(((means @ means.T).sum() - means.square().sum()) / (b * (b - 1)))
 
 
-def instance_rows(instances: Sequence[int], k: int, per_micro: int) -> Iterator[Tensor]:
-    """Row indices of `per_micro` instances at a time, K rows each."""
-    for start in range(0, len(instances), per_micro):
-        chosen = torch.tensor(list(instances[start : start + per_micro]))
-        yield (chosen.unsqueeze(1) * k + torch.arange(k)).flatten()
+def micro_batches(rollouts: Rollouts, rows: Tensor, k: int, tokens: int) -> Iterator[Tensor]:
+    """Cuts rows, [n] int64 ascending with K to an instance, into parts of at most `tokens` tokens; [n_i] int64 each.
+
+    A prompt counts once in a part. Instances stay whole where they fit, as a prompt is computed again in every part that
+    has rationales of it. A rollout that alone is longer stands alone.
+    """
+    prompts, own = rollouts.prompt_lengths.tolist(), rollouts.rationale_lengths.tolist()
+    part: list[int] = []
+    used = 0
+    for _, members in groupby(rows.tolist(), lambda row: row // k):
+        instance = list(members)
+        prompt, whole = prompts[instance[0]], sum(own[row] for row in instance)
+        if part and used + prompt + whole > tokens:
+            yield torch.tensor(part)
+            part, used = [], 0
+        used += prompt
+        for row in instance:
+            if part and used + own[row] > tokens:
+                yield torch.tensor(part)
+                part, used = [], prompt
+            part.append(row)
+            used += own[row]
+    if part:
+        yield torch.tensor(part)

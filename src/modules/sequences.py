@@ -22,6 +22,8 @@ class Rollouts:
         logprobs: [N, T] float32 log-probability of each rationale token under the distribution it was drawn from, 0
             elsewhere; None from an engine that does not say.
         embeddings: [N, D] float32 pooled, not normalised; None from an engine that cannot pool as it samples.
+        prefix_embeddings: [N, R + 1, D] float32, the same after t = 0 .. R tokens of the rationale, where it is shorter its
+            last; None unless asked for.
 
     Example: prompt `p q`, rationale `a EOS`, T = 5: input_ids `p q a EOS pad`, prompt length 2, length 4.
     """
@@ -33,6 +35,7 @@ class Rollouts:
     finished: Tensor
     logprobs: Tensor | None = None
     embeddings: Tensor | None = None
+    prefix_embeddings: Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -75,6 +78,7 @@ class Rollouts:
             self.finished[index],
             None if self.logprobs is None else self.logprobs[index, :longest],
             None if self.embeddings is None else self.embeddings[index],
+            None if self.prefix_embeddings is None else self.prefix_embeddings[index],
         )
 
     def to(self, device: torch.device | str) -> "Rollouts":

@@ -4,13 +4,14 @@ A policy's own transformers model runs unchanged; while `decoding` is in force i
 `shared_prompt_attention`, and `SharedPromptCache` is what they take for their cache.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+
+from src.modules.attention import attending_by, refuse_unread
 
 _NAME = "grace_shared_prompt"
 
@@ -112,9 +113,7 @@ def shared_prompt_attention(
     Raises:
         ValueError: a layer with a sliding window, sinks or a soft cap, which are not read here.
     """
-    unread = [name for name in ("sliding_window", "s_aux", "softcap") if kwargs.get(name) is not None]
-    if unread:
-        raise ValueError(f"rollout=hf cannot sample from this model: its attention has {', '.join(unread)}")
+    refuse_unread(kwargs, "rollout=hf cannot sample from")
     if rollout_cache.step < 0:
         output = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return output.transpose(1, 2), None
@@ -154,13 +153,6 @@ def _decode(query: Tensor, scaling: float, cache: SharedPromptCache, layer: int)
 AttentionInterface.register(_NAME, shared_prompt_attention)
 
 
-@contextmanager
-def decoding(model: PreTrainedModel) -> Iterator[None]:
+def decoding(model: PreTrainedModel) -> AbstractContextManager[None]:
     """While in force, the model's attention layers read a SharedPromptCache, given as `rollout_cache`."""
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    return attending_by(model, _NAME)

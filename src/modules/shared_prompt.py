@@ -1,71 +1,152 @@
-"""One row for the K rollouts of a prompt: the prompt is computed once, each rationale sees it and itself alone.
+"""One pass over rollouts that share prompts: every prompt is computed once, and no token is padding.
 
-    row    p p p p . | a a a . | b b . . | c c c c
-    sees             | p + a   | p + b   | p + c
+    tokens   p p p p | a a a | b b | q q q | c c c c | d
+    sees             | p + a | p+b |       | q + c   | q + d
 
-A group costs P + K R tokens in place of K (P + R). Positions are those that each sequence would have alone, so hidden
-states and gradients are those of the separate rows, but for rounding.
+All tokens stand in one row, so what treats them one by one (all but attention) wastes nothing. A group costs P + sum R
+tokens in place of K (P + R). Positions are those that each sequence would have alone, so hidden states and gradients
+are those of separate rows, but for rounding.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
 
+from src.modules.attention import refuse_unread
 from src.modules.sequences import Rollouts
+
+PACKED_ATTENTION = "grace_packed"
+"""The name of `packed_attention` among the attentions of transformers."""
 
 
 @dataclass(frozen=True)
-class PackedGroups:
-    """G groups of K rollouts, P the longest prompt and R the longest rationale among them, L = P + K R.
+class Group:
+    """A prompt of P tokens and its K rationales, R the longest of them, as they stand in the packed row.
 
     Attributes:
-        input_ids, position_ids: [G, L] int64.
-        attention_mask: [G, 1, L, L] bool, True where row i may look at column j.
-        source: [G * K, T] int64, the column of its group's row where each position of each rollout stands.
+        prompt: P.
+        rationales: tokens of all its rationales together.
+        padded: [K * R] int64, where each rationale's tokens stand among them; anything on padding.
+        real: [rationales] int64, the entries of `padded` that are no padding.
+        visible: [R, P + R] bool, what a rationale's tokens see of its prompt and of itself.
+    """
+
+    prompt: int
+    rationales: int
+    padded: Tensor
+    real: Tensor
+    visible: Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """N rollouts in one row of L tokens.
+
+    Attributes:
+        input_ids, position_ids: [1, L] int64.
+        groups: what stands in it, one after the other.
+        source: [N, T] int64, where each position of each rollout stands; 0 on padding.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    attention_mask: Tensor
+    groups: tuple[Group, ...]
     source: Tensor
 
 
-def pack(rollouts: Rollouts, group_size: int) -> PackedGroups:
-    """Packs rollouts whose rows g*K .. g*K + K - 1 share one prompt (as the rollout engines return them)."""
-    n, t = rollouts.input_ids.shape
+def pack(rollouts: Rollouts, groups: Tensor) -> Packed:
+    """Packs rollouts; neighbours of the same number in `groups`, [N] int64, have the same prompt."""
     device = rollouts.input_ids.device
-    prompt = rollouts.prompt_lengths.view(-1, group_size)[:, :1]  # [G, 1]
-    longest_prompt, longest = int(prompt.max()), max(1, int(rollouts.rationale_lengths.max()))
-    groups, width = len(prompt), longest_prompt + group_size * longest
+    _, group, counts = groups.to(device).unique_consecutive(return_inverse=True, return_counts=True)
+    first = (counts.cumsum(0) - counts)[group]  # [N], the row that brings the prompt
+    leads = first == torch.arange(len(group), device=device)
 
-    positions = torch.arange(t, device=device).expand(n, t)
-    own_prompt = rollouts.prompt_lengths.unsqueeze(1)
-    block = longest_prompt + (torch.arange(n, device=device) % group_size).unsqueeze(1) * longest
-    source = torch.where(positions < own_prompt, positions, block + positions - own_prompt)
-    source = torch.where(rollouts.attention_mask, source, 0)
-
-    column = torch.arange(width, device=device)
-    in_prompt = column < longest_prompt
-    segment = torch.where(in_prompt, -1, (column - longest_prompt) // longest)  # -1 the prompt, k the k-th rationale
-    offset = torch.where(in_prompt, column, (column - longest_prompt) % longest)
-    position_ids = torch.where(in_prompt, offset, prompt + offset)  # [G, L]
-
-    input_ids = rollouts.input_ids.new_zeros(groups, width)
-    group = (torch.arange(n, device=device) // group_size).unsqueeze(1).expand(n, t)
-    real = rollouts.attention_mask
-    input_ids[group[real], source[real]] = rollouts.input_ids[real]
-
-    same = segment.unsqueeze(1) == segment.unsqueeze(0)
-    causal = same & (column.unsqueeze(1) >= column.unsqueeze(0))  # [L, L]
-    to_prompt = (~in_prompt).unsqueeze(1) & in_prompt.unsqueeze(0)
-    filled = (column < prompt).unsqueeze(1)  # [G, 1, L]: the prompt's padding is nobody's to see
-    attention_mask = causal | (to_prompt & filled)
-    return PackedGroups(input_ids, position_ids, attention_mask.unsqueeze(1), source)
+    prompts, rationales = rollouts.prompt_lengths, rollouts.rationale_lengths
+    brought = rationales + leads * prompts
+    start = brought.cumsum(0) - brought  # where what a row brings begins
+    positions = torch.arange(rollouts.input_ids.shape[1], device=device).expand_as(rollouts.input_ids)
+    in_prompt = positions < prompts.unsqueeze(1)
+    source = torch.where(in_prompt, start[first].unsqueeze(1), (start - ~leads * prompts).unsqueeze(1)) + positions
+    taken = rollouts.attention_mask & (leads.unsqueeze(1) | ~in_prompt)
+    own = rationales.cpu().split(counts.tolist())
+    return Packed(
+        input_ids=rollouts.input_ids[taken].unsqueeze(0),
+        position_ids=positions[taken].unsqueeze(0),
+        groups=tuple(_group(prompt, lengths, device) for prompt, lengths in zip(prompts[leads].tolist(), own, strict=True)),
+        source=source.masked_fill(~rollouts.attention_mask, 0),
+    )
 
 
-def unpack(hidden: Tensor, packed: PackedGroups) -> Tensor:
-    """[G, L, D] states of packed rows as [G * K, T, D] states of the rollouts (anything on padding)."""
-    n = len(packed.source)
-    groups = torch.arange(n, device=hidden.device) // (n // len(hidden))
-    return hidden[groups.unsqueeze(1), packed.source]
+def _group(prompt: int, rationales: Tensor, device: torch.device) -> Group:
+    longest, total = int(rationales.max()), int(rationales.sum())
+    column = torch.arange(longest)
+    starts = rationales.cumsum(0) - rationales
+    padded = (starts.unsqueeze(1) + column).clamp(max=total - 1).flatten()
+    real = (column < rationales.unsqueeze(1)).flatten().nonzero().flatten()
+    visible = torch.ones(longest, prompt + longest, dtype=torch.bool).tril(prompt)
+    return Group(prompt, total, padded.to(device), real.to(device), visible.to(device))
+
+
+def unpack(hidden: Tensor, packed: Packed) -> Tensor:
+    """[1, L, D] states of the packed row as [N, T, D] states of the rollouts (anything on padding)."""
+    return hidden[0][packed.source]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    packed: Packed,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in the form that transformers calls: [1, heads, L, d] queries -> [1, L, heads, d].
+
+    Group by group, prompt and rationales apart: one masked call for the whole row would compute every pair of its
+    tokens, and on a CPU took twice as long.
+
+    Raises:
+        ValueError: a layer with a sliding window, sinks or a soft cap, which are not read here.
+    """
+    refuse_unread(kwargs, "rollouts that share a prompt cannot be computed together by")
+    sizes = [size for group in packed.groups for size in (group.prompt, group.rationales)]
+    parts = list(zip(*(states[0].transpose(0, 1).split(sizes) for states in (query, key, value)), strict=True))
+    outputs = []
+    for group, prompt, rationales in zip(packed.groups, parts[::2], parts[1::2], strict=True):
+        q, k, v = (states.transpose(0, 1).unsqueeze(0) for states in prompt)
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=True)
+        outputs.append(output[0].transpose(0, 1))
+        if group.rationales:
+            outputs.append(_rationales_attention(prompt, rationales, group, dropout, scaling))
+    return torch.cat(outputs).unsqueeze(0), None
+
+
+_Triple = tuple[Tensor, Tensor, Tensor]  # queries, keys and values, [tokens, heads, d]
+
+
+def _rationales_attention(prompt: _Triple, rationales: _Triple, group: Group, dropout: float, scaling: float) -> Tensor:
+    """The K rationales of a group as a batch of their own, each over the prompt and itself; [tokens, heads, d]."""
+    longest = len(group.visible)
+    query, key, value = (x.index_select(0, group.padded).unflatten(0, (-1, longest)).transpose(1, 2) for x in rationales)
+    key, value = (
+        torch.cat([shared.transpose(0, 1).expand(len(query), -1, -1, -1), own], dim=2)
+        for shared, own in zip(prompt[1:], (key, value), strict=True)
+    )
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.device.type != "cpu":  # with a mask, only the CPU's fast kernel reads grouped heads as they are
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        grouped = False
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=group.visible, dropout_p=dropout, scale=scaling, enable_gqa=grouped
+    )
+    return output.transpose(1, 2).flatten(0, 1).index_select(0, group.real)
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)

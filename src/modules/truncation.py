@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Penalty = Literal["relative", "constant", "mask"]
+Penalty = Literal["relative", "constant", "mask", "none"]
 
 
 def penalise_truncated(rewards: Tensor, finished: Tensor, penalty: Penalty = "relative", size: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -15,7 +15,8 @@ def penalise_truncated(rewards: Tensor, finished: Tensor, penalty: Penalty = "re
         rewards, finished: [B, K] float32 and bool.
         penalty: `relative`, the lowest finished reward of the group less `size` times the standard deviation of all its
             rewards (so on the reward's own scale, whatever the temperature); `constant`, -`size` as the published code
-            has it; `mask`, the rollout leaves both the group's baseline and the loss.
+            has it (a reward, where rewards lie below it, as those of `listwise` do); `mask`, the rollout leaves both the
+            group's baseline and the loss; `none`, it keeps its reward.
         size: of the penalty.
 
     Returns:
@@ -30,8 +31,10 @@ def penalise_truncated(rewards: Tensor, finished: Tensor, penalty: Penalty = "re
         return torch.where(finished, rewards, -size), everything
     if penalty == "mask":
         return rewards, finished
+    if penalty == "none":
+        return rewards, everything
     if penalty != "relative":
-        raise ValueError(f"truncation penalty {penalty!r}: it is relative, constant or mask")
+        raise ValueError(f"truncation penalty {penalty!r}: it is relative, constant, mask or none")
     some = finished.any(dim=1, keepdim=True)
     lowest = rewards.masked_fill(~finished, torch.inf).min(dim=1, keepdim=True).values
     # of all, not of the finished alone: one that finished has no spread, and the rest would go without a penalty

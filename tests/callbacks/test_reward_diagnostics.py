@@ -25,6 +25,7 @@ def report(unrelated_similarity: float = 0.25) -> StepReport:
         distinct_rationales=0.75,
         unrelated_similarity=unrelated_similarity,
         update={"loss": -0.5, "gradient_norm": 2.0, "clip_share": 0.0, "entropy": 3.0, "approx_kl": 0.1, "updates": 4.0},
+        logprob_gap=(0.01, 0.04),
         seconds={"rollout": 2.0, "encode": 0.5, "update": 4.0},
         rollout_tokens=100,
         update_tokens=400,
@@ -44,6 +45,7 @@ def test_diagnose() -> None:
     assert metrics["rollout/truncated_share"] == 0.25
     assert metrics["rollout/rationale_length"] == 4.0
     assert metrics["update/gradient_norm"] == 2.0
+    assert (metrics["rollout/logprob_gap_mean"], metrics["rollout/logprob_gap_max"]) == (0.01, 0.04)
     assert "rollout/unrelated_similarity" in metrics
     assert "rollout/unrelated_similarity" not in diagnose(report(unrelated_similarity=float("nan")))
 

@@ -73,23 +73,27 @@ def weights(module: GRACE) -> list[Tensor]:
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_the_gradient_does_not_depend_on_the_micro_batch(updates):
-    runs = [fit(make(micro_batch_size=size, algorithm={"updates_per_batch": updates}), [TRIPLETS]) for size in (1, 2, 5)]
+    runs = [fit(make(micro_batch_tokens=size, algorithm={"updates_per_batch": updates}), [TRIPLETS]) for size in (10_000, 1, 64, 150)]
     for run in runs[1:]:
         assert len(run.gradients) == updates
         for ours, unsplit in zip(run.gradients[0], runs[0].gradients[0], strict=True):
             torch.testing.assert_close(ours, unsplit, atol=1e-5, rtol=1e-4)
 
 
-def test_the_gradient_is_that_of_advantage_weighted_log_probabilities_from_transformers_itself():
-    module = make()
-    watch = fit(module, [TRIPLETS])
-    start = make()  # the same weights, seed and rollouts
+@pytest.mark.parametrize("truncation", ["relative", "mask"])
+def test_the_gradient_is_that_of_advantage_weighted_log_probabilities_from_transformers_itself(truncation):
+    settings = {"algorithm": {"truncation": truncation}, "max_new_tokens": 30, "seed": 7}
+    watch = fit(make(**settings), [TRIPLETS])
+    start = make(**settings)  # the same weights, seed and rollouts
     scored = start.score(TRIPLETS, {})
     advantages = watch.reports[0].advantages.flatten()
     rollouts = scored.positive
+    kept = rollouts.finished | (truncation != "mask")
+    assert kept.any()
+    assert kept.all() == (truncation != "mask")
     logits = start.policy.model(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask.long()).logits
     logprobs = logits[:, :-1].log_softmax(-1).gather(-1, rollouts.input_ids[:, 1:, None]).squeeze(-1)
-    mask = rollouts.rationale_mask[:, 1:]
+    mask = rollouts.rationale_mask[:, 1:] & kept.unsqueeze(1)
     (-(advantages.unsqueeze(1) * logprobs * mask).sum() / mask.sum()).backward()
     expected = [p.grad for p in start.policy.model.parameters()]
     for ours, theirs in zip(watch.gradients[0], expected, strict=True):
@@ -115,6 +119,16 @@ def test_log_probs_and_embeddings_are_those_of_separate_rows_whether_the_engine_
     assert scored.old_logprobs is not None
     torch.testing.assert_close(scored.old_logprobs, logprobs, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(scored.embeddings.positive.flatten(0, 1), pooled, atol=1e-5, rtol=1e-5)
+
+
+def test_rollouts_that_are_left_out_of_the_loss_are_not_computed(monkeypatch):
+    module = make(algorithm={"truncation": "mask"}, max_new_tokens=30, seed=7)
+    seen = []
+    hidden_states = module.policy.hidden_states
+    monkeypatch.setattr(module.policy, "hidden_states", lambda part, groups: seen.append(part.finished) or hidden_states(part, groups))
+    report = fit(module, [TRIPLETS]).reports[0]
+    assert torch.cat(seen).all()
+    assert len(torch.cat(seen)) == int(report.finished.sum()) < report.finished.numel()
 
 
 def test_several_updates_see_the_sampling_policys_ratio_move_away_from_one():
@@ -186,7 +200,7 @@ def test_instances_without_negatives_train(reward):
         ({"num_rollouts": 1}, "num_rollouts=1"),
         ({"positive_temperature": 0.0}, "positive_temperature=0.0"),  # log-probs would be divided by it
         ({"other_temperature": -0.5}, "other_temperature=-0.5"),
-        ({"micro_batch_size": 0}, "micro_batch_size=0"),
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens=0"),
         ({"encode_batch_size": 0}, "encode_batch_size=0"),
         ({"algorithm": {"updates_per_batch": 0}}, "updates_per_batch=0"),
     ],
@@ -238,3 +252,34 @@ def test_unrelated_similarity_is_the_mean_over_pairs_of_different_instances():
     positive = torch.nn.functional.normalize(torch.randn(3, 2, 5, dtype=torch.float64), dim=-1)
     pairs = [positive[i, k] @ positive[j, r] for i in range(3) for j in range(3) if i != j for k in range(2) for r in range(2)]
     assert abs(unrelated_similarity(positive) - float(torch.stack(pairs).mean())) < 1e-9
+
+
+def test_credit_by_token_sees_the_same_rollouts_and_judges_them_otherwise():
+    plain = fit(make(algorithm={"updates_per_batch": 1, "truncation": "none"}), [TRIPLETS[:4]])
+    by_token = make(algorithm={"updates_per_batch": 1, "truncation": "none", "credit_decay": 1.0})
+    watch = fit(by_token, [TRIPLETS[:4]])
+    torch.testing.assert_close(watch.reports[0].reward.total, plain.reports[0].reward.total)
+    assert not torch.allclose(watch.reports[0].advantages, plain.reports[0].advantages)
+    assert torch.isfinite(watch.reports[0].advantages).all()
+
+
+@pytest.mark.parametrize("encoder", ["live", "frozen"])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_credit_by_token_trains_with_prefixes_from_the_engine_or_from_a_pass(encoder, updates):
+    module = make(listwise, encoder, algorithm={"updates_per_batch": updates, "credit_decay": 0.9})
+    before = weights(module)
+    watch = fit(module, [TRIPLETS[:4], TRIPLETS[-4:]])
+    assert any(not torch.equal(a, b) for a, b in zip(before, weights(module), strict=True))
+    assert all(math.isfinite(report.update["loss"]) for report in watch.reports)
+
+
+def test_prefixes_from_the_engine_and_from_a_pass_give_the_same_gradient():
+    def run(drop: bool) -> list[Tensor]:
+        module = make(listwise, algorithm={"credit_decay": 0.9, "truncation": "none"})
+        if drop:
+            generate = module.engine.generate
+            module.engine.generate = lambda *args, **kwargs: replace(generate(*args, **kwargs), embeddings=None, prefix_embeddings=None)
+        return fit(module, [TRIPLETS[:4]]).gradients[0]
+
+    for a, b in zip(run(False), run(True), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)

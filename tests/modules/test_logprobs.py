@@ -43,6 +43,36 @@ def test_entropies_carry_no_gradient() -> None:
     assert not selected_logprobs(hidden, weight, targets)[1].requires_grad
 
 
+def test_nothing_of_the_size_of_all_logits_is_kept_for_the_backward_pass() -> None:
+    hidden, weight, targets = random_case(60, 4, 500, seed=0)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        logprobs, _ = selected_logprobs(hidden, weight, targets, chunk_tokens=10)
+    logprobs.sum().backward()
+    assert max(shape.numel() for shape in kept) == weight.numel()
+
+
+def test_bfloat16_arithmetic_changes_values_and_gradients_by_rounding_alone() -> None:
+    hidden, weight, targets = random_case(40, 16, 300, seed=0)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logprobs, _ = selected_logprobs(hidden, weight, targets, 0.7, chunk_tokens=7)
+        results.append((logprobs.detach(), *torch.autograd.grad(logprobs.sum(), (hidden, weight))))
+    for exact, rounded in zip(*results, strict=True):
+        assert rounded.dtype == torch.float32
+        assert 0 < float((exact - rounded).norm() / exact.norm()) < 0.02
+
+
+def test_a_held_output_layer_gets_no_gradient_and_the_states_still_do() -> None:
+    hidden, weight, targets = random_case(9, 4, 11, seed=0)
+    expected = torch.autograd.grad(selected_logprobs(hidden, weight, targets, 0.7)[0].sum(), hidden)[0]
+    held = weight.detach()
+    selected_logprobs(hidden, held, targets, 0.7)[0].sum().backward()
+    torch.testing.assert_close(hidden.grad, expected)
+    assert held.grad is None
+
+
 def test_no_targets_give_no_logprobs() -> None:
     logprobs, entropies = selected_logprobs(torch.zeros(0, 3), torch.zeros(5, 3), torch.zeros(0, dtype=torch.int64))
     assert logprobs.shape == entropies.shape == (0,)

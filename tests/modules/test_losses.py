@@ -15,7 +15,7 @@ def test_ppo_clip_is_the_equation_forward_and_backward(n, t, low, high, seed):
     theirs = ours.detach().clone().requires_grad_()
     advantages = torch.randn(n, generator=generator, dtype=torch.float64)
     mask = torch.rand(n, t, generator=generator) > 0.3
-    a = ppo_clip(ours, old, advantages, mask, low, high).loss
+    a = ppo_clip(ours, old, advantages.unsqueeze(1).expand(n, t), mask, low, high).loss
     b = ppo_clip_oracle(theirs, old, advantages, mask, low, high)
     torch.testing.assert_close(a, b)
     a.backward()
@@ -28,7 +28,7 @@ def test_on_policy_its_gradient_is_that_of_the_policy_gradient():
     logprobs = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     mask = torch.rand(3, 5) > 0.2
-    ppo_clip(logprobs, logprobs.detach(), advantages, mask).loss.backward()
+    ppo_clip(logprobs, logprobs.detach(), advantages.unsqueeze(1), mask).loss.backward()
     torch.testing.assert_close(logprobs.grad, -(advantages.unsqueeze(1) * mask))
 
 

@@ -5,8 +5,6 @@ import pytest
 import torch
 
 from src.modules.policy import ENCODER_FOLDER, Policy
-from src.modules.prompt import PromptRenderer
-from src.modules.rollout_hf import HFRollouts
 from tests.builders import small_model, small_policy, small_tokenizer, some_rollouts
 
 
@@ -71,24 +69,6 @@ def test_hidden_states_are_the_models_own_last_layer() -> None:
     own = policy.model(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask.long(), output_hidden_states=True)
     states, mask = policy.hidden_states(rollouts), rollouts.attention_mask
     torch.testing.assert_close(states[mask], own.hidden_states[-1][mask], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@torch.no_grad()
-def test_rows_that_share_a_prompt_have_the_states_of_separate_rows(implementation: str) -> None:
-    policy = small_policy()
-    policy.model.set_attn_implementation(implementation)
-    prompts = PromptRenderer(policy.tokenizer, "Name the terms.", 128)(["one text", "another, longer text"])
-    rollouts = HFRollouts(9).generate(policy, prompts, n=3, seed=1)
-    mask = rollouts.attention_mask
-    torch.testing.assert_close(policy.hidden_states(rollouts, 3)[mask], policy.hidden_states(rollouts)[mask], rtol=1e-5, atol=1e-5)
-
-
-def test_an_attention_that_cannot_read_a_shared_prompt_is_refused() -> None:
-    policy = small_policy()
-    policy.model.config._attn_implementation = "flash_attention_2"  # not installed here; only its name matters
-    with pytest.raises(ValueError, match=r"policy.attn_implementation=flash_attention_2.* sdpa or eager"):
-        policy.hidden_states(some_rollouts(policy, (2, 2)), 2)
 
 
 def test_a_frozen_encoder_stays_put_when_the_live_model_changes() -> None:

@@ -3,8 +3,10 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from src.modules.policy import Policy
+from src.modules.pooling import prefix_means
 from src.modules.prompt import PromptRenderer, Prompts
 from src.modules.rollout_hf import HFRollouts, choose, end_tokens
+from src.modules.sequences import join
 from tests.builders import SENTENCES, small_policy, small_tokenizer
 
 TEXTS = ["x", *SENTENCES, SENTENCES[0] + " " + SENTENCES[1], ""]
@@ -120,6 +122,25 @@ def test_an_engine_leaves_mode_attention_and_global_random_state_alone():
 def test_a_frozen_encoder_leaves_the_embedding_to_an_encode_pass():
     policy = small_policy("frozen")
     assert HFRollouts(3).generate(policy, prompts_of(policy)).embeddings is None
+
+
+def test_embeddings_after_every_token_are_those_of_rationales_cut_there():
+    policy = small_policy()
+    eos_often(policy)
+    prompts = prompts_of(policy)
+    rollouts = HFRollouts(8).generate(policy, prompts, n=2, temperature=1.0, prefixes=True)
+    assert rollouts.prefix_embeddings.shape[1] == 9
+    assert rollouts.rationale_lengths.unique().numel() > 1
+    rationales = rollouts.rationales()
+    repeated = prompts.repeat(2)
+    for t in range(9):
+        cut = join(repeated, [ids[:t] for ids in rationales], rollouts.finished, policy.pad_id)
+        torch.testing.assert_close(rollouts.prefix_embeddings[:, t], policy.embed(cut).detach(), atol=1e-4, rtol=1e-4)
+    # and an encode pass gives the same where an engine does not
+    with torch.no_grad():
+        encoded = prefix_means(policy.hidden_states(rollouts), rollouts, 8)
+    torch.testing.assert_close(encoded, rollouts.prefix_embeddings, atol=1e-4, rtol=1e-4)
+    assert HFRollouts(8).generate(policy, prompts).prefix_embeddings is None
 
 
 def test_a_window_in_the_attention_is_refused():

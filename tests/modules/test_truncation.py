@@ -38,6 +38,12 @@ def test_mask_takes_truncated_rollouts_out():
     assert keep.equal(finished)
 
 
+def test_none_leaves_every_reward_as_it_is():
+    penalised, keep = penalise_truncated(rewards, finished, "none")
+    torch.testing.assert_close(penalised, rewards)
+    assert keep.all()
+
+
 def test_an_unknown_penalty_is_refused():
-    with pytest.raises(ValueError, match="relative, constant or mask"):
+    with pytest.raises(ValueError, match="relative, constant, mask or none"):
         penalise_truncated(rewards, finished, "harsh")  # type: ignore[arg-type]

@@ -1,0 +1,74 @@
+"""Credit along a rationale: which of its tokens earned the reward. Pure functions.
+
+A mean-pooled embedding exists after every token, so the reward of a rationale cut there can be computed too, and it says
+what the tokens so far have earned. This is the project's own addition to GRACE, which gives every token of a rationale
+the rationale's advantage.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from src.modules.rewards import Embeddings, Reward
+from src.modules.sequences import Rollouts
+
+
+def prefix_rewards(reward: Callable[[Embeddings], Reward], embeddings: Embeddings, prefixes: Tensor) -> Tensor:
+    """Rewards if every rationale of the batch were cut after t tokens, t = 0 .. R.
+
+    Args:
+        embeddings: of the batch; queries and negatives are taken as they are.
+        prefixes: [B, K, R + 1, D] unit vectors of the positives after t tokens; where a rationale has fewer, its last.
+
+    Returns:
+        [B, K, R + 1] float32.
+    """
+    steps = range(prefixes.shape[2])
+    return torch.stack([reward(replace(embeddings, positive=prefixes[:, :, t])).total for t in steps], dim=2)
+
+
+def token_returns(prefix_rewards: Tensor, penalty: Tensor, lengths: Tensor, decay: float) -> Tensor:
+    """What the reward gained from each token on, later tokens counting less.
+
+    G[t] = sum_{l >= 0} decay^l (F[t + l + 1] - F[t + l]), F[t] the reward after t tokens: generalised advantage estimation
+    (Schulman et al., arXiv 1506.02438, eq. 16) with the prefix reward as its value function. decay = 1 is the reward still
+    to come, F[end] - F[t]: F[t] depends on the tokens before t alone, so it is a baseline that leaves the mean of the
+    gradient as it is. Below 1 a token is judged by what follows soon, with far less noise and some bias.
+
+    Args:
+        prefix_rewards: [B, K, R + 1].
+        penalty: [B, K], what is added to the reward at a rationale's end (for being truncated).
+        lengths: [B, K] int64, tokens of each rationale, at least 1.
+        decay: 0 to 1.
+
+    Returns:
+        [B, K, R] float32, 0 past a rationale's end.
+    """
+    steps = prefix_rewards.shape[2] - 1
+    positions = torch.arange(steps, device=prefix_rewards.device)
+    ends = positions == lengths.unsqueeze(2) - 1
+    gains = (prefix_rewards[:, :, 1:] - prefix_rewards[:, :, :-1]) * (positions < lengths.unsqueeze(2)) + penalty.unsqueeze(2) * ends
+    returns = torch.zeros_like(gains)
+    ahead = torch.zeros_like(penalty)
+    for t in range(steps - 1, -1, -1):
+        ahead = gains[:, :, t] + decay * ahead
+        returns[:, :, t] = ahead
+    return returns
+
+
+def token_advantages(advantage: Callable[[Tensor, Tensor], Tensor], returns: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
+    """[B, K, R]: at each position the advantages of its returns [B, K] among the kept rollouts that reach it."""
+    reached = torch.arange(returns.shape[2], device=returns.device) < lengths.unsqueeze(2)
+    columns = [advantage(returns[:, :, t], keep & reached[:, :, t]) for t in range(returns.shape[2])]
+    return torch.stack(columns, dim=2)
+
+
+def at_tokens(values: Tensor, rollouts: Rollouts) -> Tensor:
+    """[N, R] values of the rationales' tokens as [N, T], each at its token's position, 0 elsewhere."""
+    mask = rollouts.rationale_mask
+    rows, columns = mask.nonzero(as_tuple=True)
+    placed = values.new_zeros(mask.shape)
+    placed[rows, columns] = values[rows, columns - rollouts.prompt_lengths[rows]]
+    return placed

@@ -1,0 +1,99 @@
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.modules.advantages import grpo
+from src.modules.credit import at_tokens, prefix_rewards, token_advantages, token_returns
+from src.modules.rewards import Embeddings, document, listwise, paper
+from src.modules.sequences import Rollouts
+
+shapes = st.tuples(st.integers(2, 4), st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**31 - 1))
+
+
+def drawn(b: int, k: int, r: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(b, k, r + 1, generator=generator, dtype=torch.float64)
+    return rewards, torch.randint(1, r + 1, (b, k), generator=generator)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.floats(0, 1), st.floats(-2, 2))
+def test_returns_are_the_decayed_sum_of_gains(shape, decay, penalty):
+    rewards, lengths = drawn(*shape)
+    returns = token_returns(rewards, torch.full(lengths.shape, penalty, dtype=torch.float64), lengths, decay)
+    for b in range(rewards.shape[0]):
+        for k in range(rewards.shape[1]):
+            n = int(lengths[b, k])
+            value = rewards[b, k, : n + 1].tolist()
+            value[n] += penalty
+            for t in range(rewards.shape[2] - 1):
+                wanted = sum(decay ** (s - t) * (value[s + 1] - value[s]) for s in range(t, n))
+                assert returns[b, k, t].item() == pytest.approx(wanted, abs=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(shapes)
+def test_without_decay_the_return_is_the_reward_still_to_come(shape):
+    rewards, lengths = drawn(*shape)
+    returns = token_returns(rewards, torch.zeros(lengths.shape, dtype=torch.float64), lengths, 1.0)
+    reached = torch.arange(returns.shape[2]) < lengths.unsqueeze(2)
+    final = rewards.gather(2, lengths.unsqueeze(2))
+    torch.testing.assert_close(returns, (final - rewards[:, :, :-1]) * reached)
+
+
+def test_without_decay_the_gradient_has_the_mean_of_the_plain_one():
+    # two tokens of a vocabulary of three; every rationale with its probability, so that the means are exact
+    logits = torch.tensor([[0.3, -0.2, 0.5], [0.1, 0.4, -0.6]], dtype=torch.float64, requires_grad=True)
+    logprobs = logits.log_softmax(dim=1)
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(3, generator=generator, dtype=torch.float64)  # the reward after one token
+    last = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    plain = shaped = torch.zeros((), dtype=torch.float64)
+    for a in range(3):
+        for b in range(3):
+            probability = (logprobs[0, a] + logprobs[1, b]).exp().detach()
+            rewards = torch.stack([torch.zeros((), dtype=torch.float64), first[a], last[a, b]]).view(1, 1, 3)
+            returns = token_returns(rewards, torch.zeros(1, 1, dtype=torch.float64), torch.tensor([[2]]), 1.0)[0, 0]
+            plain = plain + probability * last[a, b] * (logprobs[0, a] + logprobs[1, b])
+            shaped = shaped + probability * (returns[0] * logprobs[0, a] + returns[1] * logprobs[1, b])
+    torch.testing.assert_close(torch.autograd.grad(shaped, logits, retain_graph=True), torch.autograd.grad(plain, logits))
+
+
+@pytest.mark.parametrize("reward", [listwise, document, paper])
+def test_the_last_prefix_earns_what_the_rollout_earns(reward):
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(3, 4, 6, 8, generator=generator)
+    prefixes = torch.nn.functional.normalize(raw, dim=-1)
+    query, negative = torch.randn(3, 8, generator=generator), torch.randn(3, 1, 8, generator=generator)
+    e = Embeddings.normalised(query, raw[:, :, -1], negative)
+    values = prefix_rewards(reward, e, prefixes)
+    assert values.shape == (3, 4, 6)
+    torch.testing.assert_close(values[:, :, -1], reward(e).total)
+    middle = reward(Embeddings(e.query, prefixes[:, :, 2], e.negative)).total
+    torch.testing.assert_close(values[:, :, 2], middle)
+
+
+def test_advantages_compare_the_rollouts_that_reach_a_position():
+    returns = torch.tensor([[[1.0, 5.0, 2.0], [3.0, 0.0, 0.0], [5.0, 1.0, 0.0]]])
+    lengths = torch.tensor([[3, 1, 2]])
+    everyone = torch.ones(1, 3, dtype=torch.bool)
+    got = token_advantages(partial(grpo, std=False), returns, lengths, everyone)
+    # position 0: mean 3; position 1: the first and third, mean 3; position 2: one rollout has nothing to compare with
+    torch.testing.assert_close(got, torch.tensor([[[-2.0, 2.0, 0.0], [0.0, 0.0, 0.0], [2.0, -2.0, 0.0]]]))
+    without_third = token_advantages(partial(grpo, std=False), returns, lengths, torch.tensor([[True, True, False]]))
+    torch.testing.assert_close(without_third, torch.tensor([[[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]]))
+
+
+def test_values_go_to_their_tokens():
+    rollouts = Rollouts(
+        input_ids=torch.zeros(2, 5, dtype=torch.long),
+        prefix_lengths=torch.tensor([1, 1]),
+        prompt_lengths=torch.tensor([2, 3]),
+        lengths=torch.tensor([5, 4]),
+        finished=torch.tensor([True, True]),
+    )
+    placed = at_tokens(torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]]), rollouts)
+    torch.testing.assert_close(placed, torch.tensor([[0.0, 0.0, 1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 4.0, 0.0]]))
