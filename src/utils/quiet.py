@@ -36,6 +36,8 @@ _NEEDLESS_WARNINGS = (
     r".*does not have many workers.*",  # batches are text, made faster than they are used
     r".*You have overridden `transfer_batch_to_device`.*",
     r".*module\(s\) in eval mode at the start of training.*",  # as transformers loads them
+    r".*Your `IterableDataset` has `__len__` defined.*",  # exact, in one process
+    r".*your dataloader is not resumable.*",  # it asks the trainer how far it is, and goes on from there
 )
 
 

@@ -1,0 +1,38 @@
+"""vLLM is installed without its dependencies: what it asks for has to be there all the same."""
+
+import importlib.util
+from importlib import metadata
+
+import pytest
+from packaging.requirements import Requirement
+
+from src.modules.rollout_vllm import VLLMRollouts
+from tests.vllm_builders import NEEDS_VLLM
+
+LEFT_OUT = {"mistral-common", "torchvision", "torchaudio", "torchcodec", "setuptools"}
+"""pyproject.toml says why."""
+
+
+@pytest.mark.vllm
+@NEEDS_VLLM[1]
+def test_the_extra_brings_what_vllm_asks_for_but_for_what_is_left_out() -> None:
+    (build,) = metadata.packages_distributions()["vllm"]
+    assert metadata.version(build) == "0.32.0"
+    unmet = []
+    for line in metadata.requires(build) or []:
+        needed = Requirement(line)
+        if needed.name.lower().replace("_", "-") in LEFT_OUT or (needed.marker and not needed.marker.evaluate({"extra": ""})):
+            continue
+        try:
+            version = metadata.version(needed.name)
+        except metadata.PackageNotFoundError:
+            version = "none"
+        if version == "none" or version not in needed.specifier:
+            unmet.append(f"{line} (installed: {version})")
+    assert not unmet
+
+
+def test_without_vllm_one_line_names_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="`make vllm`"):
+        VLLMRollouts(8)
