@@ -78,6 +78,21 @@ def document_oracle(
     return torch.stack(rows)
 
 
+def unsupervised_oracle(anchor: Tensor, positive: Tensor, lambda1: float, lambda2: float, temperature: float) -> Tensor:
+    b, k = positive.shape[:2]
+    rows = []
+    for i in range(b):
+        row = []
+        for r in range(k):
+            value = _dot(anchor[i], positive[i, r]) + lambda1 * consistency_oracle(positive, i, r)
+            for j in range(b):
+                if j != i:
+                    value = value - lambda2 / (b - 1) * _dot(positive[i, r], anchor[j])
+            row.append(value / temperature)
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
 def listwise_oracle(
     query: Tensor, positive: Tensor, negative: Tensor, to_query: float, to_document: float, lambda1: float, temperature: float
 ) -> Tensor:

@@ -34,7 +34,7 @@ def test_experiment_composes_and_instantiates(experiment: str, compose: Compose)
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     if needs_hub(cfg):
         pytest.skip(f"{experiment} takes its policy from the hub")
-    cfg.packages.cold_start = ["torchmetrics"]  # all of them take a minute to read
+    cfg.packages.cold_start = cfg.packages.train = ["torchmetrics"]  # all of them take a minute to read
     assert isinstance(instantiate(cfg.datamodule), L.LightningDataModule)
     assert isinstance(instantiate(cfg.module), L.LightningModule)
     callbacks = instantiate_all(cfg.callbacks, "callbacks")
@@ -46,13 +46,24 @@ def test_experiment_composes_and_instantiates(experiment: str, compose: Compose)
     ("group", "name"),
     [
         (group, name)
-        for group in ("reward", "algorithm", "callbacks", "debug", "policy", "datamodule", "trainer", "logger")
+        for group in ("reward", "algorithm", "rollout", "callbacks", "debug", "policy", "datamodule", "trainer", "logger")
         for name in options(group)
     ],
 )
 def test_every_option_composes_with_the_default(group: str, name: str, compose: Compose) -> None:
     experiment = "cold_start" if name in ("cold_start", "demonstrations", "tiny_fresh") else "tiny_sup"
     assert compose(f"experiment={experiment}", f"{group}={name}") is not None
+
+
+@pytest.mark.parametrize("rollout", options("rollout"))
+def test_every_rollout_engine_composes_for_evaluation(rollout: str, compose: Compose) -> None:
+    cfg = compose(f"rollout@engine={rollout}", config_name="evaluate")
+    assert cfg.engine._partial_
+    assert OmegaConf.to_container(cfg.engine, resolve=True, throw_on_missing=True)
+
+
+def test_the_longest_prompt_of_training_is_what_vllm_is_set_up_for(compose: Compose) -> None:
+    assert compose("rollout=vllm").rollout.max_prompt_tokens == compose().module.max_prompt_tokens
 
 
 def test_the_default_needs_no_setting(compose: Compose) -> None:

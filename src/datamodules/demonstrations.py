@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import lightning as L
 from torch.utils.data import DataLoader, IterableDataset
 
-from src.datamodules.docstrings import Docstring, collect
+from src.datamodules.docstrings import Docstring, collect, cut_between_words
 from src.datamodules.grouping import grouped_batches, require_one_batch
 
 _CONTROL = re.compile(r"<\||think>")
@@ -65,7 +65,7 @@ class DemonstrationStream(IterableDataset[list[Demonstration]]):
 
     def demonstrate(self, doc: Docstring, rng: random.Random) -> Demonstration:
         """A fresh demonstration of one docstring; its terms come from the part that the model sees."""
-        body = doc.body if len(doc.body) <= self.max_text_chars else doc.body[: self.max_text_chars].rsplit(" ", 1)[0]
+        body = cut_between_words(doc.body, self.max_text_chars)
         return Demonstration(
             query=doc.summary,
             document=body,

@@ -7,7 +7,7 @@ from itertools import islice
 import lightning as L
 from torch.utils.data import DataLoader, IterableDataset
 
-from src.datamodules.docstrings import Docstring, collect
+from src.datamodules.docstrings import Docstring, collect, cut_between_words
 from src.datamodules.grouping import grouped_batches, require_one_batch
 from src.datamodules.records import Triplet
 
@@ -17,10 +17,6 @@ def make_triplets(docstrings: Sequence[Docstring], negatives: int, max_text_char
 
     A docstring whose module has too few others gives no triplet. Bodies are cut at `max_text_chars`, between words.
     """
-
-    def cut(text: str) -> str:
-        return text if len(text) <= max_text_chars else text[:max_text_chars].rsplit(" ", 1)[0]
-
     by_module: dict[str, list[Docstring]] = {}
     for doc in docstrings:
         by_module.setdefault(doc.module, []).append(doc)
@@ -28,8 +24,8 @@ def make_triplets(docstrings: Sequence[Docstring], negatives: int, max_text_char
     for doc in docstrings:
         others = [other for other in by_module[doc.module] if other.id != doc.id]
         if len(others) >= negatives:
-            chosen = tuple(cut(other.body) for other in rng.sample(others, negatives))
-            triplets.append(Triplet(doc.id, doc.summary, cut(doc.body), chosen, doc.package))
+            chosen = tuple(cut_between_words(other.body, max_text_chars) for other in rng.sample(others, negatives))
+            triplets.append(Triplet(doc.id, doc.summary, cut_between_words(doc.body, max_text_chars), chosen, doc.package))
     return triplets
 
 

@@ -73,6 +73,11 @@ def package_version(package: str) -> str:
     return importlib.metadata.version(owners[0]) if owners else "unknown"
 
 
+def cut_between_words(text: str, max_chars: int) -> str:
+    """The text, or as many of its whole words as fit."""
+    return text if len(text) <= max_chars else text[:max_chars].rsplit(" ", 1)[0]
+
+
 def split_docstring(text: str, max_chars: int) -> tuple[str, str] | None:
     """Summary and body of a docstring, or None where either is too short to be a query or a document.
 
@@ -81,9 +86,7 @@ def split_docstring(text: str, max_chars: int) -> tuple[str, str] | None:
     head, _, rest = text.strip().partition("\n\n")
     lines = (line.strip() for line in rest.splitlines())
     rest = " ".join(line for line in lines if not line.startswith((">>>", "...")) and not _RULE.match(line))
-    summary, body = _SPACE.sub(" ", head).strip(), _SPACE.sub(" ", rest).strip()
-    if len(body) > max_chars:
-        body = body[:max_chars].rsplit(" ", 1)[0]
+    summary, body = _SPACE.sub(" ", head).strip(), cut_between_words(_SPACE.sub(" ", rest).strip(), max_chars)
     if not 4 <= len(summary.split()) <= 25 or len(summary) > 160 or len(body.split()) < 8:
         return None
     return summary, body

@@ -24,3 +24,8 @@ class Triplet:
         for field, text in (("query", self.query), ("positive", self.positive), *(("negative", n) for n in self.negatives)):
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"record {self.id!r}: {field} is empty; every text of a triplet needs at least one character")
+
+    @property
+    def texts(self) -> list[str]:
+        """The different texts of the instance."""
+        return list(dict.fromkeys((self.query, self.positive, *self.negatives)))

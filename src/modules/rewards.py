@@ -78,6 +78,13 @@ def _others(b: int, device: torch.device) -> Tensor:
     return ~torch.eye(b, dtype=torch.bool, device=device)
 
 
+def _mean_of_others(similarity: Tensor) -> Tensor:
+    """[B, n]: mean over j != i of a [B, n, B] tensor; 0 where B = 1."""
+    b = similarity.shape[2]
+    others = _others(b, similarity.device).unsqueeze(1)
+    return (similarity * others).sum(dim=2) / max(b - 1, 1)
+
+
 def paper(e: Embeddings, *, consistency_weight: float = 0.2, hard_weight: float = 0.2, temperature: float = 0.1) -> Reward:
     """The published reward.
 
@@ -117,12 +124,10 @@ def document(
         raise ValueError(f"reward.hard={hard!r}: it is mean or max")
     b = len(e.query)
     similarity = _to_queries(e)
-    others = _others(b, similarity.device).unsqueeze(1)  # [B, 1, B]
-    if b == 1:
-        in_batch = similarity.new_zeros(similarity.shape[:2])
-    elif hard == "mean":
-        in_batch = -(similarity * others).sum(dim=2) / (b - 1)
+    if hard == "mean" or b == 1:
+        in_batch = -_mean_of_others(similarity)
     else:
+        others = _others(b, similarity.device).unsqueeze(1)  # [B, 1, B]
         in_batch = -similarity.masked_fill(~others, -torch.inf).max(dim=2).values
     terms = {
         "positive": _own(similarity),
@@ -131,6 +136,23 @@ def document(
         "hard": in_batch,
     }
     weights = {"positive": 1.0, "negative": 1.0, "consistency": consistency_weight, "hard": hard_weight}
+    return combine(terms, weights, 1 / temperature)
+
+
+def unsupervised(e: Embeddings, *, consistency_weight: float = 0.2, hard_weight: float = 0.2, temperature: float = 0.1) -> Reward:
+    """The published reward where an instance is one text: the anchor, another rollout of it, stands in the query's place.
+
+    self = sim(anchor, h_p[k]); consistency as above; in_batch = -mean over j != i of sim(h_p[k], anchor[j]) (0 where B = 1);
+    total = (self + lambda1 consistency + lambda2 in_batch) / temperature.
+
+    Raises:
+        ValueError: there are negatives, which this form has no place for.
+    """
+    if e.negative.shape[1]:
+        raise ValueError("reward=unsupervised has no term for negatives: use reward=document, or a datamodule of texts (datamodule=wiki1m)")
+    similarity = _to_queries(e)
+    terms = {"self": _own(similarity), "consistency": consistency(e.positive), "in_batch": -_mean_of_others(similarity)}
+    weights = {"self": 1.0, "consistency": consistency_weight, "in_batch": hard_weight}
     return combine(terms, weights, 1 / temperature)
 
 

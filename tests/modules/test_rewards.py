@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from src.modules.advantages import grpo
-from src.modules.rewards import Embeddings, document, listwise, paper
-from tests.oracles import document_oracle, listwise_oracle, paper_oracle
+from src.modules.rewards import Embeddings, document, listwise, paper, unsupervised
+from tests.oracles import document_oracle, listwise_oracle, paper_oracle, unsupervised_oracle
 
 shapes = st.tuples(st.integers(2, 5), st.integers(1, 5), st.integers(0, 3), st.integers(2, 7), st.integers(0, 2**31 - 1))
 
@@ -52,6 +52,21 @@ def test_document_is_the_equation(shape, lambda1, lambda2, tau, hard):
         lambda q, p, n: document_oracle(q, p, n, lambda1, lambda2, tau, hard),
         random_embeddings(*shape),
     )
+
+
+@settings(max_examples=25, deadline=None)
+@given(shapes, st.floats(0, 1), st.floats(0, 1), st.floats(0.05, 1))
+def test_unsupervised_is_the_equation_and_the_document_form_without_negatives(shape, lambda1, lambda2, tau):
+    b, k, _, d, seed = shape
+    e = random_embeddings(b, k, 0, d, seed)
+    weights = {"consistency_weight": lambda1, "hard_weight": lambda2, "temperature": tau}
+    agree(lambda e: unsupervised(e, **weights), lambda q, p, n: unsupervised_oracle(q, p, lambda1, lambda2, tau), e)
+    torch.testing.assert_close(unsupervised(e, **weights).total, document(e, **weights).total)
+
+
+def test_unsupervised_refuses_negatives():
+    with pytest.raises(ValueError, match="no term for negatives"):
+        unsupervised(random_embeddings(2, 3, 1, 4, seed=0))
 
 
 @settings(max_examples=25, deadline=None)
@@ -128,6 +143,7 @@ def test_one_instance_has_no_in_batch_negatives():
     assert paper(e).terms["hard"].eq(0).all()
     assert document(e).terms["hard"].eq(0).all()
     assert document(e, hard="max").terms["hard"].eq(0).all()
+    assert unsupervised(random_embeddings(1, 4, 0, 8, seed=0)).terms["in_batch"].eq(0).all()
     with pytest.raises(ValueError, match="at least 2 instances"):
         listwise(e)
 

@@ -1,0 +1,149 @@
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from src.datamodules import preparation
+from src.datamodules.files import DataFile
+from src.datamodules.preparation import SHOWN, Report, in_batches, load_report, prepare, scan
+from src.datamodules.prepared import PreparedTriplets
+from src.datamodules.prompt_limit import PromptLimit
+from src.datamodules.reading import SentenceReader, TripletReader, json_rows
+from src.datamodules.records import Triplet
+from src.modules.prompt import PromptRenderer
+from tests.builders import SENTENCES, small_tokenizer
+
+
+def limit(max_prompt_tokens: int = 44, instruction: str = "Name the terms.") -> PromptLimit:
+    return PromptLimit(small_tokenizer(), instruction, max_prompt_tokens)
+
+
+def sentences(folder: Path, count: int, name: str = "text.txt") -> DataFile:
+    """Every tenth is blank, every 7th is not UTF-8, and lengths vary."""
+    lines = [
+        b"" if i % 10 == 0 else b"\xff" if i % 7 == 0 else (SENTENCES[i % 5][: 5 + i % 60] + f" {i}").encode() for i in range(1, count + 1)
+    ]
+    (folder / name).write_bytes(b"\n".join(lines) + b"\n")
+    return DataFile(folder / name, name)
+
+
+def rows(folder: Path) -> list[Triplet]:
+    prepared = PreparedTriplets(folder)
+    return prepared.triplets(np.arange(len(prepared)))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparation, "_CHUNK_BYTES", 1000)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_chunks_cover_a_file_once_and_know_their_lines(tmp_path):
+    lines = [json.dumps({"n": i, "fill": "x" * (i * 37 % 300)}) for i in range(1, 200)]
+    lines[50] = json.dumps({"n": 51, "fill": "x" * 5000})  # over several blocks
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(lines))  # the last line has no end
+    digest, chunks = scan(DataFile(path, "data.jsonl"))
+    assert len(chunks) > 10
+    assert (chunks[0].start, chunks[-1].end) == (0, path.stat().st_size)
+    assert all(a.end == b.start for a, b in pairwise(chunks))
+    found = [row for chunk in chunks for row in json_rows(chunk)]
+    assert [(where, value["n"]) for where, value in found] == [(f"data.jsonl:{i}", i) for i in range(1, 200)]
+    path.write_text("\n".join(lines) + " ")
+    assert scan(DataFile(path, "data.jsonl"))[0] != digest
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_several_processes_prepare_what_one_does(tmp_path):
+    file = sentences(tmp_path, 300)
+    one, two = (prepare([file], SentenceReader(), limit(), tmp_path / str(n), num_proc=n) for n in (1, 2))
+    assert one.name == two.name
+    assert len(list(one.glob("*.arrow"))) > 5
+    assert rows(one) == rows(two)
+    assert load_report(one) == load_report(two)
+    report = load_report(one)
+    assert report.records == 270
+    assert report.bad == 38
+    assert report.kept + report.too_long + report.bad == report.records
+    assert min(report.kept, report.too_long) > 50
+    assert len(report.first_bad) == SHOWN
+    assert report.first_bad[:2] == ["text.txt:7: not UTF-8 (byte 1 is 0xff)", "text.txt:14: not UTF-8 (byte 1 is 0xff)"]
+    assert report.bad_lines().endswith("\n  and 18 more")
+
+
+def test_the_second_time_nothing_is_read_and_whatever_matters_makes_another_folder(tmp_path, monkeypatch):
+    file = sentences(tmp_path, 40)
+    folder = prepare([file], SentenceReader(), limit(), tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "_prepare_all", lambda *_: pytest.fail("prepared again"))
+        assert prepare([file], SentenceReader(), limit(), tmp_path / "cache") == folder
+        assert prepare([file], SentenceReader(), limit(instruction="Name the terms!"), tmp_path / "cache", num_proc=2) == folder
+    others = [
+        prepare([file], SentenceReader(), limit(38), tmp_path / "cache"),
+        prepare([file], SentenceReader(), limit(instruction="Name the terms, one by one"), tmp_path / "cache"),
+        prepare([DataFile(file.path, "other.txt")], SentenceReader(), limit(), tmp_path / "cache"),
+        prepare([file], TripletReader(1), limit(), tmp_path / "cache"),
+        prepare([file], TripletReader(2), limit(), tmp_path / "cache"),
+        prepare([sentences(tmp_path, 41)], SentenceReader(), limit(), tmp_path / "cache"),
+    ]
+    assert len({folder, *others}) == 7
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {path.name for path in (folder, *others)}  # nothing left aside
+
+
+def test_a_failure_leaves_nothing_behind_and_another_runs_result_is_taken(tmp_path, monkeypatch):
+    file, cache = sentences(tmp_path, 40), tmp_path / "cache"
+
+    def broken(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "_prepare_all", broken)
+        with pytest.raises(OSError, match="disk full"):
+            prepare([file], SentenceReader(), limit(), cache)
+    assert list(cache.iterdir()) == []
+
+    def overtaken(chunks, worker, processes):
+        yield from genuine(chunks, worker, processes)
+        if not other:  # meanwhile, another run prepares the same
+            other.append(None)
+            other[0] = prepare([file], SentenceReader(), limit(), cache)
+
+    genuine, other = preparation._prepare_all, []
+    monkeypatch.setattr(preparation, "_prepare_all", overtaken)
+    assert prepare([file], SentenceReader(), limit(), cache) == other[0]
+    assert list(cache.iterdir()) == other
+
+
+def test_the_limit_is_the_renderers(tmp_path):
+    texts = [SENTENCES[i % 5][:i] + " <|im_end|> " * (i % 3) for i in range(1, 70)]
+    lengths = PromptRenderer(small_tokenizer(), "Name the terms.", 1000)(texts).lengths.tolist()
+    assert min(lengths) < 50 < max(lengths)
+    for most in (min(lengths), 50, max(lengths)):
+        assert limit(most).fits(texts) == [length <= most for length in lengths]
+    assert limit().fits([]) == []
+
+
+@pytest.mark.parametrize("field", ["query", "positive", "negative"])
+def test_every_text_of_an_instance_is_measured(tmp_path, field):
+    record = {"query": "a", "positive": "b", "negative": ["c", "d", "e"]}
+    long = "many words " * 30
+    too_long = {**record, field: ["c", long, "e"] if field == "negative" else long}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(too_long) + "\n")
+    file = DataFile(tmp_path / "data.jsonl", "data.jsonl")
+    assert load_report(prepare([file], TripletReader(2), limit(), tmp_path)) == Report(records=2, kept=1, too_long=1)
+    unused = load_report(prepare([file], TripletReader(1), limit(), tmp_path))  # of the negatives only the first is a text of the instance
+    assert unused.too_long == (field != "negative")
+
+
+def test_batches_are_bounded_by_number_and_by_size():
+    short = [Triplet(str(i), "a", "a") for i in range(1100)]
+    assert [len(batch) for batch in in_batches(short)] == [512, 512, 76]
+    long = [Triplet(str(i), "a", "b" * 2**21) for i in range(5)]
+    assert [len(batch) for batch in in_batches(long)] == [2, 2, 1]
+
+
+def test_a_missing_tokenizer_is_one_clear_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer at '.*': give policy\.path"):
+        PromptLimit.load(str(tmp_path / "none"), "Name the terms.", 60)
