@@ -1,0 +1,124 @@
+"""The benchmarks run at small sizes, and measure what they say."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Config
+
+from experiments.speed import evaluation, rollouts, scaling, step
+from experiments.speed.floor import work
+from experiments.speed.grace_steps import Spec, run
+from experiments.speed.measuring import MIB, alternating, paired_ratio, peak, reset_peak, table
+from experiments.speed.subject import POLICY, ROOT, unending_policy
+from experiments.speed.trl_reward import ListwiseReward
+from src.modules.rollout_hf import HFRollouts
+
+TRL = ROOT / ".venv-trl" / "bin" / "python"
+FEW = ["--repeats", "1", "--packages", "joblib"]
+
+
+def test_rounds_alternate_and_ratios_are_those_of_pairs() -> None:
+    order: list[str] = []
+    seconds = alternating({name: lambda name=name: order.append(name) for name in "ab"}, 3)
+    assert "".join(order) == "abbaab"
+    assert [len(own) for own in seconds.values()] == [3, 3]
+    assert paired_ratio([2, 9, 30], [1, 3, 10]) == 3
+
+
+def test_a_table_is_markdown() -> None:
+    assert table(["a", "b"], [[1, "x"]]) == "| a | b |\n| --- | --- |\n| 1 | x |\n"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or torch.cuda.is_available(), reason="reads Linux's account of a process")
+def test_the_peak_counts_what_was_freed_again_and_forgets_what_was_before() -> None:
+    torch.ones(64 * MIB)
+    before = reset_peak()
+    torch.ones(16 * MIB)
+    assert 60 * MIB < peak() - before < 120 * MIB
+
+
+def test_the_floor_counts_every_product_of_sampling_once() -> None:
+    c = Qwen2Config(vocab_size=11, hidden_size=8, intermediate_size=5, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    prompts, n, new = [3, 5], 2, 4
+    layers, heads, d = 2, 4, 2
+    matrices, head = layers * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 5), 11 * 8
+    pair = layers * heads * 4 * d  # query times key, and weight times value
+    flops = read = 0
+    for prompt in prompts:
+        flops += sum(2 * matrices + pair * (position + 1) for position in range(prompt))
+        for token in range(new):
+            flops += n * (2 * matrices + 2 * head + pair * (prompt + token + 1))
+    for token in range(new):
+        read += matrices + head
+        for prompt in prompts:
+            read += layers * 2 * 2 * d * (prompt + n * (token + 1))
+    counted = work(c, prompts, n, new)
+    assert counted.bytes == 4 * read
+    assert counted.flops == flops
+
+
+def test_no_rationale_ends_before_its_limit() -> None:
+    policy, renderer = unending_policy()
+    written = HFRollouts(7).generate(policy, renderer(["one text", "another"]), n=3)
+    assert not written.finished.any()
+    assert (written.rationale_lengths == 7).all()
+
+
+def test_the_reward_that_trl_is_given_sees_the_embeddings_of_this_project() -> None:
+    policy, renderer = unending_policy()
+    documents, queries = ["a sorted copy of the list", "the edges of a graph"], ["sort a list", "graph edges"]
+    written = HFRollouts(5).generate(policy, renderer(documents), n=3)
+    reward = ListwiseReward(policy.model, renderer, new_tokens=5, rollouts=3, batch_size=4)
+    repeated = [[text for text in side for _ in range(3)] for side in (documents, queries, documents[::-1])]
+    values = reward([ids.tolist() for ids in written.rationales()], *repeated)
+    assert len(values) == 6
+    assert len(set(values)) > 1
+    embedded = reward._embed(renderer(documents).repeat(3), written.rationales())
+    torch.testing.assert_close(embedded, written.embeddings, rtol=0, atol=1e-4)
+
+
+def test_rollouts(tmp_path: Path) -> None:
+    file = tmp_path / "table.md"
+    rollouts.main(["--prompts", "3", "--new-tokens", "4", "--rollouts", "1", "2", *FEW, "--output", str(file)])
+    text = file.read_text()
+    assert text.count("| transformers generate |") == text.count("| transformers continuous batching |") == 2
+    assert "GFLOP/s take" in text
+
+
+def test_evaluation(tmp_path: Path) -> None:
+    file = tmp_path / "table.md"
+    evaluation.main(["--texts", "6", "--batch-size", "4", *FEW, "--output", str(file)])
+    assert "| generate, decode, encode |" in file.read_text()
+    assert float(file.read_text().split("embeddings ")[1].split()[0]) > 0.99
+
+
+def test_steps_of_a_model_with_another_vocabulary() -> None:
+    spec = Spec(str(POLICY), 2, 2, 3, 256, steps=1, train_embeddings=False, vocab_size=5000, packages=("joblib",))
+    result = run(spec)
+    assert len(result["seconds"]) == 1
+    assert result["bytes"] > 0
+
+
+def test_scaling(tmp_path: Path) -> None:
+    file = tmp_path / "table.md"
+    sizes = ["--instances", "2", "--rollouts", "2", "--new-tokens", "3", "--doublings", "0"]
+    scaling.main([*sizes, *FEW, "--output", str(file)])
+    assert file.read_text().count("\n| ") >= len(scaling.WAYS)
+    assert file.with_suffix(".png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TRL.exists(), reason="needs TRL in .venv-trl, see experiments/speed/README.md")
+def test_a_step_against_trl(tmp_path: Path) -> None:
+    file = tmp_path / "table.md"
+    sizes = ["--instances", "4", "--rollouts", "2", "--new-tokens", "4", "--instances-per-micro-batch", "2"]
+    step.main([*sizes, *FEW, "--output", str(file)])
+    assert "| TRL GRPOTrainer |" in file.read_text()
+
+
+def test_without_trl_a_step_says_how_to_get_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        step.main(["--trl-python", str(tmp_path / "python")])
+    assert "pip install -r experiments/speed/trl-requirements.txt" in capsys.readouterr().err
