@@ -38,7 +38,8 @@ def points(overrides: list[str]) -> list[list[str]]:
 @pytest.fixture
 def triplets(tmp_path: Path) -> Path:
     file = tmp_path / "triplets.jsonl"
-    records = [{"query": f"query {i}", "positive": f"a document about {i}", "negative": f"another {i}"} for i in range(40)]
+    count = 80  # for a batch of 64, and some held out
+    records = [{"query": f"query {i}", "positive": f"a document about {i}", "negative": f"another {i}"} for i in range(count)]
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     return file
 

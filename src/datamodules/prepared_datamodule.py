@@ -82,8 +82,8 @@ class PreparedDataModule(L.LightningDataModule):
 
     def _judge(self, report: Report, max_prompt_tokens: int) -> None:
         counts = (
-            f"{self.path}: {report.records:,} records, of which {report.kept:,} can be used, {report.too_long:,} have a text whose prompt is "
-            f"longer than module.max_prompt_tokens={max_prompt_tokens}, and {report.bad:,} are malformed"
+            f"{self.path}: {report.records:,} records, of which {report.kept:,} can be used, {report.too_long:,} have a text whose prompt "
+            f"is longer than module.max_prompt_tokens={max_prompt_tokens}, and {report.bad:,} are malformed"
         )
         if report.bad and self.on_bad_record == "stop":
             raise ValueError(f"{counts}:\n{report.bad_lines()}\nmend them, or leave them out with datamodule.on_bad_record=skip")
