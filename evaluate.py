@@ -27,8 +27,8 @@ from src.utils.run_info import log_run_info
 
 def make_encoder(cfg: DictConfig, policy: Policy, settings: EncoderSettings, rationale: bool) -> RationaleEncoder:
     """The encoder of a policy as the config wants it, on its device."""
-    if cfg.max_new_tokens is not None:
-        settings = replace(settings, max_new_tokens=cfg.max_new_tokens)
+    settings = replace(settings, **{name: cfg[name] for name in ("max_new_tokens", "pooling", "layer") if cfg[name] is not None})
+    policy.pooling, policy.layer = settings.pooling, settings.layer
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     engine = instantiate(cfg.engine)(max_new_tokens=settings.max_new_tokens)
     options = {"temperature": cfg.temperature, "seed": cfg.seed, "batch_size": cfg.batch_size}

@@ -1,5 +1,7 @@
 """Naive loops written from the equations; fast code is tested against them. Slow on purpose, plain on purpose."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -134,6 +136,42 @@ def grpo_oracle(rewards: Tensor, keep: Tensor, std: bool) -> Tensor:
     return out
 
 
+def rloo_oracle(rewards: Tensor, keep: Tensor) -> Tensor:
+    """R_k - 1/(n-1) sum over the group's other kept rollouts (arXiv 2402.14740, eq. 7)."""
+    out = torch.zeros_like(rewards)
+    for i, k in keep.nonzero().tolist():
+        others = [rewards[i, r] for r in range(rewards.shape[1]) if keep[i, r] and r != k]
+        if others:
+            out[i, k] = rewards[i, k] - sum(others) / len(others)
+    return out
+
+
+def remax_oracle(rewards: Tensor, keep: Tensor, baseline: Tensor) -> Tensor:
+    """R_k less the greedy rollout's reward (arXiv 2310.10505, algorithm 1)."""
+    out = torch.zeros_like(rewards)
+    for i, k in keep.nonzero().tolist():
+        out[i, k] = rewards[i, k] - baseline[i]
+    return out
+
+
+def reinforce_pp_oracle(rewards: Tensor, keep: Tensor) -> Tensor:
+    """(R - mean over the batch) / std over the batch (arXiv 2501.03262)."""
+    out = torch.zeros_like(rewards)
+    places = keep.nonzero().tolist()
+    if len(places) < 2:
+        return out
+    values = torch.stack([rewards[i, k] for i, k in places])
+    for i, k in places:
+        out[i, k] = (rewards[i, k] - values.mean()) / (values.std() + 1e-6)
+    return out
+
+
+def reinforce_pp_baseline_oracle(rewards: Tensor, keep: Tensor) -> Tensor:
+    """A' = R - mean over the group, then (A' - mean over the batch) / std over the batch (arXiv 2501.03262)."""
+    compared = torch.stack([row if row.sum() > 1 else torch.zeros_like(row) for row in keep])
+    return reinforce_pp_oracle(grpo_oracle(rewards, keep, std=False), compared)
+
+
 def ppo_clip_oracle(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float) -> Tensor:
     total = logprobs.new_zeros(())
     for n in range(logprobs.shape[0]):
@@ -143,3 +181,143 @@ def ppo_clip_oracle(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Ten
                 clipped = min(max(ratio, torch.tensor(1 - low, dtype=ratio.dtype)), torch.tensor(1 + high, dtype=ratio.dtype))
                 total = total - torch.minimum(ratio * advantages[n], clipped * advantages[n])
     return total
+
+
+# ---- whole objectives of the algorithms, from rewards to a number to be made small, as their papers write them
+
+
+@dataclass
+class Case:
+    """A rollout batch: B instances, K rollouts, T tokens at most.
+
+    rewards [B, K], greedy [B], lengths [B, K]; logprobs, old and reference [B, K, T], of which `lengths` tokens count.
+    """
+
+    rewards: Tensor
+    greedy: Tensor
+    lengths: Tensor
+    logprobs: Tensor
+    old: Tensor
+    reference: Tensor
+
+    def rollouts(self) -> list[tuple[int, int]]:
+        b, k = self.rewards.shape
+        return [(i, r) for i in range(b) for r in range(k)]
+
+
+def _clipped(case: Case, i: int, k: int, t: int, advantage: Tensor, low: float = 0.2, high: float = 0.2) -> Tensor:
+    ratio = (case.logprobs[i, k, t] - case.old[i, k, t]).exp()
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def grpo_objective(case: Case, beta: float) -> Tensor:
+    """-(1/G) sum_i (1/|o_i|) sum_t {min[r A, clip(r) A] - beta D_KL} with A = (R - mean) / std (arXiv 2402.03300, eq. 3 and 4)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i, k in case.rollouts():
+        group = case.rewards[i]
+        advantage = (group[k] - group.mean()) / (group.std() + 1e-6)
+        for t in range(int(case.lengths[i, k])):
+            log_r = case.reference[i, k, t] - case.logprobs[i, k, t]
+            divergence = log_r.exp() - log_r - 1
+            total = total + (_clipped(case, i, k, t, advantage) - beta * divergence) / case.lengths[i, k]
+    return -total / len(case.rollouts())
+
+
+def grace_objective(case: Case) -> Tensor:
+    """Token mean of PPO's clipped surrogate with A = R - mean (arXiv 2510.04506)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i, k in case.rollouts():
+        for t in range(int(case.lengths[i, k])):
+            total = total + _clipped(case, i, k, t, case.rewards[i, k] - case.rewards[i].mean())
+    return -total / case.lengths.sum()
+
+
+def dr_grpo_objective(case: Case, constant: int) -> Tensor:
+    """-(1/G) sum_i sum_t min[r A, clip(r) A] / constant with A = R - mean (arXiv 2503.20783)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i, k in case.rollouts():
+        for t in range(int(case.lengths[i, k])):
+            total = total + _clipped(case, i, k, t, case.rewards[i, k] - case.rewards[i].mean()) / constant
+    return -total / len(case.rollouts())
+
+
+def _reinforce_objective(case: Case, advantages: Tensor, constant: int) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for i, k in case.rollouts():
+        whole = sum(case.logprobs[i, k, t] for t in range(int(case.lengths[i, k])))
+        total = total + advantages[i, k] * whole / constant
+    return -total / len(case.rollouts())
+
+
+def rloo_objective(case: Case, constant: int) -> Tensor:
+    """-(1/k) sum_i (R_i - mean of the others) log pi(y_i) (arXiv 2402.14740, eq. 7), over a constant."""
+    return _reinforce_objective(case, rloo_oracle(case.rewards, torch.ones_like(case.rewards, dtype=torch.bool)), constant)
+
+
+def remax_objective(case: Case, constant: int) -> Tensor:
+    """-mean (R - R of the greedy rollout) log pi(y) (arXiv 2310.10505, algorithm 1), over a constant."""
+    return _reinforce_objective(case, case.rewards - case.greedy.unsqueeze(1), constant)
+
+
+def reinforce_pp_objective(case: Case, beta: float, baseline: bool) -> Tensor:
+    """Token mean of the clipped surrogate with advantages standardised over the batch (arXiv 2501.03262).
+
+    Without the baseline, beta times the summed k1 is taken off the rewards; with it, beta times k2 is added to the loss.
+    """
+    rewards = case.rewards.clone()
+    everything = torch.ones_like(rewards, dtype=torch.bool)
+    if not baseline:
+        for i, k in case.rollouts():
+            for t in range(int(case.lengths[i, k])):
+                rewards[i, k] = rewards[i, k] - beta * (case.old[i, k, t] - case.reference[i, k, t])
+    advantages = reinforce_pp_baseline_oracle(rewards, everything) if baseline else reinforce_pp_oracle(rewards, everything)
+    total = torch.zeros((), dtype=torch.float64)
+    for i, k in case.rollouts():
+        for t in range(int(case.lengths[i, k])):
+            total = total - _clipped(case, i, k, t, advantages[i, k])
+            if baseline:
+                total = total + beta * (case.logprobs[i, k, t] - case.reference[i, k, t]) ** 2 / 2
+    return total / case.lengths.sum()
+
+
+def overlong_oracle(length: int, max_tokens: int, cache: float) -> float:
+    """The three cases of arXiv 2503.14476, eq. 13."""
+    if length <= max_tokens - cache:
+        return 0.0
+    return (max_tokens - cache - length) / cache if length <= max_tokens else -1.0
+
+
+def dapo_objective(case: Case, max_tokens: int) -> Tensor:
+    """-1/(sum |o_i|) sum_i sum_t min[r A, clip(r, 0.8, 1.28) A], A = (R - mean) / std (arXiv 2503.14476, eq. 8 and 9)."""
+    rewards = case.rewards.clone()
+    for i, k in case.rollouts():
+        rewards[i, k] = rewards[i, k] + overlong_oracle(int(case.lengths[i, k]), max_tokens, max_tokens / 5)
+    total = torch.zeros((), dtype=torch.float64)
+    for i, k in case.rollouts():
+        advantage = (rewards[i, k] - rewards[i].mean()) / (rewards[i].std() + 1e-6)
+        for t in range(int(case.lengths[i, k])):
+            total = total + _clipped(case, i, k, t, advantage, 0.2, 0.28)
+    return -total / case.lengths.sum()
+
+
+# ---- poolings
+
+
+def last_of_selected(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The last state that the mask selects, row by row."""
+    rows = []
+    for states, selected in zip(hidden, mask.tolist(), strict=True):
+        rows.append(states[[t for t, keep in enumerate(selected) if keep][-1]].double())
+    return torch.stack(rows)
+
+
+def max_of_selected(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Coordinate by coordinate the greatest of the states that the mask selects."""
+    rows = []
+    for states, selected in zip(hidden, mask.tolist(), strict=True):
+        kept = [states[t].double() for t, keep in enumerate(selected) if keep]
+        row = kept[0]
+        for state in kept[1:]:
+            row = torch.maximum(row, state)
+        rows.append(row)
+    return torch.stack(rows)

@@ -46,7 +46,7 @@ def test_experiment_composes_and_instantiates(experiment: str, compose: Compose)
     ("group", "name"),
     [
         (group, name)
-        for group in ("reward", "algorithm", "rollout", "callbacks", "debug", "policy", "datamodule", "trainer", "logger")
+        for group in ("reward", "algorithm", "rollout", "callbacks", "debug", "policy", "policy/lora", "datamodule", "trainer", "logger")
         for name in options(group)
     ],
 )

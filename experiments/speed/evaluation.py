@@ -17,7 +17,7 @@ from experiments.speed.subject import POLICY, triplets
 from src.modules.encoder import RationaleEncoder
 from src.modules.export import load_policy
 from src.modules.policy import Policy
-from src.modules.pooling import masked_mean
+from src.modules.pooling import pool
 from src.modules.prompt import PromptRenderer
 from src.modules.rollout_hf import HFRollouts
 from src.modules.settings import EncoderSettings
@@ -66,7 +66,7 @@ class GenerateThenEncode:
         inputs = self._tokenise(texts, "right")
         mask = inputs["attention_mask"].bool()
         mask[:, : self.prefix] = False
-        return masked_mean(self.policy.model.base_model(**inputs).last_hidden_state, mask)
+        return pool(self.policy.model.base_model(**inputs).last_hidden_state, mask)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -34,10 +34,19 @@ def ours(policy: Policy, new_tokens: int) -> Engine:
 
 
 def vllm(policy: Policy, new_tokens: int, max_prompt_tokens: int) -> Engine:
-    """`rollout=vllm`, which also pushes the weights."""
+    """`rollout=vllm`, which also pushes the weights; without an end token, as vLLM refuses one outside of the vocabulary,
+    and without a seed for each prompt, as it draws more slowly with them.
+    """
     from src.modules.rollout_vllm import VLLMRollouts
 
-    engine = VLLMRollouts(new_tokens, max_prompt_tokens)
+    class Unending(VLLMRollouts):
+        def _requests(self, *args: Any) -> list[tuple[Any, Any]]:
+            requests = super()._requests(*args)
+            for _, params in requests:
+                params.stop_token_ids, params.ignore_eos, params.seed = [], True, None
+            return requests
+
+    engine = Unending(new_tokens, max_prompt_tokens)
     return lambda prompts, n: int(engine.generate(policy, prompts, n, temperature=1.0).rationale_lengths.sum())
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from src.modules.pooling import masked_mean
+from src.modules.pooling import pool
 from src.modules.prompt import PromptRenderer, Prompts
 from src.modules.rewards import Embeddings, listwise
 from src.modules.sequences import Rollouts, join
@@ -72,4 +72,4 @@ class ListwiseReward:
 
     def _pooled(self, rollouts: Rollouts) -> Tensor:
         hidden = self.model.base_model(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask.long()).last_hidden_state
-        return masked_mean(hidden, rollouts.pooling_mask)
+        return pool(hidden, rollouts.pooling_mask)

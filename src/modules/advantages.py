@@ -1,17 +1,22 @@
-"""Advantages: rewards made relative to what the policy does anyway. Pure functions [B, K] -> [B, K]."""
+"""Advantages: rewards made relative to what the policy does anyway. Pure functions [B, K] -> [B, K].
+
+The B instances are those of the whole rollout batch. `keep`, [B, K] bool, is False on rollouts that are left out: they
+have advantage 0 and no part in any mean.
+"""
 
 import torch
 from torch import Tensor
 
 
-def grpo(rewards: Tensor, keep: Tensor, std: bool = False, epsilon: float = 1e-6) -> Tensor:
-    """Group-relative advantages: reward less the mean of its group (Shao et al., arXiv 2402.03300).
+def grpo(rewards: Tensor, keep: Tensor, *, std: bool = False, epsilon: float = 1e-6) -> Tensor:
+    """Group-relative advantages: reward less the mean of its group (GRPO, Shao et al., arXiv 2402.03300, section 4.1.2).
 
-    GRACE leaves out the division by the standard deviation (`std=False`).
+    GRPO divides by the group's standard deviation (`std=True`). GRACE leaves that out, as does Dr. GRPO (Liu et al., arXiv
+    2503.20783), which shows that it weighs up the groups whose rollouts hardly differ.
 
     Args:
         rewards: [B, K] float32.
-        keep: [B, K] bool; the rest has advantage 0 and no part in the mean.
+        keep: [B, K] bool.
         std: divide by the group's (unbiased) standard deviation plus `epsilon`.
 
     Returns:
@@ -24,3 +29,74 @@ def grpo(rewards: Tensor, keep: Tensor, std: bool = False, epsilon: float = 1e-6
         deviation = (advantages.square().sum(dim=1, keepdim=True) / (counts - 1).clamp(min=1)).sqrt()
         advantages = advantages / (deviation + epsilon)
     return advantages
+
+
+def rloo(rewards: Tensor, keep: Tensor) -> Tensor:
+    """Leave-one-out advantages: reward less the mean of the group's others (RLOO, Ahmadian et al., arXiv 2402.14740, eq. 7).
+
+    They are GRPO's without the standard deviation times n / (n - 1), n the group's kept rollouts: the same direction for
+    groups of one size, and a baseline that does not depend on the rollout itself.
+
+    Args:
+        rewards, keep: [B, K] float32 and bool.
+
+    Returns:
+        [B, K] float32; zero where a group keeps fewer than two rollouts.
+    """
+    counts = keep.sum(dim=1, keepdim=True)
+    others = (rewards * keep).sum(dim=1, keepdim=True) - rewards
+    return torch.where(keep & (counts > 1), rewards - others / (counts - 1).clamp(min=1), 0.0)
+
+
+def remax(rewards: Tensor, keep: Tensor, baseline: Tensor) -> Tensor:
+    """Reward less that of the greedy rollout of the same text (ReMax, Li et al., arXiv 2310.10505, algorithm 1).
+
+    It needs `algorithm.greedy_baseline=true`. Rollouts that are all alike keep an advantage, where a group mean leaves none.
+
+    Args:
+        rewards, keep: [B, K] float32 and bool.
+        baseline: [B] float32, rewards of the greedy rollouts.
+
+    Returns:
+        [B, K] float32.
+    """
+    return torch.where(keep, rewards - baseline.unsqueeze(1), 0.0)
+
+
+def reinforce_pp(rewards: Tensor, keep: Tensor, *, epsilon: float = 1e-6) -> Tensor:
+    """Rewards standardised over the whole batch (REINFORCE++, Hu et al., arXiv 2501.03262, section 3).
+
+    A = (R - mean) / (std + epsilon), mean and (unbiased) standard deviation over all kept rollouts of all instances. The
+    paper's penalty for leaving the reference is in R: `algorithm.kl_in=reward`. Some implementations count a rollout once
+    for each of its tokens in the two; here each counts once.
+
+    Args:
+        rewards, keep: [B, K] float32 and bool.
+
+    Returns:
+        [B, K] float32; zero where fewer than two rollouts are kept.
+    """
+    return _standardised(rewards, keep, epsilon)
+
+
+def reinforce_pp_baseline(rewards: Tensor, keep: Tensor, *, epsilon: float = 1e-6) -> Tensor:
+    """Reward less the group's mean, then standardised over the whole batch (REINFORCE++-baseline, arXiv 2501.03262).
+
+    Unlike GRPO's division group by group, every group is divided by the same number: a group whose rollouts hardly differ
+    stays small.
+
+    Args:
+        rewards, keep: [B, K] float32 and bool.
+
+    Returns:
+        [B, K] float32; zero where a group keeps fewer than two rollouts, which then have no part in the deviation.
+    """
+    compared = keep & (keep.sum(dim=1, keepdim=True) > 1)
+    return _standardised(grpo(rewards, keep), compared, epsilon)
+
+
+def _standardised(values: Tensor, counted: Tensor, epsilon: float) -> Tensor:
+    n = counted.sum()
+    centred = torch.where(counted, values - (values * counted).sum() / n.clamp(min=1), 0.0)
+    deviation = (centred.square().sum() / (n - 1).clamp(min=1)).sqrt()
+    return torch.where(n > 1, centred / (deviation + epsilon), 0.0)

@@ -1,10 +1,11 @@
 """Another attention for a policy's own transformers model, for as long as a pass takes."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 
 @contextmanager
@@ -18,6 +19,15 @@ def attending_by(model: nn.Module, name: str) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+def recomputing_alike(model: PreTrainedModel) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+    """`context_fn` of `torch.utils.checkpoint`: what the backward pass computes again attends as it did the first time.
+
+    By then `attending_by` is no longer in force.
+    """
+    config = model.config.get_text_config()
+    return lambda: (nullcontext(), attending_by(model, config._attn_implementation))
 
 
 def refuse_unread(kwargs: Mapping[str, Any], what: str) -> None:

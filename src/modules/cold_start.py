@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from src.datamodules.demonstrations import Demonstration
 from src.modules.policy import Policy
-from src.modules.pooling import masked_mean
+from src.modules.pooling import pool
 from src.modules.prompt import PromptRenderer
 from src.modules.sequences import Rollouts, join
 from src.modules.settings import EncoderSettings
@@ -123,7 +123,7 @@ class ColdStartModule(L.LightningModule):
         every_second = torch.arange(len(rollouts), device=self.device) % 2 == 0
         cut = every_second & (ends > 0)
         with_rationale = rollouts.pooling_mask & (~cut.unsqueeze(1) | (positions <= ends.unsqueeze(1)))
-        return masked_mean(hidden, plain), masked_mean(hidden, with_rationale)
+        return pool(hidden, plain), pool(hidden, with_rationale)
 
     def losses(self, batch: list[Demonstration]) -> dict[str, Tensor]:
         """The four losses and the retrieval that they buy within the batch."""

@@ -49,7 +49,8 @@ class RationaleEncoder:
         batch_size: texts at a time.
 
     Raises:
-        ValueError: a negative temperature, a batch size below one, or a tokenizer without a chat template.
+        ValueError: a negative temperature, a batch size below one, settings that pool otherwise than the policy does, or a
+            tokenizer without a chat template.
     """
 
     def __init__(
@@ -66,6 +67,11 @@ class RationaleEncoder:
             raise ValueError(f"temperature={temperature}: it is 0 (greedy) or above")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: it must be at least 1")
+        if (settings.pooling, settings.layer) != (policy.pooling, policy.layer):
+            raise ValueError(
+                f"the encoder's settings say pooling={settings.pooling}, layer={settings.layer}, and the policy pools by "
+                f"{policy.pooling} at layer {policy.layer}: make both the same"
+            )
         self.policy, self.settings, self.engine = policy, settings, engine
         self.rationale, self.temperature, self.seed, self.batch_size = rationale, temperature, seed, batch_size
         self._render = PromptRenderer(policy.tokenizer, settings.instruction, settings.max_prompt_tokens, dict(settings.template_kwargs))

@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from torch import nn
 
+from src.modules.lora import merged
 from src.modules.policy import ENCODER_FOLDER, Policy
 from src.modules.settings import EncoderSettings
 
@@ -19,8 +21,9 @@ _PREFIX = "policy."  # of the policy's weights in the state dict of a LightningM
 def export(policy: Policy, settings: EncoderSettings, folder: Path | str, dtype: torch.dtype = torch.float32) -> Path:
     """Writes a folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
 
-    It also holds grace.json (prompt and pooling) and, for a policy whose encoder is frozen, `encoder/`, a model of the
-    same kind. It is written aside and renamed: it is whole or not there. What stood in its place is replaced.
+    LoRA adapters are merged into the weights. It also holds grace.json (prompt and pooling) and, for a policy whose encoder
+    is frozen, `encoder/`, a model of the same kind. It is written aside and renamed: it is whole or not there. What stood in
+    its place is replaced.
 
     Args:
         dtype: of the weights on disk; the policy itself is left alone. Float16 halves the folder.
@@ -33,12 +36,13 @@ def export(policy: Policy, settings: EncoderSettings, folder: Path | str, dtype:
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    _save_model(policy.model, partial, dtype)
+    model = merged(policy.model)
+    _save_model(model, partial, dtype)
     policy.tokenizer.save_pretrained(partial)
     settings.save(partial)
     if policy.frozen_encoder is not None:
         # saved whole, output layer and all, for a bare encoder would load with a random one and a warning about it
-        whole = copy.deepcopy(policy.model)
+        whole = copy.deepcopy(model)
         whole.base_model.load_state_dict(policy.frozen_encoder.state_dict())
         _save_model(whole, partial / ENCODER_FOLDER, dtype)
     if folder.exists():
@@ -75,7 +79,8 @@ def load_policy(path: Path | str) -> tuple[Policy, EncoderSettings]:
             f"no model at {path}: name an exported folder (`python train.py` leaves one in outputs/<run>/<time>/export), "
             "a training checkpoint (*.ckpt) or a model on the hub"
         )
-    return Policy.load(path), EncoderSettings.load(path)
+    settings = EncoderSettings.load(path)
+    return Policy.load(path, pooling=settings.pooling, layer=settings.layer), settings
 
 
 def _load_checkpoint(file: Path) -> tuple[Policy, EncoderSettings]:
@@ -90,10 +95,12 @@ def _load_checkpoint(file: Path) -> tuple[Policy, EncoderSettings]:
     grace = checkpoint["grace"]
     if not grace["policy_path"]:
         raise ValueError(f"{file} was trained from a policy that came from no folder: its tokenizer is lost; use the exported folder")
-    policy = Policy.load(grace["policy_path"], encoder=grace["encoder"])
+    settings = EncoderSettings.from_dict(grace["settings"], str(file))
+    lora = LoraConfig(**grace["lora"]) if grace["lora"] else None
+    policy = Policy.load(grace["policy_path"], encoder=grace["encoder"], pooling=settings.pooling, layer=settings.layer, lora=lora)
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(_PREFIX)}
     try:
         policy.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"the weights in {file} are not those of the policy at {grace['policy_path']}: {error}") from error
-    return policy, EncoderSettings.from_dict(grace["settings"], str(file))
+    return policy, settings

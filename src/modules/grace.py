@@ -4,20 +4,24 @@ batch -> rollouts -> embeddings, log-probs -> reward terms -> advantages -> loss
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
 
 from src.datamodules.records import Triplet
 from src.modules.algorithm import Algorithm
-from src.modules.credit import at_tokens, prefix_rewards, token_advantages, token_returns
+from src.modules.dynamic_sampling import GroupBuffer
 from src.modules.encoder import RationaleEncoder, RolloutEngine
+from src.modules.experience import Experience
+from src.modules.judging import Greedy, by_token, judge
 from src.modules.logprob_gap import LogprobGap
+from src.modules.lora import lora_settings
 from src.modules.policy import Policy
 from src.modules.prompt import PromptRenderer
+from src.modules.reference import Reference
 from src.modules.report import StepReport
 from src.modules.rewards import Embeddings, Reward
 from src.modules.scoring import (
@@ -26,13 +30,12 @@ from src.modules.scoring import (
     as_sides,
     encode_others,
     encode_positives,
-    micro_batches,
     sampled_tokens,
     unrelated_similarity,
 )
 from src.modules.sequences import Rollouts
 from src.modules.settings import EncoderSettings
-from src.modules.truncation import penalise_truncated
+from src.modules.update import MinibatchPass, minibatch_gradient
 from src.utils.timing import timed
 
 
@@ -102,9 +105,13 @@ class GRACE(L.LightningModule):
             instruction=instruction,
             max_prompt_tokens=max_prompt_tokens,
             max_new_tokens=engine.max_new_tokens,
+            pooling=policy.pooling,
+            layer=policy.layer,
             template_kwargs=dict(template_kwargs or {}),
         )
         self.renderer = PromptRenderer(policy.tokenizer, instruction, max_prompt_tokens, self.settings.template_kwargs)
+        self.reference = Reference(policy) if algorithm.kl_weight else None
+        self.buffer = GroupBuffer(algorithm.min_group_std, algorithm.max_extra_batches)
         self.rollout_batches = 0
         self.report: StepReport | None = None
 
@@ -134,20 +141,23 @@ class GRACE(L.LightningModule):
         with torch.no_grad():
             scored = self.score(batch, seconds)
             reward = self.reward(scored.embeddings)
-        self._require_finite(reward, batch)
+            self._require_finite(reward, batch)
+            greedy = self._greedy(batch, seconds) if self.algorithm.greedy_baseline else None
+            judged = judge(self.algorithm, self.reward, scored, reward.total, greedy)
+            advantages = by_token(self.algorithm, self.reward, scored, judged, judged.rewards - reward.total)
         b, k = reward.total.shape
-        finished = scored.positive.finished.view(b, k)
-        rewards, keep = penalise_truncated(reward.total, finished, self.algorithm.truncation, self.algorithm.truncation_size)
-        advantages = self._advantages(scored, rewards, rewards - reward.total, keep)
+        names = tuple(triplet.id for triplet in batch)
+        experience = Experience(scored.positive, advantages, judged.keep, scored.old_logprobs, scored.reference_logprobs, names)
+        ready = self.buffer.add(experience, judged.rewards)
         self.policy.train()
         gap = LogprobGap()
         with timed(seconds, "update"):
-            update = self.update(scored, advantages, keep, batch, gap)
+            update = self.update(ready, gap) if ready is not None else {"updates": 0.0, "groups": 0.0}
         self.rollout_batches += 1
         self.report = StepReport(
             reward=Reward({name: term.cpu() for name, term in reward.terms.items()}, reward.weights, reward.total.cpu()),
             advantages=(advantages.sum(dim=1) / scored.positive.rationale_lengths).view(b, k).cpu(),
-            finished=finished.cpu(),
+            finished=scored.positive.finished.view(b, k).cpu(),
             rationale_lengths=scored.positive.rationale_lengths.view(b, k).cpu(),
             distinct_rationales=len({tuple(ids.tolist()) for ids in scored.positive.rationales()}) / (b * k),
             unrelated_similarity=unrelated_similarity(scored.embeddings.positive),
@@ -156,35 +166,39 @@ class GRACE(L.LightningModule):
             seconds=seconds,
             rollout_tokens=scored.rollout_tokens,
             update_tokens=int(scored.positive.lengths.sum()),
-            instance_ids=[triplet.id for triplet in batch],
+            instance_ids=list(names),
         )
 
     def score(self, batch: Sequence[Triplet], seconds: dict[str, float]) -> Scored:
         """Rollouts of a batch, their embeddings, and the sampling policy's log-probs where an update will need them."""
-        h, several, by_token = self.hparams, self.algorithm.updates_per_batch > 1, self.algorithm.credit_decay is not None
+        h, algorithm, prefixes = self.hparams, self.algorithm, self.algorithm.credit_decay is not None
         with timed(seconds, "rollout"):
-            positive = self._roll_out([t.positive for t in batch], h["num_rollouts"], h["positive_temperature"], side=0, prefixes=by_token)
+            positive = self._roll_out([t.positive for t in batch], h["num_rollouts"], h["positive_temperature"], side=0, prefixes=prefixes)
             texts = [t.query for t in batch] + [n for t in batch for n in t.negatives]
             others = self._roll_out(texts, 1, h["other_temperature"], side=1)
         with timed(seconds, "encode"):
             encode = PositiveEncoding(h["num_rollouts"], h["micro_batch_tokens"], h["positive_temperature"])
-            encoded = encode_positives(self.policy, positive, encode, with_logprobs=several, with_prefixes=by_token)
+            # importance weights compare the engine's log-probs with the trainer's own
+            own = positive if algorithm.importance_cap is None else replace(positive, logprobs=None)
+            with_logprobs = algorithm.updates_per_batch > 1 or algorithm.kl_in_reward
+            encoded = encode_positives(self.policy, own, encode, with_logprobs=with_logprobs, with_prefixes=prefixes)
             rest = encode_others(self.policy, others, h["encode_batch_size"])
-            prefixes = None
+            after_every = None
             if encoded.prefix_embeddings is not None:
-                prefixes = torch.nn.functional.normalize(encoded.prefix_embeddings, dim=-1).unflatten(0, (len(batch), -1))
+                after_every = torch.nn.functional.normalize(encoded.prefix_embeddings, dim=-1).unflatten(0, (len(batch), -1))
+        reference = None
+        if self.reference is not None:
+            with timed(seconds, "reference"):
+                reference = self.reference.logprobs(positive, encode)
         embeddings = as_sides(encoded.embeddings, rest, batch)
-        return Scored(positive, encoded.logprobs, embeddings, prefixes, sampled_tokens(positive, others))
+        return Scored(positive, encoded.logprobs, reference, embeddings, after_every, sampled_tokens(positive, others))
 
-    def _advantages(self, scored: Scored, rewards: Tensor, penalty: Tensor, keep: Tensor) -> Tensor:
-        """[B*K, T]: of every token of the positives' rationales, 0 elsewhere."""
-        if scored.prefixes is None or self.algorithm.credit_decay is None:
-            return self.algorithm.advantage(rewards, keep).flatten().unsqueeze(1) * scored.positive.rationale_mask
-        lengths = scored.positive.rationale_lengths.view_as(keep)
-        returns = token_returns(
-            prefix_rewards(self.reward, scored.embeddings, scored.prefixes), penalty, lengths, self.algorithm.credit_decay
-        )
-        return at_tokens(token_advantages(self.algorithm.advantage, returns, lengths, keep).flatten(0, 1), scored.positive)
+    def _greedy(self, batch: Sequence[Triplet], seconds: dict[str, float]) -> Greedy:
+        with timed(seconds, "greedy"):
+            rollouts = self._roll_out([t.positive for t in batch], 1, 0.0, side=2)
+            embedded = encode_others(self.policy, rollouts, self.hparams["encode_batch_size"])
+        lengths, finished = rollouts.rationale_lengths.unsqueeze(1), rollouts.finished.unsqueeze(1)
+        return Greedy(torch.nn.functional.normalize(embedded, dim=-1).unsqueeze(1), lengths, finished)
 
     def _roll_out(self, texts: Sequence[str], n: int, temperature: float, side: int, prefixes: bool = False) -> Rollouts:
         # a tuple of ints hashes to the same number in every process
@@ -193,54 +207,23 @@ class GRACE(L.LightningModule):
 
     # ---- the update
 
-    def update(self, scored: Scored, advantages: Tensor, keep: Tensor, batch: Sequence[Triplet], gap: LogprobGap) -> dict[str, float]:
-        """`updates_per_batch` optimiser steps, each on its share of the instances; means of what they saw.
+    def update(self, experience: Experience, gap: LogprobGap) -> dict[str, float]:
+        """`updates_per_batch` optimiser steps, each on its share of the groups; means of what they saw.
 
         `gap` takes in the log-probs of the first step, which are still those of the policy that the engine sampled from.
         """
-        b, k = keep.shape
-        minibatches = torch.arange(b).tensor_split(self.algorithm.updates_per_batch)
+        how = MinibatchPass(self.hparams["micro_batch_tokens"], self.hparams["positive_temperature"], self.manual_backward)
         sums: dict[str, float] = {}
         steps = 0
-        for instances in minibatches:
-            mask = scored.positive.rationale_mask.view(b, k, -1)[instances] & keep[instances].unsqueeze(2)
-            tokens = int(mask.sum())
-            if tokens == 0:  # every rollout masked out (all truncated): nothing to learn from
+        for groups in torch.arange(len(experience)).tensor_split(self.algorithm.updates_per_batch):
+            part = experience.select(groups) if len(groups) else None
+            if part is None or part.tokens == 0:  # every rollout masked out (all truncated): nothing to learn from
                 continue
-            stats = self._minibatch_gradient(scored, advantages, keep, instances, tokens, gap if steps == 0 else None)
-            stats["gradient_norm"] = self._step([batch[i].id for i in instances.tolist()])
+            stats = minibatch_gradient(self.policy, self.algorithm, part, how, gap if steps == 0 else None)
+            stats["gradient_norm"] = self._step(part.instance_ids)
             sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
             steps += 1
-        return {**{name: value / steps for name, value in sums.items()}, "updates": float(steps)}
-
-    def _minibatch_gradient(
-        self, scored: Scored, advantages: Tensor, keep: Tensor, instances: Tensor, tokens: int, gap: LogprobGap | None
-    ) -> dict[str, float]:
-        """Adds up the gradient of the token mean over a minibatch; the same whatever the micro-batches.
-
-        Rollouts that are left out of the loss are not computed.
-        """
-        k = keep.shape[1]
-        sums = dict.fromkeys(("loss", "clip_share", "approx_kl", "entropy"), 0.0)
-        kept = (instances.unsqueeze(1) * k + torch.arange(k))[keep[instances].cpu()]
-        for rows in micro_batches(scored.positive, kept, k, self.hparams["micro_batch_tokens"]):
-            part = scored.positive[rows]
-            hidden = self.policy.hidden_states(part, rows // k)
-            logprobs, entropy = self.policy.logprobs(part, hidden, self.hparams["positive_temperature"])
-            old = logprobs.detach() if scored.old_logprobs is None else scored.old_logprobs[rows, : logprobs.shape[1]]
-            mask = part.rationale_mask
-            if gap is not None:
-                gap.add(logprobs, part.logprobs, mask)
-            result = self.algorithm.loss(logprobs, old, advantages[rows, : logprobs.shape[1]], mask)
-            self.manual_backward(result.loss / tokens)
-            for name, value in (
-                ("loss", result.loss),
-                ("clip_share", result.clipped),
-                ("approx_kl", result.kl),
-                ("entropy", (entropy * mask).sum()),
-            ):
-                sums[name] += float(value.detach()) / tokens
-        return sums
+        return {**{name: value / steps for name, value in sums.items()}, "updates": float(steps), "groups": float(len(experience))}
 
     def _step(self, instance_ids: Sequence[str]) -> float:
         """Clips, checks and applies the gradient; returns its norm before clipping."""
@@ -286,9 +269,12 @@ class GRACE(L.LightningModule):
         checkpoint["grace"] = {
             "policy_path": self.policy.path,
             "encoder": encoder,
+            "lora": lora_settings(self.policy.model),
             "settings": self.settings.to_dict(),
             "rollout_batches": self.rollout_batches,
+            "held": self.buffer.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.rollout_batches = checkpoint["grace"]["rollout_batches"]
+        self.buffer.load_state_dict(checkpoint["grace"]["held"])

@@ -1,19 +1,21 @@
-"""Policy-gradient losses on rationale tokens. Pure functions that return sums, so that micro-batches add up exactly."""
+"""Policy-gradient losses, token by token: pure functions on log-probs. How tokens are summed is up to an aggregation."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from src.modules.kl import k3
+
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """Sums over the tokens of a micro-batch.
+    """What each token of N rollouts adds; 0 outside the mask.
 
     Attributes:
-        loss: scalar with gradient.
-        clipped: scalar, tokens whose ratio was clipped with effect.
-        kl: scalar, sum of the k3 estimate of KL(sampling policy || policy), (r - 1) - log r with r the ratio.
+        loss: [N, T] with gradient.
+        clipped: [N, T] float32, 1 where the ratio was clipped with effect.
+        kl: [N, T] float32, the k3 estimate of KL(sampling policy || policy).
     """
 
     loss: Tensor
@@ -22,12 +24,13 @@ class TokenLoss:
 
 
 def ppo_clip(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_low: float = 0.2, clip_high: float = 0.2
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2
 ) -> TokenLoss:
-    """Clipped surrogate, token by token (Schulman et al., arXiv 1707.06347, eq. 7).
+    """Clipped surrogate (Schulman et al., arXiv 1707.06347, eq. 7): -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A).
 
-    -sum_t min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A), with r_t = exp(logprobs - old_logprobs). Where the two
-    are equal (one update per rollout batch) its gradient is that of -sum_t A log pi(t), GRACE's own form.
+    r_t = exp(logprobs - old_logprobs). Where the two are equal (one update a rollout batch) its gradient is that of
+    -A log pi(t), GRACE's own form. Different clips are DAPO's (arXiv 2503.14476, eq. 10): a higher one above lets unlikely
+    tokens rise.
 
     Args:
         logprobs, old_logprobs: [N, T] float32 of the current and of the sampling policy.
@@ -38,8 +41,19 @@ def ppo_clip(
     ratio = log_ratio.exp()
     plain = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    loss = -(torch.minimum(plain, clipped) * mask).sum()
-    with torch.no_grad():
-        touched = ((clipped < plain) & mask).sum()
-        kl = ((ratio - 1 - log_ratio) * mask).sum()
-    return TokenLoss(loss, touched, kl)
+    return TokenLoss(-torch.minimum(plain, clipped) * mask, ((clipped < plain) & mask).float(), _from_old(log_ratio))
+
+
+def reinforce(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> TokenLoss:
+    """-A log pi(t) (Williams, 1992): the policy gradient without a ratio, for one update a rollout batch.
+
+    Args:
+        logprobs, old_logprobs, advantages, mask: as in `ppo_clip`; the old ones are only looked at.
+    """
+    own = torch.where(mask, logprobs, 0.0)
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    return TokenLoss(-own * advantages, torch.zeros_like(log_ratio).detach(), _from_old(log_ratio))
+
+
+def _from_old(log_ratio: Tensor) -> Tensor:
+    return k3(torch.zeros_like(log_ratio), log_ratio.detach())

@@ -5,14 +5,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from src.modules.attention import attending_by
+from src.modules.attention import attending_by, recomputing_alike
 from src.modules.logprobs import selected_logprobs
-from src.modules.pooling import masked_mean
+from src.modules.lora import add_lora
+from src.modules.pooling import PoolingName, pool
 from src.modules.sequences import Rollouts
+from src.modules.settings import check_pooling
 from src.modules.shared_prompt import PACKED_ATTENTION, pack, unpack
+from src.modules.states import states_at
 
 ENCODER_FOLDER = "encoder"
 """Where an exported folder keeps the frozen encoder, if the policy has one."""
@@ -36,10 +40,20 @@ class Policy(nn.Module):
         tokenizer: its tokenizer; needs an EOS token.
         encoder: where embeddings come from: `live`, the model as it is trained (as published), or `frozen`, a copy of
             the weights it has now, which never changes.
+        pooling: how states become an embedding: `mean` (as published), `eos` or `max`; see src/modules/pooling.py.
+        layer: whose states are pooled: -1, the last layer's, or -2, those of the one before.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoder: Literal["live", "frozen"] = "live") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder: Literal["live", "frozen"] = "live",
+        pooling: PoolingName = "mean",
+        layer: int = -1,
+    ) -> None:
         super().__init__()
+        check_pooling(pooling, layer, "policy")
         if encoder not in ("live", "frozen"):
             raise ValueError(f"policy.encoder={encoder!r}: it is live or frozen")
         if tokenizer.eos_token_id is None:
@@ -47,6 +61,8 @@ class Policy(nn.Module):
         _require_plain_logits(model)
         self.model = model
         self.tokenizer = tokenizer
+        self.pooling: PoolingName = pooling
+        self.layer = layer
         self.path = str(model.name_or_path)
         self.frozen_encoder: nn.Module | None = None
         if encoder == "frozen":
@@ -60,6 +76,10 @@ class Policy(nn.Module):
         revision: str | None = None,
         attn_implementation: str = "sdpa",
         train_embeddings: bool = True,
+        pooling: PoolingName = "mean",
+        layer: int = -1,
+        lora: LoraConfig | None = None,
+        gradient_checkpointing: bool = False,
     ) -> "Policy":
         """Reads a policy from a folder or from the hub, in float32.
 
@@ -71,6 +91,9 @@ class Policy(nn.Module):
             attn_implementation: `sdpa` or `eager`.
             train_embeddings: False holds the token embeddings (and a tied output layer) as they are. A policy gradient
                 tells little about most of the vocabulary, and Adam makes full steps of that little.
+            pooling, layer: see Policy.
+            lora: adapters to train in place of the weights themselves; see `add_lora`.
+            gradient_checkpointing: computes the states within a layer again in the backward pass, in place of keeping them.
 
         Raises:
             FileNotFoundError: no such folder, and no such model in reach.
@@ -86,8 +109,12 @@ class Policy(nn.Module):
                 f"no policy at {path!r}: give policy.path a local folder with config.json, weights and tokenizer, "
                 f"or a hub name on a machine that reaches the hub ({str(error).splitlines()[0]})"
             ) from error
-        policy = cls(model, tokenizer, encoder)
+        policy = cls(model, tokenizer, encoder, pooling, layer)
         model.get_input_embeddings().requires_grad_(train_embeddings)
+        if lora is not None:
+            add_lora(model, lora)
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputing_alike(model)})
         if Path(path, ENCODER_FOLDER).is_dir():
             frozen = AutoModelForCausalLM.from_pretrained(Path(path, ENCODER_FOLDER), dtype=torch.float32)
             policy.frozen_encoder = frozen.base_model.eval().requires_grad_(False)
@@ -121,17 +148,20 @@ class Policy(nn.Module):
 
     def embed(self, rollouts: Rollouts, hidden: Tensor | None = None, groups: Tensor | None = None) -> Tensor:
         """[N, D] float32 pooled embeddings, not normalised; the arguments are those of `encoder_states`."""
-        return masked_mean(self.encoder_states(rollouts, hidden, groups), rollouts.pooling_mask)
+        return pool(self.encoder_states(rollouts, hidden, groups), rollouts.pooling_mask, self.pooling)
 
     def encoder_states(self, rollouts: Rollouts, hidden: Tensor | None = None, groups: Tensor | None = None) -> Tensor:
         """[N, T, D] states that embeddings are pooled from, of the live model or of its frozen start.
 
-        `hidden` saves the pass where the caller has the live model's states; a frozen encoder has no use for them.
+        `hidden` saves the pass where the caller has the live model's last states; a frozen encoder and an inner layer have
+        no use for them.
         """
         if self.frozen_encoder is not None:
             with torch.no_grad():
-                return _hidden_states(self.frozen_encoder, rollouts, groups)
-        return self.hidden_states(rollouts, groups) if hidden is None else hidden
+                return _hidden_states(self.frozen_encoder, rollouts, groups, self.layer)
+        if hidden is not None and self.layer == -1:
+            return hidden
+        return _hidden_states(self.model.base_model, rollouts, groups, self.layer)
 
     def logprobs(self, rollouts: Rollouts, hidden: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs of the rationales' tokens and the entropies of the distributions they come from.
@@ -164,11 +194,11 @@ def _require_plain_logits(model: PreTrainedModel) -> None:
         raise ValueError(f"the model {model.name_or_path!r} changes its logits by {', '.join(extras)}, which the log-probs here leave out")
 
 
-def _hidden_states(backbone: nn.Module, rollouts: Rollouts, groups: Tensor | None) -> Tensor:
+def _hidden_states(backbone: nn.Module, rollouts: Rollouts, groups: Tensor | None, layer: int = -1) -> Tensor:
     if groups is None:
-        states: Tensor = backbone(input_ids=rollouts.input_ids, use_cache=False).last_hidden_state
-        return states
+        return states_at(backbone, layer, input_ids=rollouts.input_ids, use_cache=False)[1]
     packed = pack(rollouts, groups)
     with attending_by(backbone, PACKED_ATTENTION):
-        states = backbone(input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, packed=packed).last_hidden_state
+        inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False, "packed": packed}
+        states = states_at(backbone, layer, **inputs)[1]
     return unpack(states, packed)

@@ -19,10 +19,11 @@ class StepReport:
         distinct_rationales: share of different rationales among the B*K.
         unrelated_similarity: mean cosine between positives of different instances; nan where B = 1.
         update: means over the optimiser's steps: loss, gradient_norm (before clipping), clip_share, entropy (nats a
-            token), approx_kl (to the sampling policy); and updates, the number of steps.
+            token), approx_kl (to the sampling policy), reference_kl where there is a reference; updates, the number of
+            steps, and groups, how many they learned from (both 0 while groups are gathered).
         logprob_gap: mean and largest distance of the engine's log-probs from the trainer's, in nats a token, over the tokens
             of the first step; nan where it took none, or the engine does not say.
-        seconds: of the phases rollout, encode and update.
+        seconds: of the phases rollout, encode and update, and of reference and greedy where the algorithm has them.
         rollout_tokens: tokens sampled, all sides.
         update_tokens: tokens of the sequences that were updated on, a shared prompt counted for each of its rollouts.
         instance_ids: B record ids.

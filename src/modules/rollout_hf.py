@@ -10,22 +10,24 @@ import torch
 from torch import Tensor
 
 from src.modules.policy import Policy
+from src.modules.pooling import POOLINGS, Pooling
 from src.modules.prompt import Prompts
 from src.modules.sequences import Rollouts, join
 from src.modules.shared_cache import SharedPromptCache, decoding
+from src.modules.states import states_at
 
 
 @dataclass
 class _Written:
-    """What is known of N rationales while they are written: [N, R] ids and log-probs, [N] lengths, [N, D] sums of states,
-    and the sums after every token, [N, R + 1, D] (R + 1 = 0 where nobody asks)."""
+    """What is known of N rationales while they are written: [N, R] ids and log-probs, [N] lengths, [N, D] pooled
+    states (see `Pooling.begin`), and those after every token, [N, R + 1, D] (R + 1 = 0 where nobody asks)."""
 
     ids: Tensor
     logprobs: Tensor
     lengths: Tensor
     finished: Tensor
-    sums: Tensor
-    prefix_sums: Tensor
+    pooled: Tensor
+    prefix_pooled: Tensor
 
 
 class HFRollouts:
@@ -86,30 +88,31 @@ class HFRollouts:
         logprobs = [row[:length] for row, length in zip(written.logprobs, lengths, strict=True)]
         rollouts = join(prompts, rationales, written.finished, policy.pad_id, logprobs)
         if policy.frozen_encoder is None:
-            counts = rollouts.lengths - rollouts.prefix_lengths
-            rollouts = replace(rollouts, embeddings=written.sums / counts.unsqueeze(1), prefix_embeddings=_prefix_means(written, counts))
+            counts, way = rollouts.lengths - rollouts.prefix_lengths, POOLINGS[policy.pooling]
+            embeddings, after_every = way.finish(written.pooled, counts), _after_every_token(written, counts, way)
+            rollouts = replace(rollouts, embeddings=embeddings, prefix_embeddings=after_every)
         return rollouts.to(policy.device)
 
     def _write(self, policy: Policy, prompts: Prompts, n: int, temperature: float, draws: Tensor, ends: Tensor, prefixes: bool) -> _Written:
         """The rationales of one batch of prompts, on the CPU."""
         device, backbone = policy.device, policy.model.base_model
-        head = policy.model.get_output_embeddings().weight
+        head, way = policy.model.get_output_embeddings().weight, POOLINGS[policy.pooling]
         draws, ends = draws.to(device), ends.to(device)
         total, limit = len(prompts) * n, self.max_new_tokens
         groups = torch.arange(len(prompts), device=device).repeat_interleave(n)
         cache = SharedPromptCache(groups, prompts.lengths.to(device), limit)
-        last, sums = _read_prompts(policy, prompts, cache)
+        last, pooled = _read_prompts(policy, prompts, cache)
         positions = prompts.lengths.to(device)[groups]
         out = _Written(
             ids=torch.zeros(total, limit, dtype=torch.long, device=device),
             logprobs=torch.zeros(total, limit, device=device),
             lengths=torch.full((total,), limit, device=device),
             finished=torch.zeros(total, dtype=torch.bool, device=device),
-            sums=sums[groups],
-            prefix_sums=torch.empty(total, limit + 1 if prefixes else 0, sums.shape[1], device=device),
+            pooled=pooled[groups],
+            prefix_pooled=torch.empty(total, limit + 1 if prefixes else 0, pooled.shape[1], device=device),
         )
         if prefixes:
-            out.prefix_sums[:, 0] = out.sums
+            out.prefix_pooled[:, 0] = out.pooled
         rows = torch.arange(total, device=device)  # those that are still written
         done = torch.zeros_like(rows, dtype=torch.bool)  # of them, those that wait to leave
         hidden = last[groups]
@@ -117,17 +120,19 @@ class HFRollouts:
             ids, logprobs = choose(hidden, head, draws[rows, step], temperature)
             out.ids[rows, step], out.logprobs[rows, step] = ids, logprobs
             cache.step = step
-            states = backbone(
+            last, states = states_at(
+                backbone,
+                policy.layer,
                 input_ids=ids.unsqueeze(1),
                 position_ids=(positions + step).unsqueeze(1),
                 past_key_values=cache,
                 use_cache=True,
                 rollout_cache=cache,
-            ).last_hidden_state[:, 0]
-            hidden = states
-            out.sums[rows] += states.float() * ~done.unsqueeze(1)
+            )
+            hidden, before = last[:, 0], out.pooled[rows]
+            out.pooled[rows] = torch.where(done.unsqueeze(1), before, way.extend(before, states[:, 0].float()))
             if prefixes:
-                out.prefix_sums[rows, step + 1] = out.sums[rows]
+                out.prefix_pooled[rows, step + 1] = out.pooled[rows]
             ended = torch.isin(ids, ends) & ~done
             out.lengths[rows[ended]] = step + 1
             out.finished[rows[ended]] = True
@@ -142,26 +147,25 @@ class HFRollouts:
         return _Written(*(getattr(out, name).cpu() for name in _Written.__dataclass_fields__))
 
 
-def _prefix_means(written: _Written, counts: Tensor) -> Tensor | None:
-    """[N, R + 1, D] means after every token; `counts`, [N], is of what the whole mean is taken over."""
-    if written.prefix_sums.shape[1] == 0:
+def _after_every_token(written: _Written, counts: Tensor, way: Pooling) -> Tensor | None:
+    """[N, R + 1, D] embeddings after every token; `counts`, [N], is of the tokens that the whole embedding is pooled from."""
+    if written.prefix_pooled.shape[1] == 0:
         return None
-    tokens = torch.arange(written.prefix_sums.shape[1]).minimum(written.lengths.unsqueeze(1))  # [N, R + 1]
-    sums = written.prefix_sums.gather(1, tokens.unsqueeze(2).expand_as(written.prefix_sums))
-    return sums / ((counts - written.lengths).unsqueeze(1) + tokens).unsqueeze(2)
+    tokens = torch.arange(written.prefix_pooled.shape[1]).minimum(written.lengths.unsqueeze(1))  # [N, R + 1]
+    pooled = written.prefix_pooled.gather(1, tokens.unsqueeze(2).expand_as(written.prefix_pooled))
+    return way.finish(pooled, (counts - written.lengths).unsqueeze(1) + tokens)
 
 
 def _read_prompts(policy: Policy, prompts: Prompts, cache: SharedPromptCache) -> tuple[Tensor, Tensor]:
-    """Fills the cache with the prompts; returns the last states [G, D] and the sums of the pooled ones, [G, D] float32."""
+    """Fills the cache with the prompts; returns the last states [G, D], and what they pool to so far, [G, D] float32."""
     ids = torch.nn.utils.rnn.pad_sequence(list(prompts.ids), batch_first=True, padding_value=policy.pad_id).to(policy.device)
     positions = torch.arange(ids.shape[1], device=policy.device)
-    states = policy.model.base_model(
-        input_ids=ids, position_ids=positions.unsqueeze(0), past_key_values=cache, use_cache=True, rollout_cache=cache
-    ).last_hidden_state
+    inputs = {"input_ids": ids, "position_ids": positions.unsqueeze(0), "past_key_values": cache, "use_cache": True, "rollout_cache": cache}
+    last, states = states_at(policy.model.base_model, policy.layer, **inputs)
     lengths, prefixes = prompts.lengths.to(policy.device), prompts.prefix_lengths.to(policy.device)
-    pooled = (positions >= prefixes.unsqueeze(1)) & (positions < lengths.unsqueeze(1))
-    sums = states.masked_fill(~pooled.unsqueeze(-1), 0.0).sum(dim=1, dtype=torch.float32)
-    return states[torch.arange(len(lengths), device=policy.device), lengths - 1], sums
+    selected = (positions >= prefixes.unsqueeze(1)) & (positions < lengths.unsqueeze(1))
+    pooled = POOLINGS[policy.pooling].begin(states, selected)
+    return last[torch.arange(len(lengths), device=policy.device), lengths - 1], pooled
 
 
 def choose(hidden: Tensor, weight: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

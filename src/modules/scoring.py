@@ -9,7 +9,7 @@ from torch import Tensor
 
 from src.datamodules.records import Triplet
 from src.modules.policy import Policy
-from src.modules.pooling import masked_mean, prefix_means
+from src.modules.pooling import pool, pool_prefixes
 from src.modules.rewards import Embeddings
 from src.modules.sequences import Rollouts
 
@@ -21,6 +21,7 @@ class Scored:
     Attributes:
         positive: the B*K rollouts of the positives.
         old_logprobs: [B*K, T] float32 of the sampling policy; None where one update makes them those of the update.
+        reference_logprobs: [B*K, T] float32 of the reference; None where the algorithm has none.
         embeddings: unit vectors of all sides.
         prefixes: [B, K, R + 1, D] unit vectors of the positives after every token of their rationales; None unless asked for.
         rollout_tokens: tokens sampled, all sides.
@@ -28,6 +29,7 @@ class Scored:
 
     positive: Rollouts
     old_logprobs: Tensor | None
+    reference_logprobs: Tensor | None
     embeddings: Embeddings
     prefixes: Tensor | None
     rollout_tokens: int
@@ -65,9 +67,9 @@ def encode_positives(
         part = positive[rows]
         hidden = policy.hidden_states(part, rows // k)  # one pass for all
         encoded = policy.encoder_states(part, hidden, rows // k)
-        pooled.append(masked_mean(encoded, part.pooling_mask))
+        pooled.append(pool(encoded, part.pooling_mask, policy.pooling))
         if with_prefixes:
-            cut.append(prefix_means(encoded, part, longest))
+            cut.append(pool_prefixes(encoded, part, longest, policy.pooling))
         if with_logprobs:
             own, _ = policy.logprobs(part, hidden, how.temperature)
             values.append(torch.nn.functional.pad(own, (0, positive.input_ids.shape[1] - own.shape[1])))

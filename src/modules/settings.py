@@ -8,10 +8,23 @@ from typing import Any
 
 from transformers.utils.hub import cached_file
 
+from src.modules.pooling import POOLINGS, PoolingName
 from src.modules.prompt import GRACE_INSTRUCTION
 
 SETTINGS_FILE = "grace.json"
 """Its name in an exported folder, beside config.json."""
+
+
+def check_pooling(pooling: str, layer: int, where: str) -> None:
+    """Refuses a pooling or a layer that does not exist; `where` is what named them.
+
+    Raises:
+        ValueError: neither mean nor eos nor max; neither the last layer nor the one before.
+    """
+    if pooling not in POOLINGS:
+        raise ValueError(f"{where}: pooling={pooling!r} does not exist; it is {', '.join(POOLINGS)}")
+    if layer not in (-1, -2):
+        raise ValueError(f"{where}: layer={layer}; it is -1 (the last) or -2 (the one before)")
 
 
 @dataclass(frozen=True)
@@ -22,25 +35,26 @@ class EncoderSettings:
         instruction: the system message.
         max_prompt_tokens: longest prompt, the chat's frame included.
         max_new_tokens: longest rationale, EOS included.
-        pooling: what makes one vector of many states; `mean` is the only way so far.
+        pooling: what makes one vector of many states: `mean`, `eos` or `max`.
+        layer: whose states: -1, the last layer's, or -2, those of the one before.
         template_kwargs: passed to the chat template.
 
     Raises:
-        ValueError: a length below one, or a pooling that does not exist.
+        ValueError: a length below one, or a pooling or a layer that does not exist.
     """
 
     instruction: str = GRACE_INSTRUCTION
     max_prompt_tokens: int = 1024
     max_new_tokens: int = 256
-    pooling: str = "mean"
+    pooling: PoolingName = "mean"
+    layer: int = -1
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("max_prompt_tokens", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"encoder settings: {name}={getattr(self, name)}, it must be at least 1")
-        if self.pooling != "mean":
-            raise ValueError(f"encoder settings: pooling={self.pooling!r} does not exist; it is mean")
+        check_pooling(self.pooling, self.layer, "encoder settings")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in the file and in checkpoints (which are read as weights only)."""

@@ -1,4 +1,4 @@
-"""What a rollout earns that met the length limit before it had finished."""
+"""What a rollout earns that met the length limit before it had finished, or came near it."""
 
 from typing import Literal
 
@@ -40,3 +40,27 @@ def penalise_truncated(rewards: Tensor, finished: Tensor, penalty: Penalty = "re
     # of all, not of the finished alone: one that finished has no spread, and the rest would go without a penalty
     std = rewards.std(dim=1, keepdim=True, correction=0)
     return torch.where(finished | ~some, rewards, lowest - size * std), everything
+
+
+def soft_overlong(lengths: Tensor, *, max_tokens: int, slope: float = 0.2, size: float = 1.0) -> Tensor:
+    """What is added to the rewards of long rollouts: a slope in place of a step (DAPO, Yu et al., arXiv 2503.14476, eq. 13).
+
+    0 up to max_tokens - slope * max_tokens, from there down to -`size` at max_tokens. A rationale is never longer than the
+    limit here, so one that met it is at the bottom.
+
+    Args:
+        lengths: [B, K] int64, tokens of the rationales.
+        max_tokens: L_max, the length limit.
+        slope: L_cache, the tokens over which it falls, as a share of the limit (a fifth in the paper).
+        size: 1 in the paper, whose rewards are 1 and -1; here it is to be read against the spread of the rewards.
+
+    Returns:
+        [B, K] float32.
+
+    Raises:
+        ValueError: a slope that is no share.
+    """
+    if not 0 < slope <= 1:
+        raise ValueError(f"algorithm.overlong.slope={slope}: it is a share of the length limit, above 0 and at most 1")
+    falling = slope * max_tokens
+    return ((max_tokens - falling - lengths) / falling).clamp(-1.0, 0.0) * size

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from src.modules.policy import ENCODER_FOLDER, Policy
+from src.modules.pooling import pool
 from tests.builders import small_model, small_policy, small_tokenizer, some_rollouts
 
 
@@ -45,6 +46,44 @@ def test_a_tokenizer_without_eos_is_refused() -> None:
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="no EOS token"):
         Policy(small_model(len(tokenizer)), tokenizer)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("pooling", "layer"), [("mean", -1), ("eos", -1), ("max", -1), ("mean", -2), ("eos", -2), ("max", -2)])
+def test_embeddings_are_pooled_from_transformers_own_states_under_either_padding_side(pooling: str, layer: int) -> None:
+    policy = small_policy()
+    policy.pooling, policy.layer = pooling, layer
+    rollouts = some_rollouts(policy, rationale_lengths=(3, 17, 0, 8))
+    expected = []
+    for ids, start, end in zip(rollouts.input_ids, rollouts.prefix_lengths.tolist(), rollouts.lengths.tolist(), strict=True):
+        states = policy.model(input_ids=ids[None, :end], output_hidden_states=True).hidden_states[layer][0, start:]
+        expected.append({"mean": states.mean(dim=0), "eos": states[-1], "max": states.max(dim=0).values}[pooling])
+    torch.testing.assert_close(policy.embed(rollouts), torch.stack(expected), rtol=1e-4, atol=1e-5)
+    # transformers' own way of batching: padding on the left, an attention mask
+    longest = rollouts.input_ids.shape[1]
+    shifts = [longest - end for end in rollouts.lengths.tolist()]
+    left = torch.stack([ids.roll(shift) for ids, shift in zip(rollouts.input_ids, shifts, strict=True)])
+    real, pooled = (
+        torch.stack([mask.roll(shift) for mask, shift in zip(masks, shifts, strict=True)])
+        for masks in (rollouts.attention_mask, rollouts.pooling_mask)
+    )
+    positions = (real.long().cumsum(dim=1) - 1).clamp(min=0)
+    output = policy.model(input_ids=left, attention_mask=real.long(), position_ids=positions, output_hidden_states=True)
+    torch.testing.assert_close(pool(output.hidden_states[layer], pooled, pooling), torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("options", "message"), [({"pooling": "cls"}, "policy: pooling='cls'"), ({"layer": 0}, "policy: layer=0")])
+def test_an_unknown_pooling_or_layer_is_refused(saved: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Policy.load(str(saved), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_a_frozen_encoder_pools_the_same_layer(layer: int) -> None:
+    live, frozen = small_policy("live"), small_policy("frozen")
+    live.layer = frozen.layer = layer
+    rollouts = some_rollouts(live)
+    torch.testing.assert_close(live.embed(rollouts), frozen.embed(rollouts))
 
 
 def test_an_unknown_encoder_is_refused() -> None:

@@ -3,7 +3,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from src.modules.policy import Policy
-from src.modules.pooling import prefix_means
+from src.modules.pooling import pool_prefixes
 from src.modules.prompt import PromptRenderer, Prompts
 from src.modules.rollout_hf import HFRollouts, choose, end_tokens
 from src.modules.sequences import join
@@ -69,6 +69,25 @@ def test_log_probs_and_embeddings_are_those_of_a_plain_pass(architecture, n, tem
     assert rollouts.embeddings is not None
     torch.testing.assert_close(rollouts.logprobs, logprobs, atol=1e-4, rtol=0)
     torch.testing.assert_close(rollouts.embeddings, pooled, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "eos", "max"])
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_every_pooling_and_layer_is_that_of_a_plain_pass(pooling, layer):
+    policy = small_policy()
+    eos_often(policy)
+    policy.pooling, policy.layer = pooling, layer
+    rollouts = HFRollouts(16, batch_size=8).generate(policy, prompts_of(policy), n=3, temperature=1.0, seed=3, prefixes=True)
+    assert rollouts.rationale_lengths.unique().numel() > 2
+    assert 0 < rollouts.finished.sum() < len(rollouts)  # some end with EOS, others are cut: eos pools either's last token
+    with torch.no_grad():
+        torch.testing.assert_close(rollouts.embeddings, policy.embed(rollouts), atol=1e-4, rtol=0)
+        groups = torch.arange(len(rollouts)) // 3
+        torch.testing.assert_close(rollouts.embeddings, policy.embed(rollouts, None, groups), atol=1e-4, rtol=0)
+        prefixes = pool_prefixes(policy.encoder_states(rollouts), rollouts, 16, pooling)
+        torch.testing.assert_close(rollouts.prefix_embeddings, prefixes, atol=1e-4, rtol=0)
+        logprobs, _ = policy.logprobs(rollouts, policy.hidden_states(rollouts))
+    torch.testing.assert_close(rollouts.logprobs, logprobs, atol=1e-4, rtol=0)  # of the last layer, whatever is pooled
 
 
 def test_the_same_seed_gives_the_same_rationales_whatever_the_batch_size():
@@ -138,7 +157,7 @@ def test_embeddings_after_every_token_are_those_of_rationales_cut_there():
         torch.testing.assert_close(rollouts.prefix_embeddings[:, t], policy.embed(cut).detach(), atol=1e-4, rtol=1e-4)
     # and an encode pass gives the same where an engine does not
     with torch.no_grad():
-        encoded = prefix_means(policy.hidden_states(rollouts), rollouts, 8)
+        encoded = pool_prefixes(policy.hidden_states(rollouts), rollouts, 8)
     torch.testing.assert_close(encoded, rollouts.prefix_embeddings, atol=1e-4, rtol=1e-4)
     assert HFRollouts(8).generate(policy, prompts).prefix_embeddings is None
 

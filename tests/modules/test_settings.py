@@ -8,14 +8,17 @@ from src.modules.settings import EncoderSettings
 
 
 def test_they_come_back_as_they_were_saved(tmp_path: Path) -> None:
-    settings = EncoderSettings("Résumez.", max_prompt_tokens=77, max_new_tokens=5, template_kwargs={"enable_thinking": False})
+    settings = EncoderSettings(
+        "Résumez.", max_prompt_tokens=77, max_new_tokens=5, pooling="eos", layer=-2, template_kwargs={"enable_thinking": False}
+    )
     settings.save(tmp_path)
     assert EncoderSettings.load(tmp_path) == settings
 
 
 def test_a_folder_without_settings_has_the_papers(tmp_path: Path) -> None:
     settings = EncoderSettings.load(tmp_path)
-    assert (settings.instruction, settings.max_prompt_tokens, settings.pooling) == (GRACE_INSTRUCTION, 1024, "mean")
+    assert (settings.instruction, settings.max_prompt_tokens) == (GRACE_INSTRUCTION, 1024)
+    assert (settings.pooling, settings.layer) == ("mean", -1)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +28,8 @@ def test_a_folder_without_settings_has_the_papers(tmp_path: Path) -> None:
         ("{", r"grace.json is not JSON"),
         ("[1]", r"grace.json is not a JSON object"),
         (json.dumps({"max_new_tokens": 0}), r"max_new_tokens=0, it must be at least 1"),
-        (json.dumps({"pooling": "eos"}), r"pooling='eos' does not exist; it is mean"),
+        (json.dumps({"pooling": "cls"}), r"pooling='cls' does not exist; it is mean, eos, max"),
+        (json.dumps({"layer": -3}), r"layer=-3; it is -1 \(the last\) or -2"),
     ],
 )
 def test_a_bad_file_is_named_with_its_fault(tmp_path: Path, text: str, message: str) -> None:

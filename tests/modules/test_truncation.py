@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from src.modules.truncation import penalise_truncated
+from src.modules.truncation import penalise_truncated, soft_overlong
+from tests.oracles import overlong_oracle
 
 rewards = torch.tensor([[1.0, 2.0, 9.0], [0.0, 4.0, 8.0], [1.0, 2.0, 3.0]])
 finished = torch.tensor([[True, True, False], [True, True, True], [False, False, False]])
@@ -42,6 +43,20 @@ def test_none_leaves_every_reward_as_it_is():
     penalised, keep = penalise_truncated(rewards, finished, "none")
     torch.testing.assert_close(penalised, rewards)
     assert keep.all()
+
+
+@pytest.mark.parametrize(("max_tokens", "slope"), [(10, 0.2), (20, 0.5), (7, 1.0), (48, 0.3)])
+def test_the_soft_punishment_is_the_papers(max_tokens, slope):
+    lengths = torch.arange(1, max_tokens + 1).unsqueeze(0)
+    expected = [2.0 * overlong_oracle(length, max_tokens, slope * max_tokens) for length in lengths[0].tolist()]
+    torch.testing.assert_close(soft_overlong(lengths, max_tokens=max_tokens, slope=slope, size=2.0)[0], torch.tensor(expected))
+    assert expected[-1] == -2.0
+
+
+@pytest.mark.parametrize("slope", [0.0, -0.5, 1.5])
+def test_a_slope_that_is_no_share_of_the_limit_is_refused(slope):
+    with pytest.raises(ValueError, match=f"slope={slope}"):
+        soft_overlong(torch.ones(1, 2), max_tokens=8, slope=slope)
 
 
 def test_an_unknown_penalty_is_refused():

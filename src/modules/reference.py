@@ -1,0 +1,43 @@
+"""The reference of a KL term: the policy as it was before training."""
+
+import copy
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from src.modules.lora import has_lora, without_lora
+from src.modules.policy import Policy
+from src.modules.scoring import PositiveEncoding, micro_batches
+from src.modules.sequences import Rollouts
+
+
+class Reference:
+    """Log-probs under the policy's starting weights.
+
+    A policy with LoRA adapters holds them itself, beneath the adapters. Of any other a copy is made, in float32 and
+    without gradients: it takes as much memory as the weights do. It is no part of a checkpoint, as a resumed run makes
+    it anew from policy.path.
+
+    Args:
+        policy: as training begins.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._adapted = has_lora(policy.model)
+        # in a tuple, so that no module counts the copy among its own parts
+        self._holder = (policy if self._adapted else Policy(copy.deepcopy(policy.model).requires_grad_(False).eval(), policy.tokenizer),)
+
+    @torch.no_grad()
+    def logprobs(self, rollouts: Rollouts, how: PositiveEncoding) -> Tensor:
+        """[B*K, T] float32 log-probs of the rationales' tokens, 0 elsewhere."""
+        policy = self._holder[0]
+        if not self._adapted:
+            policy.to(rollouts.input_ids.device)
+        values = torch.zeros(rollouts.input_ids.shape, device=rollouts.input_ids.device)
+        with without_lora(policy.model) if self._adapted else nullcontext():
+            for rows in micro_batches(rollouts, torch.arange(len(rollouts)), how.num_rollouts, how.micro_batch_tokens):
+                part = rollouts[rows]
+                own, _ = policy.logprobs(part, policy.hidden_states(part, rows // how.num_rollouts), how.temperature)
+                values[rows, : own.shape[1]] = own
+        return values
