@@ -96,7 +96,7 @@ def _load_checkpoint(file: Path) -> tuple[Policy, EncoderSettings]:
     if not grace["policy_path"]:
         raise ValueError(f"{file} was trained from a policy that came from no folder: its tokenizer is lost; use the exported folder")
     settings = EncoderSettings.from_dict(grace["settings"], str(file))
-    lora = LoraConfig(**grace["lora"]) if grace["lora"] else None
+    lora = LoraConfig(**grace["lora"]) if grace.get("lora") else None
     policy = Policy.load(grace["policy_path"], encoder=grace["encoder"], pooling=settings.pooling, layer=settings.layer, lora=lora)
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(_PREFIX)}
     try:

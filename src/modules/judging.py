@@ -49,13 +49,13 @@ def judge(
 
     A greedy rollout is scored as one more of its group, so that it has a consistency like the others, whose own rewards do
     not know of it. What is added for length and truncation is added to it too; the divergence from the reference is not.
+
+    Raises:
+        ValueError: the divergence is to be in the reward, and was scored without log-probs of policy and reference.
     """
     b, k = total.shape
     lengths, finished = scored.positive.rationale_lengths.view(b, k), scored.positive.finished.view(b, k)
-    divergence = None
-    if algorithm.kl_in_reward and scored.old_logprobs is not None and scored.reference_logprobs is not None:
-        by_token = algorithm.divergence(scored.old_logprobs, scored.reference_logprobs, scored.positive.rationale_mask)
-        divergence = by_token.sum(dim=1).view(b, k)
+    divergence = _divergence(algorithm, scored).view(b, k) if algorithm.kl_in_reward else None
     if greedy is None:
         return Judged(*algorithm.judged(total, lengths, finished, divergence), baseline=None)
     together = replace(scored.embeddings, positive=torch.cat([scored.embeddings.positive, greedy.embeddings], dim=1))
@@ -66,6 +66,13 @@ def judge(
         None if divergence is None else torch.nn.functional.pad(divergence, (0, 1)),
     )
     return Judged(rewards[:, :k], keep[:, :k], rewards[:, k])
+
+
+def _divergence(algorithm: Algorithm, scored: Scored) -> Tensor:
+    """[B*K] float32: from the reference, summed over each rationale's tokens."""
+    if scored.old_logprobs is None or scored.reference_logprobs is None:
+        raise ValueError("algorithm.kl_in=reward needs log-probs of the policy and of its reference, and the batch was scored without")
+    return algorithm.divergence(scored.old_logprobs, scored.reference_logprobs, scored.positive.rationale_mask).sum(dim=1)
 
 
 def by_token(algorithm: Algorithm, reward: Callable[[Embeddings], Reward], scored: Scored, judged: Judged, penalty: Tensor) -> Tensor:

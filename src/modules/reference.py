@@ -19,21 +19,23 @@ class Reference:
     without gradients: it takes as much memory as the weights do. It is no part of a checkpoint, as a resumed run makes
     it anew from policy.path.
 
+    Attributes:
+        policy: it, or the one whose base weights it is.
+
     Args:
         policy: as training begins.
     """
 
     def __init__(self, policy: Policy) -> None:
         self._adapted = has_lora(policy.model)
-        # in a tuple, so that no module counts the copy among its own parts
-        self._holder = (policy if self._adapted else Policy(copy.deepcopy(policy.model).requires_grad_(False).eval(), policy.tokenizer),)
+        self.policy = policy if self._adapted else Policy(copy.deepcopy(policy.model).requires_grad_(False).eval(), policy.tokenizer)
 
     @torch.no_grad()
     def logprobs(self, rollouts: Rollouts, how: PositiveEncoding) -> Tensor:
         """[B*K, T] float32 log-probs of the rationales' tokens, 0 elsewhere."""
-        policy = self._holder[0]
+        policy = self.policy
         if not self._adapted:
-            policy.to(rollouts.input_ids.device)
+            policy.to(rollouts.input_ids.device)  # no module holds the copy, so none moves it
         values = torch.zeros(rollouts.input_ids.shape, device=rollouts.input_ids.device)
         with without_lora(policy.model) if self._adapted else nullcontext():
             for rows in micro_batches(rollouts, torch.arange(len(rollouts)), how.num_rollouts, how.micro_batch_tokens):

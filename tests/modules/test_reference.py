@@ -36,8 +36,8 @@ def test_it_stays_where_training_began(tiny_policy_folder: Path, tiny_policy: Po
 
 def test_adapters_need_no_second_model(tiny_policy_folder: Path) -> None:
     policy = Policy.load(str(tiny_policy_folder), lora=LoraConfig(r=4, target_modules="all-linear"))
-    assert Reference(policy)._holder[0] is policy
+    assert Reference(policy).policy is policy
     plain = Policy.load(str(tiny_policy_folder))
-    copy = Reference(plain)._holder[0]
+    copy = Reference(plain).policy
     assert copy is not plain
     assert not any(p.requires_grad for p in copy.parameters())
