@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from src.modules import vllm_engine, vllm_weights
+from src.modules.lora import add_lora
 from src.modules.policy import Policy
 from src.modules.prompt import Prompts
 from src.modules.rollout_hf import HFRollouts, end_tokens
@@ -122,9 +124,8 @@ def test_an_engine_that_slept_wakes_with_the_trainers_weights() -> None:
 
 
 def test_adapters_are_sampled_merged() -> None:
-    peft = pytest.importorskip("peft")
     policy = policy_of()
-    peft.inject_adapter_in_model(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "down_proj"]), policy.model)
+    add_lora(policy.model, LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "down_proj"]))
     before = assert_greedy_as_hf(policy)
     step(policy)
     assert not torch.equal(assert_greedy_as_hf(policy).input_ids, before.input_ids)

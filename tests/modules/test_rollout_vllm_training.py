@@ -71,6 +71,15 @@ def test_five_steps_through_either_engine_lead_to_the_same_rationales_and_embedd
     assert np.abs(embeddings - start[0]).max() > 1e-2  # the updates did something
 
 
+def test_importance_weights_make_up_for_an_engine_in_bfloat16() -> None:
+    runs = [grace(engine(dtype="bfloat16"), importance_cap=cap) for cap in (None, 2.0)]
+    watches = [fit(run, [TRIPLETS]) for run in runs]
+    assert all(watch.reports[0].logprob_gap[0] > 1e-4 for watch in watches)
+    norms = [watch.reports[0].update["gradient_norm"] for watch in watches]
+    assert norms[0] != norms[1]
+    assert norms[1] == pytest.approx(norms[0], rel=0.1)  # ratios within a few hundredths of 1
+
+
 @pytest.mark.parametrize("updates", [1, 3])
 def test_a_run_on_its_own_samples_stays_with_the_trainer_and_keeps_the_engine_out_of_the_checkpoint(updates: int) -> None:
     module = grace(engine(12), updates_per_batch=updates)
