@@ -15,7 +15,6 @@ from src.modules.prompt import Prompts
 from src.modules.rollout_hf import end_tokens
 from src.modules.sequences import Rollouts, join
 from src.modules.vllm_engine import EngineError, EngineSpec, one_line, require_vllm, start
-from src.modules.vllm_weights import plain_model
 
 
 class VLLMRollouts:
@@ -104,9 +103,8 @@ class VLLMRollouts:
         ).to(policy.device)
 
     def _spec(self, policy: Policy) -> EngineSpec:
-        model: Any = plain_model(policy.model)
-        config = copy.deepcopy(model.config)
-        config.architectures, config.name_or_path = [type(model).__name__], ""
+        config = copy.deepcopy(policy.model.config)
+        config.architectures, config.name_or_path = [type(policy.model).__name__], ""
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
         wanted = self.max_prompt_tokens + self.max_new_tokens
         return EngineSpec(

@@ -4,48 +4,27 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-
-
-def plain_model(model: nn.Module) -> nn.Module:
-    """The transformers model itself, out of peft's wrapper if it has one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every weight once, under its name in a checkpoint of the model without adapters; tied ones under the first name.
 
-    LoRA layers of peft are merged into copies, one at a time: merged in place and taken back out, the frozen weights
-    would move by a rounding error at every rollout batch.
+    LoRA layers are merged into copies, one at a time: merged in place and taken back out, the frozen weights would move
+    by a rounding error at every rollout batch.
     """
-    lasting = {id(weight) for weight in model.parameters()}  # a merged copy is gone soon, and its id then another's
-    seen: set[int] = set()
-
-    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        plain = _without_adapter(module)
-        for name, weight in plain.named_parameters(recurse=False):
-            if id(weight) in seen:
-                continue
-            if id(weight) in lasting:
-                seen.add(id(weight))
-            yield prefix + name, weight.detach()
-        for name, child in plain.named_children():
-            yield from walk(child, f"{prefix}{name}.")
-
-    return walk(plain_model(model), "")
-
-
-def _without_adapter(module: nn.Module) -> nn.Module:
-    """The layer that computes what a layer of peft computes; any other module is itself."""
-    if hasattr(module, "base_layer") and hasattr(module, "merge"):
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    inside = tuple(f"{name}." for name in adapted)
+    for name, weight in model.named_parameters():
+        if not name.startswith(inside):
+            yield name, weight.detach()
+    for name, module in adapted.items():
         layer: Any = copy.deepcopy(module)
         if not layer.disable_adapters:
             layer.merge()
-        return layer.get_base_layer()
-    if hasattr(module, "original_module") and hasattr(module, "modules_to_save"):  # trained whole beside the adapters
-        saved: Any = module
-        return saved.original_module if saved.disable_adapters else saved.modules_to_save[saved.active_adapters[0]]
-    return module
+        for own, weight in layer.get_base_layer().named_parameters():
+            yield f"{name}.{own}", weight.detach()
 
 
 def push(llm: Any, model: nn.Module) -> None:
