@@ -30,6 +30,9 @@ def diagnose(report: StepReport) -> dict[str, float]:
     for name, values in [*report.reward.terms.items(), ("total", report.reward.total)]:
         metrics[f"reward/{name}/mean"] = float(values.mean())
         metrics[f"reward/{name}/within_group_std"] = within_group_std(values)
+    for side, values in report.other_rewards.items():
+        metrics[f"reward/of_{side}/mean"] = float(values.mean())
+        metrics[f"reward/of_{side}/within_group_std"] = within_group_std(values)
     metrics |= {
         "rollout/truncated_share": 1.0 - float(report.finished.float().mean()),
         "rollout/rationale_length": float(report.rationale_lengths.float().mean()),

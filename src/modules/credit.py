@@ -6,27 +6,24 @@ the rationale's advantage.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from src.modules.rewards import Embeddings, Reward
 from src.modules.sequences import Rollouts
 
 
-def prefix_rewards(reward: Callable[[Embeddings], Reward], embeddings: Embeddings, prefixes: Tensor) -> Tensor:
-    """Rewards if every rationale of the batch were cut after t tokens, t = 0 .. R.
+def prefix_rewards(reward: Callable[[Tensor], Tensor], prefixes: Tensor) -> Tensor:
+    """Rewards if every rationale of a side were cut after t tokens, t = 0 .. R; the other sides are taken as they are.
 
     Args:
-        embeddings: of the batch; queries and negatives are taken as they are.
-        prefixes: [B, K, R + 1, D] unit vectors of the positives after t tokens; where a rationale has fewer, its last.
+        reward: of the side's rollouts from their unit vectors, [G, K, D] -> [G, K] (see `standing_in`).
+        prefixes: [G, K, R + 1, D] unit vectors after t tokens; where a rationale has fewer, its last.
 
     Returns:
-        [B, K, R + 1] float32.
+        [G, K, R + 1] float32.
     """
-    steps = range(prefixes.shape[2])
-    return torch.stack([reward(replace(embeddings, positive=prefixes[:, :, t])).total for t in steps], dim=2)
+    return torch.stack([reward(prefixes[:, :, t]) for t in range(prefixes.shape[2])], dim=2)
 
 
 def token_returns(prefix_rewards: Tensor, penalty: Tensor, lengths: Tensor, decay: float) -> Tensor:

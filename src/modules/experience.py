@@ -55,7 +55,7 @@ class Experience:
 
 
 def concatenate(parts: Sequence[Experience]) -> Experience:
-    """Groups of several rollout batches as one; all from the same policy and with the same K."""
+    """Groups of several rollout batches or sides as one; all from the same policy and with the same K."""
     if len(parts) == 1:
         return parts[0]
     rollouts = [part.rollouts for part in parts]
@@ -75,6 +75,11 @@ def concatenate(parts: Sequence[Experience]) -> Experience:
         _joined_if_there([part.reference_logprobs for part in parts], columns),
         tuple(name for part in parts for name in part.instance_ids),
     )
+
+
+def interleaving(sizes: Sequence[int]) -> Tensor:
+    """An order, int64, of parts of so many groups one behind the other, in which any stretch holds of each its share."""
+    return torch.cat([torch.arange(size) / size for size in sizes]).argsort(stable=True)
 
 
 def _joined(tensors: Sequence[Tensor], columns: int | None = None) -> Tensor:

@@ -4,37 +4,30 @@ batch -> rollouts -> embeddings, log-probs -> reward terms -> advantages -> loss
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
 
 from src.datamodules.records import Triplet
 from src.modules.algorithm import Algorithm
 from src.modules.dynamic_sampling import GroupBuffer
 from src.modules.encoder import RationaleEncoder, RolloutEngine
-from src.modules.experience import Experience
-from src.modules.judging import Greedy, by_token, judge
+from src.modules.experience import Experience, concatenate, interleaving
+from src.modules.judging import Judged, by_token, judge
 from src.modules.logprob_gap import LogprobGap
 from src.modules.lora import lora_settings
 from src.modules.policy import Policy
 from src.modules.prompt import PromptRenderer
 from src.modules.reference import Reference
-from src.modules.report import StepReport
+from src.modules.report import StepReport, step_report
 from src.modules.rewards import Embeddings, Reward
-from src.modules.scoring import (
-    PositiveEncoding,
-    Scored,
-    as_sides,
-    encode_others,
-    encode_positives,
-    sampled_tokens,
-    unrelated_similarity,
-)
-from src.modules.sequences import Rollouts
+from src.modules.scorer import Scorer
+from src.modules.scoring import Scored
 from src.modules.settings import EncoderSettings
+from src.modules.sides import OTHERS, Side, standing_in
 from src.modules.update import MinibatchPass, minibatch_gradient
 from src.utils.timing import timed
 
@@ -48,6 +41,7 @@ class GRACE(L.LightningModule):
 
     One `training_step` is one rollout batch: K rationales for each positive, one for each query and negative, rewards,
     advantages within groups, and `algorithm.updates_per_batch` optimiser steps on the positives' rationale tokens.
+    Queries and negatives can be learned from as well.
 
     Args:
         policy: writes the rationales, and embeds.
@@ -57,6 +51,8 @@ class GRACE(L.LightningModule):
         instruction, max_prompt_tokens, template_kwargs: of the prompt renderer.
         num_rollouts: K.
         positive_temperature, other_temperature: of sampling; the second for queries and negatives.
+        also_learn_from: `query`, `negative` or both: K rollouts of these too, at the positives' temperature, each rewarded by
+            what it does for its instance (see `standing_in`); none as published.
         micro_batch_tokens: most tokens in one forward and backward pass, a prompt counted once for its rationales.
         encode_batch_size: sequences in one encode pass of queries and negatives.
         learning_rate, warmup_steps, weight_decay: AdamW; linear warm-up over optimiser steps, then constant.
@@ -64,7 +60,7 @@ class GRACE(L.LightningModule):
         seed: of the rollouts; each batch, side and rank draws its own stream from it.
 
     Raises:
-        ValueError: num_rollouts < 2, as a group of one has no baseline; a temperature or a size without sense.
+        ValueError: num_rollouts < 2, as a group of one has no baseline; a temperature, a side or a size without sense.
     """
 
     def __init__(
@@ -79,6 +75,7 @@ class GRACE(L.LightningModule):
         num_rollouts: int = 8,
         positive_temperature: float = 1.0,
         other_temperature: float = 0.5,
+        also_learn_from: Sequence[Side] = (),
         micro_batch_tokens: int = 8192,
         encode_batch_size: int = 64,
         learning_rate: float = 1e-6,
@@ -95,9 +92,14 @@ class GRACE(L.LightningModule):
                 f"module.positive_temperature={positive_temperature}, module.other_temperature={other_temperature}: the first must be "
                 "above 0, as greedy rollouts do not differ; the second may be 0 (greedy)"
             )
+        if unknown := set(also_learn_from) - set(OTHERS):
+            raise ValueError(
+                f"module.also_learn_from={list(also_learn_from)}: {', '.join(sorted(unknown))} is not one of {', '.join(OTHERS)}"
+            )
         for name, value in (("micro_batch_tokens", micro_batch_tokens), ("encode_batch_size", encode_batch_size)):
             if value < 1:
                 raise ValueError(f"module.{name}={value}: it must be at least 1")
+        also_learn_from = tuple(map(str, also_learn_from))  # type: ignore[arg-type]  # plain, to be kept in checkpoints
         self.save_hyperparameters(ignore=["policy", "engine", "reward", "algorithm", "template_kwargs"])
         self.automatic_optimization = False
         self.policy, self.engine, self.reward, self.algorithm = policy, engine, reward, algorithm
@@ -139,71 +141,37 @@ class GRACE(L.LightningModule):
         seconds: dict[str, float] = {}
         self.policy.eval()
         with torch.no_grad():
-            scored = self.score(batch, seconds)
+            scorer = self.scorer(seconds)
+            scored = scorer.score(batch)
             reward = self.reward(scored.embeddings)
-            self._require_finite(reward, batch)
-            greedy = self._greedy(batch, seconds) if self.algorithm.greedy_baseline else None
-            judged = judge(self.algorithm, self.reward, scored, reward.total, greedy)
-            advantages = by_token(self.algorithm, self.reward, scored, judged, judged.rewards - reward.total)
-        b, k = reward.total.shape
-        names = tuple(triplet.id for triplet in batch)
-        experience = Experience(scored.positive, advantages, judged.keep, scored.old_logprobs, scored.reference_logprobs, names)
-        ready = self.buffer.add(experience, judged.rewards)
+            self._require_finite({**reward.terms, "total": reward.total}, scored.positive.instance_ids)
+            judged = {side: self._judge(batch, scorer, scored, side) for side in scored.sides}
+            experiences = {side: self._experience(scored, side, judged[side]) for side in scored.sides}
+        order = interleaving([len(part) for part in experiences.values()])
+        rewards = torch.cat([part.rewards for part in judged.values()])[order]
+        ready = self.buffer.add(concatenate(list(experiences.values())).select(order), rewards)
         self.policy.train()
         gap = LogprobGap()
         with timed(seconds, "update"):
             update = self.update(ready, gap) if ready is not None else {"updates": 0.0, "groups": 0.0}
         self.rollout_batches += 1
-        self.report = StepReport(
-            reward=Reward({name: term.cpu() for name, term in reward.terms.items()}, reward.weights, reward.total.cpu()),
-            advantages=(advantages.sum(dim=1) / scored.positive.rationale_lengths).view(b, k).cpu(),
-            finished=scored.positive.finished.view(b, k).cpu(),
-            rationale_lengths=scored.positive.rationale_lengths.view(b, k).cpu(),
-            distinct_rationales=len({tuple(ids.tolist()) for ids in scored.positive.rationales()}) / (b * k),
-            unrelated_similarity=unrelated_similarity(scored.embeddings.positive),
-            update=update,
-            logprob_gap=(gap.mean, gap.largest),
-            seconds=seconds,
-            rollout_tokens=scored.rollout_tokens,
-            update_tokens=int(scored.positive.lengths.sum()),
-            instance_ids=list(names),
-        )
+        self.report = step_report(scored, reward, judged, experiences["positive"].advantages, update, gap, seconds)
 
-    def score(self, batch: Sequence[Triplet], seconds: dict[str, float]) -> Scored:
-        """Rollouts of a batch, their embeddings, and the sampling policy's log-probs where an update will need them."""
-        h, algorithm, prefixes = self.hparams, self.algorithm, self.algorithm.credit_decay is not None
-        with timed(seconds, "rollout"):
-            positive = self._roll_out([t.positive for t in batch], h["num_rollouts"], h["positive_temperature"], side=0, prefixes=prefixes)
-            texts = [t.query for t in batch] + [n for t in batch for n in t.negatives]
-            others = self._roll_out(texts, 1, h["other_temperature"], side=1)
-        with timed(seconds, "encode"):
-            encode = PositiveEncoding(h["num_rollouts"], h["micro_batch_tokens"], h["positive_temperature"])
-            # importance weights compare the engine's log-probs with the trainer's own
-            own = positive if algorithm.importance_cap is None else replace(positive, logprobs=None)
-            with_logprobs = algorithm.updates_per_batch > 1 or algorithm.kl_in_reward
-            encoded = encode_positives(self.policy, own, encode, with_logprobs=with_logprobs, with_prefixes=prefixes)
-            rest = encode_others(self.policy, others, h["encode_batch_size"])
-            after_every = None
-            if encoded.prefix_embeddings is not None:
-                after_every = torch.nn.functional.normalize(encoded.prefix_embeddings, dim=-1).unflatten(0, (len(batch), -1))
-        reference = None
-        if self.reference is not None:
-            with timed(seconds, "reference"):
-                reference = self.reference.logprobs(positive, encode)
-        embeddings = as_sides(encoded.embeddings, rest, batch)
-        return Scored(positive, encoded.logprobs, reference, embeddings, after_every, sampled_tokens(positive, others))
+    def scorer(self, seconds: dict[str, float]) -> Scorer:
+        """Samples and scores the next rollout batch."""
+        seed = (self.hparams["seed"], self.rollout_batches, self.global_rank)
+        return Scorer(self.policy, self.engine, self.renderer, self.reference, self.algorithm, dict(self.hparams), seed, seconds)
 
-    def _greedy(self, batch: Sequence[Triplet], seconds: dict[str, float]) -> Greedy:
-        with timed(seconds, "greedy"):
-            rollouts = self._roll_out([t.positive for t in batch], 1, 0.0, side=2)
-            embedded = encode_others(self.policy, rollouts, self.hparams["encode_batch_size"])
-        lengths, finished = rollouts.rationale_lengths.unsqueeze(1), rollouts.finished.unsqueeze(1)
-        return Greedy(torch.nn.functional.normalize(embedded, dim=-1).unsqueeze(1), lengths, finished)
+    def _judge(self, batch: Sequence[Triplet], scorer: Scorer, scored: Scored, side: Side) -> Judged:
+        greedy = scorer.greedy(batch, side) if self.algorithm.greedy_baseline else None
+        judged = judge(self.algorithm, standing_in(self.reward, scored.embeddings, side), scored.sides[side], greedy)
+        self._require_finite({f"{side} rollouts": judged.earned}, scored.sides[side].instance_ids)
+        return judged
 
-    def _roll_out(self, texts: Sequence[str], n: int, temperature: float, side: int, prefixes: bool = False) -> Rollouts:
-        # a tuple of ints hashes to the same number in every process
-        seed = hash((self.hparams["seed"], self.rollout_batches, side, self.global_rank)) % 2**31
-        return self.engine.generate(self.policy, self.renderer(texts), n=n, temperature=temperature, seed=seed, prefixes=prefixes)
+    def _experience(self, scored: Scored, side: Side, judged: Judged) -> Experience:
+        own = scored.sides[side]
+        advantages = by_token(self.algorithm, standing_in(self.reward, scored.embeddings, side), own, judged)
+        return Experience(own.rollouts, advantages, judged.keep, own.old_logprobs, own.reference_logprobs, own.instance_ids)
 
     # ---- the update
 
@@ -241,13 +209,13 @@ class GRACE(L.LightningModule):
         self.lr_schedulers().step()  # type: ignore[union-attr]
         return norm
 
-    def _require_finite(self, reward: Reward, batch: Sequence[Triplet]) -> None:
-        for name, term in {**reward.terms, "total": reward.total}.items():
+    def _require_finite(self, terms: dict[str, Tensor], instance_ids: Sequence[str]) -> None:
+        for name, term in terms.items():
             bad = (~torch.isfinite(term)).any(dim=1).nonzero().flatten().tolist()
             if bad:
                 raise NonFiniteError(
                     f"reward term {name!r} is not finite in rollout batch {self.rollout_batches}, records "
-                    f"{', '.join(batch[i].id for i in bad)}; the weights were not changed"
+                    f"{', '.join(instance_ids[i] for i in bad)}; the weights were not changed"
                 )
 
     # ---- Lightning

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from src.modules.lora import has_lora, without_lora
 from src.modules.policy import Policy
-from src.modules.scoring import PositiveEncoding, micro_batches
+from src.modules.scoring import GroupEncoding, micro_batches
 from src.modules.sequences import Rollouts
 
 
@@ -31,7 +31,7 @@ class Reference:
         self.policy = policy if self._adapted else Policy(copy.deepcopy(policy.model).requires_grad_(False).eval(), policy.tokenizer)
 
     @torch.no_grad()
-    def logprobs(self, rollouts: Rollouts, how: PositiveEncoding) -> Tensor:
+    def logprobs(self, rollouts: Rollouts, how: GroupEncoding) -> Tensor:
         """[B*K, T] float32 log-probs of the rationales' tokens, 0 elsewhere."""
         policy = self.policy
         if not self._adapted:

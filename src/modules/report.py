@@ -1,18 +1,24 @@
 """What one rollout batch did: the module writes it, the callbacks read it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from src.modules.judging import Judged
+from src.modules.logprob_gap import LogprobGap
 from src.modules.rewards import Reward
+from src.modules.scoring import Scored, unrelated_similarity
+from src.modules.sides import Side
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One rollout batch of B instances with K rollouts each. Tensors are detached and on the CPU.
+    """One rollout batch of B instances with K rollouts each. Tensors are detached and on the CPU, of positives but where it says so.
 
     Attributes:
         reward: the terms and their total, before any truncation penalty.
+        other_rewards: what the rollouts of queries and negatives earned, [G, K] float32 by side, where they are learned from.
         advantages: [B, K] float32.
         finished: [B, K] bool, False where a rollout met the length limit.
         rationale_lengths: [B, K] int64, tokens.
@@ -30,6 +36,7 @@ class StepReport:
     """
 
     reward: Reward
+    other_rewards: dict[Side, Tensor]
     advantages: Tensor
     finished: Tensor
     rationale_lengths: Tensor
@@ -41,3 +48,31 @@ class StepReport:
     rollout_tokens: int
     update_tokens: int
     instance_ids: list[str]
+
+
+def step_report(
+    scored: Scored,
+    reward: Reward,
+    judged: Mapping[Side, Judged],
+    advantages: Tensor,
+    update: dict[str, float],
+    gap: LogprobGap,
+    seconds: dict[str, float],
+) -> StepReport:
+    """`reward` and `advantages`, [B, K] terms and [B*K, T] by token, are of the positives."""
+    rollouts, shape = scored.positive.rollouts, reward.total.shape
+    return StepReport(
+        reward=Reward({name: term.cpu() for name, term in reward.terms.items()}, reward.weights, reward.total.cpu()),
+        other_rewards={side: part.earned.cpu() for side, part in judged.items() if side != "positive"},
+        advantages=(advantages.sum(dim=1) / rollouts.rationale_lengths).view(shape).cpu(),
+        finished=rollouts.finished.view(shape).cpu(),
+        rationale_lengths=rollouts.rationale_lengths.view(shape).cpu(),
+        distinct_rationales=len({tuple(ids.tolist()) for ids in rollouts.rationales()}) / len(rollouts),
+        unrelated_similarity=unrelated_similarity(scored.embeddings.positive),
+        update=update,
+        logprob_gap=(gap.mean, gap.largest),
+        seconds=seconds,
+        rollout_tokens=scored.rollout_tokens,
+        update_tokens=sum(int(side.rollouts.lengths.sum()) for side in scored.sides.values()),
+        instance_ids=list(scored.positive.instance_ids),
+    )

@@ -12,32 +12,52 @@ from src.modules.policy import Policy
 from src.modules.pooling import pool, pool_prefixes
 from src.modules.rewards import Embeddings
 from src.modules.sequences import Rollouts
+from src.modules.sides import Side
+
+
+@dataclass(frozen=True)
+class ScoredSide:
+    """K rollouts of each of G texts, with what was computed from them before any update.
+
+    Attributes:
+        rollouts: G*K, those of a text side by side.
+        embeddings: [G, K, D] unit vectors.
+        old_logprobs: [G*K, T] float32 of the sampling policy; None where one update makes them those of the update.
+        reference_logprobs: [G*K, T] float32 of the reference; None where the algorithm has none.
+        prefixes: [G, K, R + 1, D] unit vectors after every token of the rationales; None unless asked for.
+        instance_ids: G record ids.
+    """
+
+    rollouts: Rollouts
+    embeddings: Tensor
+    old_logprobs: Tensor | None
+    reference_logprobs: Tensor | None
+    prefixes: Tensor | None
+    instance_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Rollouts of one batch with what was computed from them before any update.
+    """One batch before any update.
 
     Attributes:
-        positive: the B*K rollouts of the positives.
-        old_logprobs: [B*K, T] float32 of the sampling policy; None where one update makes them those of the update.
-        reference_logprobs: [B*K, T] float32 of the reference; None where the algorithm has none.
-        embeddings: unit vectors of all sides.
-        prefixes: [B, K, R + 1, D] unit vectors of the positives after every token of their rationales; None unless asked for.
+        sides: those that are learned from, the positives first.
+        embeddings: unit vectors of all sides, one rollout of each query and negative.
         rollout_tokens: tokens sampled, all sides.
     """
 
-    positive: Rollouts
-    old_logprobs: Tensor | None
-    reference_logprobs: Tensor | None
+    sides: dict[Side, ScoredSide]
     embeddings: Embeddings
-    prefixes: Tensor | None
     rollout_tokens: int
+
+    @property
+    def positive(self) -> ScoredSide:
+        return self.sides["positive"]
 
 
 @dataclass(frozen=True)
-class PositiveEncoding:
-    """How positives are passed through the policy: K rollouts each, so many tokens at a time, at the sampling temperature."""
+class GroupEncoding:
+    """How groups are passed through the policy: K rollouts each, so many tokens at a time, at the sampling temperature."""
 
     num_rollouts: int
     micro_batch_tokens: int
@@ -45,26 +65,26 @@ class PositiveEncoding:
 
 
 @dataclass(frozen=True)
-class EncodedPositives:
-    """Attributes: [B*K, D] embeddings; [B*K, T] log-probs and [B*K, R + 1, D] prefix embeddings, None where not asked for."""
+class EncodedGroups:
+    """Attributes: [G*K, D] embeddings; [G*K, T] log-probs and [G*K, R + 1, D] prefix embeddings, None where not asked for."""
 
     embeddings: Tensor
     logprobs: Tensor | None
     prefix_embeddings: Tensor | None
 
 
-def encode_positives(
-    policy: Policy, positive: Rollouts, how: PositiveEncoding, with_logprobs: bool, with_prefixes: bool = False
-) -> EncodedPositives:
+def encode_groups(
+    policy: Policy, rollouts: Rollouts, how: GroupEncoding, with_logprobs: bool, with_prefixes: bool = False
+) -> EncodedGroups:
     """What the engine met while it sampled is taken as it is; one pass computes what it did not give."""
-    logprobs, prefixes = positive.logprobs if with_logprobs else None, positive.prefix_embeddings if with_prefixes else None
-    given = positive.embeddings is not None and (logprobs is None) != with_logprobs and (prefixes is None) != with_prefixes
-    if positive.embeddings is not None and given:
-        return EncodedPositives(positive.embeddings, logprobs, prefixes)
-    k, longest = how.num_rollouts, int(positive.rationale_lengths.max())
+    logprobs, prefixes = rollouts.logprobs if with_logprobs else None, rollouts.prefix_embeddings if with_prefixes else None
+    given = rollouts.embeddings is not None and (logprobs is None) != with_logprobs and (prefixes is None) != with_prefixes
+    if rollouts.embeddings is not None and given:
+        return EncodedGroups(rollouts.embeddings, logprobs, prefixes)
+    k, longest = how.num_rollouts, int(rollouts.rationale_lengths.max())
     pooled, values, cut = [], [], []
-    for rows in micro_batches(positive, torch.arange(len(positive)), k, how.micro_batch_tokens):
-        part = positive[rows]
+    for rows in micro_batches(rollouts, torch.arange(len(rollouts)), k, how.micro_batch_tokens):
+        part = rollouts[rows]
         hidden = policy.hidden_states(part, rows // k)  # one pass for all
         encoded = policy.encoder_states(part, hidden, rows // k)
         pooled.append(pool(encoded, part.pooling_mask, policy.pooling))
@@ -72,12 +92,12 @@ def encode_positives(
             cut.append(pool_prefixes(encoded, part, longest, policy.pooling))
         if with_logprobs:
             own, _ = policy.logprobs(part, hidden, how.temperature)
-            values.append(torch.nn.functional.pad(own, (0, positive.input_ids.shape[1] - own.shape[1])))
-    return EncodedPositives(torch.cat(pooled), torch.cat(values) if with_logprobs else None, torch.cat(cut) if with_prefixes else None)
+            values.append(torch.nn.functional.pad(own, (0, rollouts.input_ids.shape[1] - own.shape[1])))
+    return EncodedGroups(torch.cat(pooled), torch.cat(values) if with_logprobs else None, torch.cat(cut) if with_prefixes else None)
 
 
 def encode_others(policy: Policy, others: Rollouts, batch_size: int) -> Tensor:
-    """[B + B*M, D] embeddings of queries and negatives; where the engine gives none, from batches of like lengths."""
+    """[N, D] embeddings of texts with one rollout each; where the engine gives none, from batches of like lengths."""
     if others.embeddings is not None:
         return others.embeddings
     order = others.lengths.argsort()
@@ -85,8 +105,8 @@ def encode_others(policy: Policy, others: Rollouts, batch_size: int) -> Tensor:
     return torch.cat(parts)[order.argsort()]
 
 
-def as_sides(positive: Tensor, others: Tensor, batch: Sequence[Triplet]) -> Embeddings:
-    """Unit vectors from [B*K, D] of positives and [B + B*M, D] of queries, then negatives.
+def negatives_an_instance(batch: Sequence[Triplet]) -> int:
+    """M.
 
     Raises:
         ValueError: the records differ in M.
@@ -96,8 +116,7 @@ def as_sides(positive: Tensor, others: Tensor, batch: Sequence[Triplet]) -> Embe
         raise ValueError(
             f"a batch must have one number of negatives an instance, this one has {sorted(counts)} (first record: {batch[0].id})"
         )
-    b = len(batch)
-    return Embeddings.normalised(others[:b], positive.unflatten(0, (b, -1)), others[b:].unflatten(0, (b, counts.pop())))
+    return counts.pop()
 
 
 def sampled_tokens(*sides: Rollouts) -> int:

@@ -19,6 +19,7 @@ def report(unrelated_similarity: float = 0.25) -> StepReport:
     term = torch.tensor([[1.0, 3.0], [5.0, 5.0]])
     return StepReport(
         reward=Reward({"positive": term}, {"positive": 2.0}, 2 * term),
+        other_rewards={"query": torch.tensor([[1.0, 3.0], [2.0, 2.0]])},
         advantages=torch.tensor([[-1.0, 1.0], [0.0, 0.0]]),
         finished=torch.tensor([[True, False], [True, True]]),
         rationale_lengths=torch.tensor([[1, 8], [3, 4]]),
@@ -42,6 +43,8 @@ def test_diagnose() -> None:
     metrics = diagnose(report())
     assert metrics["reward/positive/mean"] == 3.5
     assert metrics["reward/total/within_group_std"] == pytest.approx(1.0)
+    assert metrics["reward/of_query/mean"] == 2.0
+    assert metrics["reward/of_query/within_group_std"] == pytest.approx(0.5)
     assert metrics["rollout/truncated_share"] == 0.25
     assert metrics["rollout/rationale_length"] == 4.0
     assert metrics["update/gradient_norm"] == 2.0

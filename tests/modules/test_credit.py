@@ -9,6 +9,7 @@ from src.modules.advantages import grpo
 from src.modules.credit import at_tokens, prefix_rewards, token_advantages, token_returns
 from src.modules.rewards import Embeddings, document, listwise, paper
 from src.modules.sequences import Rollouts
+from src.modules.sides import standing_in
 
 shapes = st.tuples(st.integers(2, 4), st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**31 - 1))
 
@@ -69,7 +70,7 @@ def test_the_last_prefix_earns_what_the_rollout_earns(reward):
     prefixes = torch.nn.functional.normalize(raw, dim=-1)
     query, negative = torch.randn(3, 8, generator=generator), torch.randn(3, 1, 8, generator=generator)
     e = Embeddings.normalised(query, raw[:, :, -1], negative)
-    values = prefix_rewards(reward, e, prefixes)
+    values = prefix_rewards(standing_in(reward, e, "positive"), prefixes)
     assert values.shape == (3, 4, 6)
     torch.testing.assert_close(values[:, :, -1], reward(e).total)
     middle = reward(Embeddings(e.query, prefixes[:, :, 2], e.negative)).total

@@ -85,9 +85,9 @@ def test_the_gradient_is_that_of_advantage_weighted_log_probabilities_from_trans
     settings = {"algorithm": {"truncation": truncation}, "max_new_tokens": 30, "seed": 7}
     watch = fit(make(**settings), [TRIPLETS])
     start = make(**settings)  # the same weights, seed and rollouts
-    scored = start.score(TRIPLETS, {})
+    scored = start.scorer({}).score(TRIPLETS)
     advantages = watch.reports[0].advantages.flatten()
-    rollouts = scored.positive
+    rollouts = scored.positive.rollouts
     kept = rollouts.finished | (truncation != "mask")
     assert kept.any()
     assert kept.all() == (truncation != "mask")
@@ -112,12 +112,12 @@ def test_log_probs_and_embeddings_are_those_of_separate_rows_whether_the_engine_
     module = make(algorithm={"updates_per_batch": 2})
     module.engine = engine
     with torch.no_grad():
-        scored = module.score(TRIPLETS, {})
-        hidden = module.policy.hidden_states(scored.positive)
-        logprobs, _ = module.policy.logprobs(scored.positive, hidden)
-        pooled = torch.nn.functional.normalize(module.policy.embed(scored.positive, hidden), dim=-1)
-    assert scored.old_logprobs is not None
-    torch.testing.assert_close(scored.old_logprobs, logprobs, atol=1e-5, rtol=1e-5)
+        scored = module.scorer({}).score(TRIPLETS)
+        hidden = module.policy.hidden_states(scored.positive.rollouts)
+        logprobs, _ = module.policy.logprobs(scored.positive.rollouts, hidden)
+        pooled = torch.nn.functional.normalize(module.policy.embed(scored.positive.rollouts, hidden), dim=-1)
+    assert scored.positive.old_logprobs is not None
+    torch.testing.assert_close(scored.positive.old_logprobs, logprobs, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(scored.embeddings.positive.flatten(0, 1), pooled, atol=1e-5, rtol=1e-5)
 
 

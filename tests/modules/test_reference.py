@@ -7,10 +7,10 @@ from peft import LoraConfig
 from src.modules.policy import Policy
 from src.modules.reference import Reference
 from src.modules.rollout_hf import HFRollouts
-from src.modules.scoring import PositiveEncoding
+from src.modules.scoring import GroupEncoding
 from tests.modules.test_rollout_hf import prompts_of
 
-HOW = PositiveEncoding(num_rollouts=2, micro_batch_tokens=100, temperature=0.8)
+HOW = GroupEncoding(num_rollouts=2, micro_batch_tokens=100, temperature=0.8)
 
 
 def move(policy: Policy) -> None:
