@@ -100,10 +100,13 @@ def listwise_oracle(
 ) -> Tensor:
     b, k = positive.shape[:2]
 
+    documents_of_batch = [positive[j, other] for j in range(b) for other in range(k)]
+
     def centred(i: int, document: Tensor) -> Tensor:
-        """exp of the document's similarity to query i, less its mean over the queries."""
+        """exp of the document's similarity to query i, less its mean over the queries and that query's over the documents."""
         similarities = [_dot(query[j], document) / temperature for j in range(b)]
-        return (similarities[i] - sum(similarities) / b).exp()
+        popular = sum(_dot(query[i], other) / temperature for other in documents_of_batch) / len(documents_of_batch)
+        return (similarities[i] - sum(similarities) / b - popular).exp()
 
     rows = []
     for i in range(b):

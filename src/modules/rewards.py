@@ -166,7 +166,8 @@ def listwise(
 ) -> Reward:
     """This project's reward: the log-probability that texts find their own among the batch's (InfoNCE as a reward).
 
-    With s[j] a document's similarity to query j over tau, less the mean of it over the batch's queries:
+    With s[j] a document's similarity to query j over tau, less the document's mean over the batch's queries, less the query's
+    mean over the batch's rollouts:
 
     to_query = log softmax_j(s of h_p[i,k])[i]: the rollout finds its query.
     to_document = log of exp(s[i] of h_p[i,k]) over itself + sum_m exp(s[i] of h_n[i,m])
@@ -175,7 +176,8 @@ def listwise(
     A shift common to all similarities cancels, so a rationale that pulls every text together earns nothing. Nor does a
     rollout that comes closer to every query alike (a hub; longer rationales do): that the mean is taken off each
     document's own similarities sees to it. It would win each comparison with the rivals, who do not move, and when all
-    rollouts learn it nothing is won.
+    rollouts learn it nothing is won. That each query's mean is taken off does the same for rollouts of queries, where they
+    are learned from.
 
     Raises:
         ValueError: B = 1 leaves `to_query` nothing to tell apart.
@@ -184,12 +186,13 @@ def listwise(
     if b == 1:
         raise ValueError("reward=listwise needs at least 2 instances a batch: a single query is always found; raise datamodule.batch_size")
     similarity = _to_queries(e) / temperature
-    similarity = similarity - similarity.mean(dim=2, keepdim=True)
+    popular = similarity.mean(dim=(0, 1))  # [B], of each query with all documents
+    similarity = similarity - similarity.mean(dim=2, keepdim=True) - popular
     own = _own(similarity)  # [B, K]
     rivals = similarity.mean(dim=1).T  # [B, B]: of query i to document j
     rivals = rivals.masked_fill(~_others(b, rivals.device), -torch.inf)
     to_negatives = torch.einsum("imd,jd->imj", e.negative, e.query) / temperature
-    hard_negatives = _own(to_negatives - to_negatives.mean(dim=2, keepdim=True))  # [B, M]
+    hard_negatives = _own(to_negatives - to_negatives.mean(dim=2, keepdim=True) - popular)  # [B, M]
     against = torch.cat([rivals, hard_negatives], dim=1).logsumexp(dim=1, keepdim=True)  # [B, 1]
     terms = {
         "to_query": own - similarity.logsumexp(dim=2),

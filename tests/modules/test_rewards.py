@@ -130,6 +130,21 @@ def test_coming_closer_to_every_query_alike_earns_nothing_listwise_and_much_in_t
         assert (reward(after).total - reward(before).total)[0, 0] > 0.1
 
 
+def test_a_query_that_comes_closer_to_every_document_alike_earns_nothing_listwise():
+    e = random_embeddings(4, 3, 2, 8, seed=5)
+
+    def extended(x: Tensor, last: Tensor) -> Tensor:
+        return torch.cat([x, last.expand(*x.shape[:-1], 1).to(x)], dim=-1)
+
+    one = torch.ones(1)
+    ours = Embeddings(extended(e.query, 0 * one), extended(e.positive, one), extended(e.negative, one))
+    query = ours.query.clone()
+    query[0, -1] = 0.3  # one number is added to the first query's similarities with all documents
+    closer = Embeddings(query, ours.positive, ours.negative)
+    torch.testing.assert_close(listwise(closer).total, listwise(ours).total)
+    assert (paper(closer).total - paper(ours).total)[0].abs().min() > 0.1
+
+
 def test_terms_are_returned_before_weighting_and_add_up():
     e = random_embeddings(3, 4, 2, 8, seed=0)
     for reward, scale in ((paper(e), 10.0), (document(e), 10.0), (listwise(e), 1.0)):
