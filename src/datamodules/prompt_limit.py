@@ -1,6 +1,7 @@
 """Which texts fit into a policy's prompt, known from its tokenizer alone."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -30,7 +31,8 @@ class PromptLimit:
             raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} is not a fast one (tokenizer.json): it would take hours")
         self.tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
-        self.max_text_tokens = PromptRenderer(tokenizer, instruction, max_prompt_tokens, template_kwargs).max_text_tokens
+        renderer = PromptRenderer(tokenizer, instruction, max_prompt_tokens, template_kwargs)
+        self.max_text_tokens, self._tokenize = renderer.max_text_tokens, renderer.tokenize
 
     @classmethod
     def load(
@@ -58,17 +60,12 @@ class PromptLimit:
     @property
     def key(self) -> str:
         """Names what the lengths depend on: of the chat's frame they know the number of tokens, not the words."""
-        backend = self.tokenizer.backend_tokenizer.to_str()
-        return f"{hashlib.sha256(backend.encode()).hexdigest()} {self.max_text_tokens}"
+        settings = [self.tokenizer.backend_tokenizer.to_str(), *self._tokenize.control_strings]
+        return f"{hashlib.sha256(json.dumps(settings).encode()).hexdigest()} {self.max_text_tokens}"
 
     def fits(self, texts: Sequence[str]) -> list[bool]:
         """For each text, whether its prompt is within the limit, so that none of it would be cut off."""
-        if not texts:
-            return []
-        encoded = self.tokenizer(  # as PromptRenderer has it
-            [text.strip() for text in texts], add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
-        )
-        return [len(ids) <= self.max_text_tokens for ids in encoded["input_ids"]]
+        return [len(ids) <= self.max_text_tokens for ids in self._tokenize(texts)]
 
     def within(self, triplets: Sequence[Triplet]) -> list[Triplet]:
         """Those of which every text fits."""

@@ -9,6 +9,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from src.modules.plain_text import PlainText
+
 GRACE_INSTRUCTION = (
     "Read and analyze the following text, then you need to provide your reasoning within <think></think> tags. "
     "Finally, generate a comprehensive understanding of this text."
@@ -56,7 +58,7 @@ class PromptRenderer:
 
     The template is rendered once, around a slot; its two halves and the text are tokenised apart. So the prefix
     length is exact, a long text is cut inside the text and never in the template's frame, and no text can merge with
-    the frame or (its special tokens are read as plain characters) end the user's turn.
+    the frame or, as PlainText reads its control tokens as plain characters, end the user's turn.
 
     Where a template has no system role, the instruction opens the user's turn and counts as prefix.
 
@@ -94,6 +96,7 @@ class PromptRenderer:
                 f"max_prompt_tokens={max_prompt_tokens} leaves no room for text: the chat template and the instruction "
                 f"take {len(self._before) + len(self._after)} tokens"
             )
+        self.tokenize = PlainText(tokenizer, before.replace(instruction.strip(), ""), after)
 
     def _frame(self, template_kwargs: Mapping[str, Any]) -> tuple[str, str]:
         """The rendered chat before and after the text."""
@@ -114,11 +117,14 @@ class PromptRenderer:
         return before, after
 
     def __call__(self, texts: Sequence[str]) -> Prompts:
-        """Token ids of the chats of `texts`; an empty text gives the frame alone."""
+        """Token ids of the chats of `texts`; an empty text gives the frame alone.
+
+        Raises:
+            ValueError: no texts, or one with half of a surrogate pair.
+        """
         if not texts:
             raise ValueError("no texts to render")
-        encoded = self.tokenizer([text.strip() for text in texts], add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        cut = [ids[: self.max_text_tokens] for ids in encoded]
+        cut = [ids[: self.max_text_tokens] for ids in self.tokenize(texts)]
         return Prompts(
             ids=tuple(torch.tensor(self._before + ids + self._after) for ids in cut),
             prefix_lengths=torch.full((len(cut),), len(self._before)),

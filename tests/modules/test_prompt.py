@@ -4,58 +4,14 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from src.modules.prompt import GRACE_INSTRUCTION, PromptRenderer
-from tests.builders import small_tokenizer
+from tests.chat_templates import CHATML, LLAMA3_LIKE, TEMPLATES, WITH_SYSTEM_ROLE, tokenizer_with
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*reads character by character")  # the small tokenizer has no token of [INST]
 
 INSTRUCTION = "Name the terms that matter."
 TEXT = "Return the eigenvalues of a matrix, then decode each line."
 
-CHATML = small_tokenizer().chat_template
-
-QWEN_LIKE = (  # brings its own system message where none is given
-    "{%- if messages[0]['role'] == 'system' -%}{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' -}}"
-    "{%- else -%}{{- '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' -}}{%- endif -%}"
-    "{%- for m in messages -%}{%- if m.role != 'system' -%}"
-    "{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}{%- endif -%}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-)
-
-LLAMA3_LIKE = (  # opens with a BOS token, dates the system message, trims what it is given
-    "{{- bos_token -}}{%- set date = date_string if date_string is defined else '26 Jul 2024' -%}"
-    "{%- set system = messages[0]['content'] | trim if messages[0]['role'] == 'system' else '' -%}"
-    "{{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday Date: ' + date + '\\n\\n' + system + '<|eot_id|>' -}}"
-    "{%- for m in messages if m.role != 'system' -%}"
-    "{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' -}}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}"
-)
-
-REFUSES_SYSTEM = (
-    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
-)
-
-DROPS_SYSTEM = (
-    "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-MERGES_SYSTEM = (  # the system message stands inside the user's turn
-    "{% set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
-    "<|im_start|>[INST] {{ system }}{{ messages[-1].content }} [/INST]{% if add_generation_prompt %}<|im_end|>{% endif %}"
-)
-
-WITH_SYSTEM_ROLE = {"chatml": CHATML, "qwen": QWEN_LIKE, "llama3": LLAMA3_LIKE, "merges": MERGES_SYSTEM}
-WITHOUT_SYSTEM_ROLE = {"refuses": REFUSES_SYSTEM, "drops": DROPS_SYSTEM}
-TEMPLATES = WITH_SYSTEM_ROLE | WITHOUT_SYSTEM_ROLE
 every_template = pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
-
-
-def tokenizer_with(template: str | None) -> PreTrainedTokenizerFast:
-    tokenizer = small_tokenizer()
-    tokenizer.add_tokens(["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], special_tokens=True)
-    tokenizer.bos_token = "<|begin_of_text|>"
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def whole_chat(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
