@@ -1,5 +1,6 @@
 """The rationales of the same texts, again and again, so that their change can be read."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,15 +43,17 @@ def before_and_after(before: list[Rationale], after: list[Rationale], steps: int
     """Markdown: each text with its rationale at the start and after `steps` rollout batches."""
     lines = [f"# Rationales before training and after {steps} rollout batches", ""]
     for i, (old, new) in enumerate(zip(before, after, strict=True), start=1):
-        lines += [f"## {i}", "", _quote(old.text), ""]
+        lines += [f"## {i}", "", *_fenced(old.text), ""]
         for title, r in (("before", old), ("after", new)):
             end = "" if r.finished else ", cut at the limit"
-            lines += [f"**{title}** ({r.length} tokens{end}):", "", "```text", r.rationale.replace("```", "'''").strip(), "```", ""]
+            lines += [f"**{title}** ({r.length} tokens{end}):", "", *_fenced(r.rationale), ""]
     return "\n".join(lines)
 
 
-def _quote(text: str) -> str:
-    return "\n".join(f"> {line}" for line in text.splitlines())
+def _fenced(text: str) -> list[str]:
+    """Lines of Markdown that show a text as it is: its own markup, and the tags in it, are characters."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # longer than any in the text: nothing closes it
+    return [f"{fence}text", text.strip(), fence]
 
 
 class RationaleTable(Watcher):

@@ -119,7 +119,8 @@ class ColdStartModule(L.LightningModule):
         """Embeddings without the rationale, and with it (cut after the terms in every second row); [N, D] each."""
         positions = torch.arange(rollouts.input_ids.shape[1], device=self.device)
         plain = rollouts.pooling_mask & ~rollouts.rationale_mask
-        ends = (rollouts.input_ids == self._think_end).long().argmax(dim=1)
+        fences = (rollouts.input_ids == self._think_end) & rollouts.rationale_mask  # an instruction may name them too
+        ends = fences.long().argmax(dim=1)
         every_second = torch.arange(len(rollouts), device=self.device) % 2 == 0
         cut = every_second & (ends > 0)
         with_rationale = rollouts.pooling_mask & (~cut.unsqueeze(1) | (positions <= ends.unsqueeze(1)))
