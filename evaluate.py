@@ -1,6 +1,7 @@
 """Scores policies on MTEB tasks: `python evaluate.py`, `python evaluate.py model=<checkpoint, folder or hub name> rationale=false`."""
 
 import os
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from src.modules.settings import EncoderSettings
 from src.utils.comparison import Contender, comparison_table, contenders
 from src.utils.evaluation import EvaluationScores, named_tasks, run_tasks
 from src.utils.run_info import log_run_info
+from src.utils.secrets import keep_secrets
 
 
 def make_encoder(cfg: DictConfig, policy: Policy, settings: EncoderSettings, rationale: bool) -> RationaleEncoder:
@@ -91,4 +93,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    keep_secrets(sys.argv)
     main()

@@ -1,6 +1,7 @@
 """Trains whatever configs/train.yaml composes: `python train.py`, `python train.py experiment=... seed=1`."""
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("PROJECT_ROOT", str(Path(__file__).resolve().parent))  # configs/paths reads it
@@ -13,6 +14,7 @@ from omegaconf import DictConfig
 from src.utils.instantiate import instantiate_all
 from src.utils.quiet import quiet_lightning
 from src.utils.run_info import log_run_info
+from src.utils.secrets import keep_secrets
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -30,7 +32,7 @@ def train(cfg: DictConfig) -> float | None:
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False)
     if trainer.is_global_zero:
         log_run_info(loggers, cfg, root=Path(cfg.paths.root))
-    trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)  # a checkpoint runs no code
     if cfg.optimized_metric is None:
         return None
     if cfg.optimized_metric not in trainer.callback_metrics:
@@ -47,4 +49,5 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
+    keep_secrets(sys.argv)
     main()

@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,28 +12,10 @@ import torch
 from lightning.pytorch.loggers import Logger, MLFlowLogger
 from omegaconf import DictConfig, OmegaConf
 
+from src.utils.secrets import without_secrets
+
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "mteb", "mlflow", "hydra-core", "datasets", "numpy", "peft", "vllm")
 """Distributions whose versions are recorded, where installed."""
-
-_SECRET_KEY = re.compile(r"(^|[._-])(password|passwd|secret|token|api_?key|credentials?)$", re.IGNORECASE)
-_USER_INFO = re.compile(r"(://[^/@\s:]*):[^/@\s]*@")
-_SECRET_QUERY = re.compile(r"([?&](?:password|passwd|secret|token|api_?key)=)[^&\s]*", re.IGNORECASE)
-
-
-def redact(text: str) -> str:
-    """A text without the passwords of its URIs: `http://me:pw@host` becomes `http://me:***@host`."""
-    return _SECRET_QUERY.sub(r"\1***", _USER_INFO.sub(r"\1:***@", text))
-
-
-def without_secrets(config: Any, key: str = "") -> Any:
-    """A plain container (dicts, lists, scalars) with the values of secret-sounding keys and URI passwords replaced."""
-    if isinstance(config, dict):
-        return {name: without_secrets(value, str(name)) for name, value in config.items()}
-    if isinstance(config, list):
-        return [without_secrets(value, key) for value in config]
-    if config is not None and _SECRET_KEY.search(key):
-        return "***"
-    return redact(config) if isinstance(config, str) else config
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -91,7 +72,7 @@ def hardware() -> dict[str, str]:
 
 
 def log_run_info(loggers: Sequence[Logger], cfg: DictConfig, root: Path) -> None:
-    """Gives every logger the resolved config; MLflow also gets it whole as config.yaml, and the rest as tags.
+    """Gives every logger the resolved config, without its secrets; MLflow also gets it whole as config.yaml, and the rest as tags.
 
     Raises:
         omegaconf.errors.MissingMandatoryValue: a value of the config is still `???`.

@@ -1,6 +1,7 @@
 """No text can speak for the chat template: with the shipped tokenizer, and with the tokens and templates of the backbones."""
 
 import hashlib
+from unicodedata import normalize
 
 import pytest
 import torch
@@ -170,7 +171,7 @@ def test_any_text_is_rendered_inside_an_unchanged_frame(tokenizer: PreTrainedTok
             assert render.tokenize.control_ids.isdisjoint(ids)
             assert len(prompts.ids[row]) <= 200
             if len(ids) < render.max_text_tokens:
-                assert tokenizer.decode(ids) == text.strip()
+                assert normalize("NFC", tokenizer.decode(ids)) == normalize("NFC", text.strip())  # transformers' Qwen2 makes it NFC
             assert text_ids(render([text])) == ids  # whatever it is rendered with
 
     check()

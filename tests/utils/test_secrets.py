@@ -1,0 +1,176 @@
+"""Secrets of every kind that a run meets, and all places that a run writes to."""
+
+import logging
+import os
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import yaml
+
+from src.utils.secrets import RedactedStream, RedactingFormatter, keep_secrets, redact, without_secrets
+from tests.conftest import ROOT
+
+PASSWORD, TOKEN, KEY = "hunter2-s3cr3t", "hf_abcdefTOKENabcdef", "k3y-0f-the-house"
+
+
+@pytest.fixture(autouse=True)
+def streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`keep_secrets` replaces them."""
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("http://me:pw@host:5000/x", "http://me:***@host:5000/x"),
+        ("at http://me:p@ss@host, and http://a:b@c", "at http://me:***@host, and http://a:***@c"),
+        ("postgresql+psycopg2://u:p%40ss@db/mlflow", "postgresql+psycopg2://u:***@db/mlflow"),
+        ("https://ghp_key@github.com/x", "https://***@github.com/x"),
+        ("https://host/x?token=abc&page=2", "https://host/x?token=***&page=2"),
+        ("https://host/x?sv=1&sig=abc", "https://host/x?sv=1&sig=***"),
+        ("s3://b/k?X-Amz-Signature=abc&aws_secret_access_key=d", "s3://b/k?X-Amz-Signature=***&aws_secret_access_key=***"),
+        ("{'Authorization': 'Bearer abc.def'}", "{'Authorization': 'Bearer ***'}"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("http://host:5000/a@b", "http://host:5000/a@b"),
+        ("file:///a/b@c", "file:///a/b@c"),
+        ("Bearer bonds, basic authentication: user@host", "Bearer bonds, basic authentication: user@host"),
+    ],
+)
+def test_redact(text: str, expected: str) -> None:
+    assert redact(text) == expected
+    assert redact(expected) == expected
+
+
+def test_secrets_of_the_environment_are_hidden_wherever_they_turn_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "MLFLOW_TRACKING_PASSWORD": PASSWORD,
+        "HF_TOKEN": TOKEN,
+        "AWS_SECRET_ACCESS_KEY": KEY,
+        "TOKENIZERS_PARALLELISM": "parallel-and-plain",  # a token of another kind
+        "GOOGLE_CREDENTIALS": "/home/me/key.json",  # a path is where one lies, and is none
+        "MY_TOKEN": "short",  # would be found in any text
+    }.items():
+        monkeypatch.setenv(name, value)
+    said = f"{PASSWORD}, x{TOKEN}x, {KEY}, parallel-and-plain, /home/me/key.json, short"
+    assert redact(said) == "***, x***x, ***, parallel-and-plain, /home/me/key.json, short"
+
+
+def test_secret_keys_are_hidden_and_token_counts_are_not() -> None:
+    config = {
+        "db": {"password": "pw", "api_key": ["a", "b"], "aws_secret_access_key": "c"},
+        "hf_token": "t",
+        "max_prompt_tokens": 96,
+        "key_value_heads": 2,
+        "uri": ["http://a:b@c"],
+        "token": None,
+    }
+    assert without_secrets(config) == {
+        "db": {"password": "***", "api_key": ["***", "***"], "aws_secret_access_key": "***"},
+        "hf_token": "***",
+        "max_prompt_tokens": 96,
+        "key_value_heads": 2,
+        "uri": ["http://a:***@c"],
+        "token": None,
+    }
+
+
+def test_settings_with_secrets_leave_the_command_line() -> None:
+    plain = ["train.py", "-m", "seed=1,2", "paths.tracking_uri=sqlite:///x.db", "~logger", "+a.b=[1,2]", "x.token=${oc.env:HF_TOKEN}"]
+    argv = [*plain, f"paths.tracking_uri=http://me:{PASSWORD}@host:5000", f"+store.password='a, {KEY}'", "x.api_key="]
+    environment: dict[str, str] = {}
+    keep_secrets(argv, environment)
+    assert argv[: len(plain)] == plain
+    assert argv[len(plain) :] == ["paths.tracking_uri=${oc.env:GRACE_SETTING_7}", "+store.password=${oc.env:GRACE_SECRET_8}", "x.api_key="]
+    assert environment == {"GRACE_SETTING_7": f"http://me:{PASSWORD}@host:5000", "GRACE_SECRET_8": f"a, {KEY}"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            f"db.password={PASSWORD},other",
+            "train.py: db.password holds a secret, and a sweep over it would write it down; give it one value",
+        ),
+        (
+            f"paths.tracking_uri=http://me:{PASSWORD}@host/[",
+            "train.py: paths.tracking_uri=http://me:***@host/[ cannot be read: put its value",
+        ),
+    ],
+)
+def test_what_cannot_leave_the_command_line_is_refused(argument: str, message: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        keep_secrets(["/somewhere/train.py", argument], {})
+    assert str(caught.value).startswith(message)
+    assert PASSWORD not in str(caught.value)
+
+
+def test_streams_and_log_lines_hide_secrets() -> None:
+    into = StringIO()
+    stream = RedactedStream(into)
+    print(f"http://me:{PASSWORD}@host", file=stream)  # type: ignore[arg-type]
+    stream.writelines([f"http://me:{PASSWORD}@host"])
+    assert into.getvalue() == "http://me:***@host\nhttp://me:***@host"
+    assert stream.isatty() is False
+    record = logging.LogRecord("x", logging.ERROR, "", 0, "no %s", (f"http://me:{PASSWORD}@host",), None)
+    assert RedactingFormatter("%(message)s").format(record) == "no http://me:***@host"
+
+
+# ---- whole runs
+
+
+def run(folder: Path, program: str, *overrides: str) -> tuple[int, str]:
+    """Exit code, and all that a run said and wrote below `folder`, byte for byte."""
+    environment = {name: value for name, value in os.environ.items() if name != "PROJECT_ROOT"}
+    environment |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "HF_TOKEN": TOKEN, "MLFLOW_TRACKING_PASSWORD": KEY}
+    command = [sys.executable, str(ROOT / program), *overrides]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    files = [file.read_bytes().decode("latin-1") for file in folder.rglob("*") if file.is_file() and "given" not in file.parts]
+    return done.returncode, "\n".join([done.stdout, done.stderr, *files, *(str(file) for file in folder.rglob("*"))])
+
+
+def small(tiny_policy_folder: Path, tmp_path: Path) -> list[str]:
+    return [
+        *("debug=fast", "callbacks=minimal", "trainer.limit_train_batches=1", "rollout.max_new_tokens=2"),
+        *(f"policy.path={tiny_policy_folder}", f"paths.cache_dir={ROOT}/data/cache", "packages.train=[urllib3]", "packages.test=[networkx]"),
+        *(f"paths.output_root={tmp_path}/outputs", f"paths.artifact_location=file://{tmp_path}/artifacts"),
+    ]
+
+
+def test_a_run_writes_no_secret_anywhere(tiny_policy_folder: Path, tmp_path: Path) -> None:
+    given = tmp_path / "given" / "experiment"  # a user's own config, with a password in it
+    given.mkdir(parents=True)
+    (given / "mine.yaml").write_text(
+        f"# @package _global_\ndefaults:\n  - tiny_sup\nstore:\n  uri: http://me:{PASSWORD}@host\n  api_key: {KEY}\n"
+    )
+    settings = [f"paths.tracking_uri=sqlite:///{tmp_path}/mlflow.db", "+note=${oc.env:HF_TOKEN}", f"+db=mysql://u:{PASSWORD}@h/x"]
+    code, everything = run(
+        tmp_path, "train.py", f"--config-dir={tmp_path}/given", "experiment=mine", *settings, *small(tiny_policy_folder, tmp_path)
+    )
+    assert code == 0, everything[:3000]
+    for secret in (PASSWORD, TOKEN, KEY):
+        assert secret not in everything
+    assert "mysql://u:***@h/x" in everything  # what is no secret is there
+    assert "http://me:***@host" in everything
+    (saved,) = (tmp_path / "outputs").rglob(".hydra/config.yaml")
+    assert yaml.safe_load(saved.read_text())["store"] == {"uri": "http://me:***@host", "api_key": "***"}
+
+
+@pytest.mark.parametrize("uri", ["ftp://me:{}@nowhere", pytest.param("http://me:{}@127.0.0.1:9", marks=pytest.mark.slow)])
+def test_a_store_that_fails_is_named_without_its_password(uri: str, tiny_policy_folder: Path, tmp_path: Path) -> None:
+    code, everything = run(tmp_path, "train.py", f"paths.tracking_uri={uri.format(PASSWORD)}", *small(tiny_policy_folder, tmp_path))
+    assert code != 0
+    assert "127.0.0.1" in everything or "ftp://me:***@nowhere" in everything
+    assert PASSWORD not in everything
+
+
+@pytest.mark.slow
+def test_a_sweep_writes_no_secret_anywhere(tiny_policy_folder: Path, tmp_path: Path) -> None:
+    settings = ["logger=none", f"+db=mysql://u:{PASSWORD}@h/x", "seed=1,2", f"hydra.sweep.dir={tmp_path}/sweep"]
+    code, everything = run(tmp_path, "train.py", "-m", *settings, *small(tiny_policy_folder, tmp_path))
+    assert code == 0, everything[:3000]
+    assert (tmp_path / "sweep" / "multirun.yaml").exists()
+    assert PASSWORD not in everything
