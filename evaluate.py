@@ -65,7 +65,7 @@ def evaluate(cfg: DictConfig) -> dict[str, EvaluationScores]:
     L.seed_everything(cfg.seed, verbose=False)
     rows = contenders(cfg.model, cfg.rationale, cfg.base, cfg.paths.output_root)
     try:
-        policies = {path: load_policy(path) for path in {row.path for row in rows}}
+        policies = {path: load_policy(path, cfg.trust_remote_code) for path in {row.path for row in rows}}
         tasks = load_tasks(cfg)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error

@@ -39,6 +39,7 @@ def find_files(path: str, patterns: Sequence[str], revision: str | None = None) 
 
     Raises:
         FileNotFoundError: nothing of that name, or no file in it that matches.
+        ValueError: a link in the folder leads out of it.
     """
     local = Path(path).expanduser()
     if local.is_file():
@@ -50,7 +51,24 @@ def find_files(path: str, patterns: Sequence[str], revision: str | None = None) 
         raise FileNotFoundError(
             f"no file in {path!r} matches {' or '.join(patterns)}: give datamodule.path=<local file>, or datamodule.files"
         )
-    return [DataFile(root / name, name) for name in names]
+    return [DataFile(inside(root, name), name) for name in names]
+
+
+def inside(folder: Path | str, name: str) -> Path:
+    """The path of a file or folder whose name came with the data.
+
+    Links inside the folder are followed, and so are those that the hub's client makes from a snapshot to its blobs.
+
+    Raises:
+        ValueError: it lies elsewhere (`../secrets`, `/etc/passwd`, a link to one of them).
+    """
+    root, path = Path(folder).resolve(), Path(folder, name)
+    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if not any(path.resolve().is_relative_to(home) for home in homes):
+        raise ValueError(
+            f"{name!r} leads out of {str(folder)!r}: data is read from its own folder alone; name the file itself, or copy it there"
+        )
+    return path
 
 
 def _download(name: str, patterns: Sequence[str], revision: str | None) -> Path:

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from src.datamodules.records import Triplet
+from src.modules.pretrained import load_tokenizer
 from src.modules.prompt import PromptRenderer
 
 
@@ -42,14 +43,16 @@ class PromptLimit:
         max_prompt_tokens: int,
         template_kwargs: Mapping[str, Any] | None = None,
         revision: str | None = None,
+        trust_remote_code: bool = False,
     ) -> "PromptLimit":
         """The same with the tokenizer of a model: a folder, or a name on the hub; its weights are not touched.
 
         Raises:
             FileNotFoundError: there is none.
+            ValueError: it brings Python code, and `trust_remote_code` does not let that run.
         """
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+            tokenizer = load_tokenizer(path, revision, trust_remote_code)
         except OSError as error:
             raise FileNotFoundError(
                 f"no tokenizer at {path!r}: give policy.path a local folder with a model and its tokenizer, or a hub name on a "

@@ -61,10 +61,11 @@ def _save_model(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     model.save_pretrained(folder)  # type: ignore[operator]
 
 
-def load_policy(path: Path | str) -> tuple[Policy, EncoderSettings]:
+def load_policy(path: Path | str, trust_remote_code: bool = False) -> tuple[Policy, EncoderSettings]:
     """The policy of an exported folder, of the hub, or of a training checkpoint (*.ckpt), with its encoder's settings.
 
-    Without settings (any instruct model) they are the paper's. The weights are float32.
+    Without settings (any instruct model) they are the paper's. The weights are float32. `trust_remote_code` lets Python
+    files that come with a model run.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -72,7 +73,7 @@ def load_policy(path: Path | str) -> tuple[Policy, EncoderSettings]:
     """
     path = str(path)
     if path.endswith(CHECKPOINT_SUFFIX):
-        return _load_checkpoint(Path(path))
+        return _load_checkpoint(Path(path), trust_remote_code)
     is_folder_name = Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1  # no hub name looks like that
     if is_folder_name and not Path(path).is_dir():
         raise FileNotFoundError(
@@ -80,10 +81,10 @@ def load_policy(path: Path | str) -> tuple[Policy, EncoderSettings]:
             "a training checkpoint (*.ckpt) or a model on the hub"
         )
     settings = EncoderSettings.load(path)
-    return Policy.load(path, pooling=settings.pooling, layer=settings.layer), settings
+    return Policy.load(path, pooling=settings.pooling, layer=settings.layer, trust_remote_code=trust_remote_code), settings
 
 
-def _load_checkpoint(file: Path) -> tuple[Policy, EncoderSettings]:
+def _load_checkpoint(file: Path, trust_remote_code: bool) -> tuple[Policy, EncoderSettings]:
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint at {file}: training writes them to <output_dir>/checkpoints")
     try:
@@ -97,7 +98,8 @@ def _load_checkpoint(file: Path) -> tuple[Policy, EncoderSettings]:
         raise ValueError(f"{file} was trained from a policy that came from no folder: its tokenizer is lost; use the exported folder")
     settings = EncoderSettings.from_dict(grace["settings"], str(file))
     lora = LoraConfig(**grace["lora"]) if grace.get("lora") else None
-    policy = Policy.load(grace["policy_path"], encoder=grace["encoder"], pooling=settings.pooling, layer=settings.layer, lora=lora)
+    how = {"encoder": grace["encoder"], "pooling": settings.pooling, "layer": settings.layer}
+    policy = Policy.load(grace["policy_path"], **how, lora=lora, trust_remote_code=trust_remote_code)
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(_PREFIX)}
     try:
         policy.load_state_dict(weights)

@@ -7,12 +7,13 @@ from typing import Literal
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.modules.attention import attending_by, recomputing_alike
 from src.modules.logprobs import selected_logprobs
 from src.modules.lora import add_lora
 from src.modules.pooling import PoolingName, pool
+from src.modules.pretrained import load_model, load_tokenizer, require_files
 from src.modules.sequences import Rollouts
 from src.modules.settings import check_pooling
 from src.modules.shared_prompt import PACKED_ATTENTION, pack, unpack
@@ -20,16 +21,6 @@ from src.modules.states import states_at
 
 ENCODER_FOLDER = "encoder"
 """Where an exported folder keeps the frozen encoder, if the policy has one."""
-
-
-def _require_files(path: str) -> None:
-    """Refuses a local folder without a config or a tokenizer: transformers makes an empty tokenizer of the latter in silence."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return
-    for needed in (["config.json"], ["tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"]):
-        if not any((folder / name).is_file() for name in needed):
-            raise FileNotFoundError(f"no policy at {path!r}: the folder has no {needed[0]}; save model and tokenizer into the same folder")
 
 
 class Policy(nn.Module):
@@ -80,6 +71,7 @@ class Policy(nn.Module):
         layer: int = -1,
         lora: LoraConfig | None = None,
         gradient_checkpointing: bool = False,
+        trust_remote_code: bool = False,
     ) -> "Policy":
         """Reads a policy from a folder or from the hub, in float32.
 
@@ -94,16 +86,16 @@ class Policy(nn.Module):
             pooling, layer: see Policy.
             lora: adapters to train in place of the weights themselves; see `add_lora`.
             gradient_checkpointing: computes the states within a layer again in the backward pass, in place of keeping them.
+            trust_remote_code: lets Python files that come with the model run.
 
         Raises:
-            FileNotFoundError: no such folder, and no such model in reach.
+            FileNotFoundError: no such folder, and no such model in reach; or weights that are a pickle.
+            ValueError: a model that brings code which was not asked for.
         """
-        _require_files(path)
+        require_files(path)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-            model = AutoModelForCausalLM.from_pretrained(
-                path, revision=revision, dtype=torch.float32, attn_implementation=attn_implementation
-            )
+            tokenizer = load_tokenizer(path, revision, trust_remote_code)
+            model = load_model(path, revision, trust_remote_code, attn_implementation)
         except OSError as error:
             raise FileNotFoundError(
                 f"no policy at {path!r}: give policy.path a local folder with config.json, weights and tokenizer, "
@@ -116,7 +108,7 @@ class Policy(nn.Module):
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputing_alike(model)})
         if Path(path, ENCODER_FOLDER).is_dir():
-            frozen = AutoModelForCausalLM.from_pretrained(Path(path, ENCODER_FOLDER), dtype=torch.float32)
+            frozen = load_model(Path(path, ENCODER_FOLDER), trust_remote_code=trust_remote_code)
             policy.frozen_encoder = frozen.base_model.eval().requires_grad_(False)
         return policy
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from src.datamodules.files import inside
 from src.modules.encoder import RationaleEncoder
 from src.utils.quiet import quiet_mteb
 
@@ -118,7 +119,7 @@ def named_tasks(names: Sequence[str], mirror: Path | str | None = None) -> list[
             except KeyError as error:
                 raise ValueError(f"MTEB has no task or benchmark named {name!r}: {error.args[0]}") from error
     for task in tasks:
-        local = Path(mirror, task.metadata.dataset["path"]) if mirror else None
+        local = inside(mirror, task.metadata.dataset["path"]) if mirror else None
         if local and local.is_dir():
             dataset = {**task.metadata.dataset, "path": str(local)}
             task.metadata = task.metadata.model_copy(update={"dataset": dataset})

@@ -62,7 +62,7 @@ def keep_secrets(argv: list[str], environ: MutableMapping[str, str] = os.environ
     those that it starts, and an interpolation takes its place in `argv`: so Hydra's saved configs, its errors and a sweep's
     list of jobs know the interpolation alone. Standard output and error hide what `redact` hides.
     """
-    sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
     program, parser = Path(argv[0]).name, OverridesParser.create()
     for place, argument in enumerate(argv[1:], start=1):
         name, _, value = argument.partition("=")

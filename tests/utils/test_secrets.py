@@ -134,8 +134,13 @@ def run(folder: Path, program: str, *overrides: str) -> tuple[int, str]:
 
 def small(tiny_policy_folder: Path, tmp_path: Path) -> list[str]:
     return [
-        *("debug=fast", "callbacks=minimal", "trainer.limit_train_batches=1", "rollout.max_new_tokens=2"),
-        *(f"policy.path={tiny_policy_folder}", f"paths.cache_dir={ROOT}/data/cache", "packages.train=[urllib3]", "packages.test=[networkx]"),
+        *("trainer.accelerator=cpu", "callbacks=minimal", "trainer.limit_train_batches=1", "rollout.max_new_tokens=2"),
+        *(
+            f"policy.path={tiny_policy_folder}",
+            f"paths.cache_dir={ROOT}/data/cache",
+            "packages.train=[urllib3]",
+            "packages.test=[networkx]",
+        ),
         *(f"paths.output_root={tmp_path}/outputs", f"paths.artifact_location=file://{tmp_path}/artifacts"),
     ]
 
