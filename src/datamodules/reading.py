@@ -3,6 +3,7 @@
 import codecs
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
@@ -206,7 +207,7 @@ def parquet_rows(chunk: Chunk, needed: Sequence[str]) -> Iterator[tuple[str, dic
     Raises:
         ValueError: not a parquet file, or one without a column that is needed.
     """
-    with open_parquet(chunk.file) as file:
+    with _named_errors(chunk.file), open_parquet(chunk.file) as file:
         there = file.schema_arrow.names
         missing = [name for name in needed if name not in there]
         if missing:
@@ -226,10 +227,17 @@ def open_parquet(file: DataFile) -> pq.ParquetFile:
     Raises:
         ValueError: not a parquet file.
     """
-    try:
+    with _named_errors(file):
         return pq.ParquetFile(file.path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{file.name} is not a parquet file ({str(error).splitlines()[0]})") from error
+
+
+@contextmanager
+def _named_errors(file: DataFile) -> Iterator[None]:
+    """What pyarrow says of bytes that are no parquet, as one line with the file's name."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # its names of columns may be damaged too
+        raise ValueError(f"{file.name} is not a parquet file, or damaged ({' '.join(str(error).split())})") from error
 
 
 def _undecoded(column: pa.Array) -> pa.Array:
