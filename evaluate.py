@@ -1,7 +1,9 @@
-"""Scores policies on MTEB tasks: `python evaluate.py`, `python evaluate.py model=<checkpoint, folder or hub name> rationale=false`."""
+"""Scores policies on MTEB tasks: `python evaluate.py`, `python evaluate.py model=<checkpoint, folder, hub name> benchmark=mteb_eng_v1`."""
 
+import logging
 import os
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,20 @@ from src.modules.encoder import RationaleEncoder
 from src.modules.export import load_policy
 from src.modules.policy import Policy
 from src.modules.settings import EncoderSettings
+from src.utils.benchmarks import named_tasks
 from src.utils.comparison import Contender, comparison_table, contenders
-from src.utils.evaluation import EvaluationScores, named_tasks, run_tasks
+from src.utils.evaluation import EvaluationScores, run_tasks
 from src.utils.run_info import log_run_info
 from src.utils.secrets import keep_secrets
+from src.utils.timing import clock
+
+log = logging.getLogger(__name__)
 
 
 def make_encoder(cfg: DictConfig, policy: Policy, settings: EncoderSettings, rationale: bool) -> RationaleEncoder:
     """The encoder of a policy as the config wants it, on its device."""
-    settings = replace(settings, **{name: cfg[name] for name in ("max_new_tokens", "pooling", "layer") if cfg[name] is not None})
+    told = ("query_instruction", "max_new_tokens", "pooling", "layer")
+    settings = replace(settings, **{name: cfg[name] for name in told if cfg[name] is not None})
     policy.pooling, policy.layer = settings.pooling, settings.layer
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     engine = instantiate(cfg.engine)(max_new_tokens=settings.max_new_tokens)
@@ -38,11 +45,17 @@ def make_encoder(cfg: DictConfig, policy: Policy, settings: EncoderSettings, rat
 
 
 def load_tasks(cfg: DictConfig) -> list[Any]:
-    """The MTEB tasks that the config names."""
-    offline = {"test": cfg.packages.test, "validation": cfg.packages.validation}
-    if isinstance(cfg.tasks, str) and cfg.tasks in offline:
-        return offline_tasks(list(offline[cfg.tasks]), cfg.paths.cache_dir, size=cfg.size)
-    return named_tasks([cfg.tasks] if isinstance(cfg.tasks, str) else list(cfg.tasks), cfg.mirror)
+    """The MTEB tasks that the config names.
+
+    Raises:
+        FileNotFoundError, ValueError: see `named_tasks` and `offline_tasks`; or both test and validation are named.
+    """
+    names = [cfg.benchmark] if isinstance(cfg.benchmark, str) else list(cfg.benchmark)
+    offline = [name for name in dict.fromkeys(names) if name in ("test", "validation")]
+    if len(offline) > 1:
+        raise ValueError("benchmark names test and validation: their tasks have the same names, so score them one after the other")
+    docstrings = [offline_tasks(list(cfg.packages[name]), cfg.paths.cache_dir, size=cfg.size, load=False) for name in offline]
+    return [*(task for tasks in docstrings for task in tasks), *named_tasks([n for n in names if n not in offline], cfg.data_dir)]
 
 
 def log_row(cfg: DictConfig, row: Contender, scores: EvaluationScores) -> None:
@@ -63,33 +76,48 @@ def evaluate(cfg: DictConfig) -> dict[str, EvaluationScores]:
     """Scores by row; prints their table."""
     console = Console()
     L.seed_everything(cfg.seed, verbose=False)
-    rows = contenders(cfg.model, cfg.rationale, cfg.base, cfg.paths.output_root)
+    began = time.monotonic()
+    rows = contenders(cfg.model, cfg.rationale, cfg.base, cfg.paths.output_root, cfg.model_name)
     try:
         policies = {path: load_policy(path, cfg.trust_remote_code) for path in {row.path for row in rows}}
         tasks = load_tasks(cfg)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
     scores: dict[str, EvaluationScores] = {}
+    unavailable: dict[str, str] = {}
     for row in rows:
+        log.info("%s: %d tasks", row.name, len(tasks))
         encoder = make_encoder(cfg, *policies[row.path], rationale=row.rationale)
         with torch.autocast(encoder.policy.device.type, dtype=torch.bfloat16, enabled=cfg.bf16):
-            scores[row.name] = run_tasks(encoder, tasks, Path(cfg.results_dir), row.name)
-        log_row(cfg, row, scores[row.name])
-    console.print(comparison_table(scores, f"Main scores in %, tasks: {cfg.tasks}"))
+            scored = run_tasks(
+                *(encoder, tasks, Path(cfg.results_dir), row.model_name),
+                embeddings_dir=Path(cfg.embeddings.folder) if cfg.embeddings.folder else None,
+                embeddings_gib=cfg.embeddings.max_gib,
+                unavailable=unavailable,
+                announce=True,
+            )
+        unavailable |= {task: scored.failures[task] for task in scored.without_data}  # no use in waiting for it again
+        scores[row.name] = scored
+        log_row(cfg, row, scored)
+    console.print(comparison_table(scores, f"Main scores in %: {cfg.benchmark}"))
     for row in rows:
         console.print(f"{row.name}: {row.path}", soft_wrap=True, highlight=False, markup=False)
     if cfg.model is None and len(rows) < 3:
         console.print(f"No trained policy under {cfg.paths.output_root}: `python train.py` makes one.", soft_wrap=True, markup=False)
-    console.print(f"MTEB's result files: {cfg.results_dir}", soft_wrap=True, highlight=False, markup=False)
+    places = f"MTEB's result files: {cfg.results_dir}. Scored in {clock(time.monotonic() - began)}"
+    console.print(places, soft_wrap=True, highlight=False, markup=False)
     return scores
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """The command line. Ends in an error if a task failed."""
-    failures = {task: reason for scores in evaluate(cfg).values() for task, reason in scores.failures.items()}
+    scores = evaluate(cfg)
+    failures = {task: reason for scored in scores.values() for task, reason in scored.failures.items()}
     if failures:
-        raise SystemExit("evaluate.py: " + "; ".join(f"{task} failed: {reason}" for task, reason in failures.items()))
+        count = len({task for scored in scores.values() for task in (*scored.tasks, *scored.failures)})
+        lines = "".join(f"\n  {task}: {reason}" for task, reason in failures.items())
+        raise SystemExit(f"evaluate.py: {len(failures)} of {count} tasks have no score{lines}")
 
 
 if __name__ == "__main__":

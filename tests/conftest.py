@@ -105,6 +105,8 @@ def compose(tmp_path: Path, tiny_policy_folder: Path) -> Iterator[Compose]:
                 cfg.paths.output_dir = str(tmp_path / "output")
                 cfg.paths.artifact_location = f"file://{tmp_path}/mlartifacts"
                 cfg.paths.tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
+                if config_name == "evaluate":
+                    cfg.results_dir, cfg.embeddings.folder = str(tmp_path / "mteb"), str(tmp_path / "embeddings")
                 if "path" in list(cfg.get("policy") or {}):  # `in` alone overlooks a path that is still to be named
                     cfg.policy.path = str(tiny_policy_folder)
             return cfg

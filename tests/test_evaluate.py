@@ -47,7 +47,7 @@ def test_without_a_trained_policy_it_says_how_to_make_one(
     [
         ("model=/nowhere", r"^evaluate.py: no model at /nowhere: name an exported folder"),
         ("model=/nowhere/last.ckpt", r"^evaluate.py: no checkpoint at /nowhere/last.ckpt"),
-        ("tasks=[NoSuchTask]", r"^evaluate.py: MTEB has no task or benchmark named 'NoSuchTask'"),
+        ("benchmark=[NoSuchTask]", r"^evaluate.py: MTEB has no task or benchmark named 'NoSuchTask'"),
         ("size=huge", r"^evaluate.py: offline tasks of size 'huge' do not exist"),
     ],
 )

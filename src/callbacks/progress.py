@@ -11,15 +11,9 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 from src.callbacks.watcher import as_grace, last_report
 from src.modules.grace import GRACE
+from src.utils.timing import clock
 
 log = logging.getLogger(__name__)
-
-
-def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
 class RolloutProgress(TQDMProgressBar):

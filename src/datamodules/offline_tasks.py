@@ -23,10 +23,12 @@ DESCRIPTIONS = {
 """Name and purpose of each task, in the order in which they are run."""
 
 
-def offline_tasks(packages: Sequence[str], cache_dir: Path | str, size: str | OfflineSize = "small", seed: int = 0) -> list["AbsTask"]:
+def offline_tasks(
+    packages: Sequence[str], cache_dir: Path | str, size: str | OfflineSize = "small", seed: int = 0, load: bool = True
+) -> list["AbsTask"]:
     """Five MTEB tasks on the docstrings of `packages`: retrieval, reranking, classification, clustering, pairs.
 
-    Their data is loaded, so that evaluating them again reads no file; every text is a query or a document of the
+    Every text is a query or a document of the
     retrieval task. Random states are left as they were (MTEB seeds them when a task is made).
 
     Args:
@@ -34,6 +36,7 @@ def offline_tasks(packages: Sequence[str], cache_dir: Path | str, size: str | Of
         cache_dir: where the docstrings and the sets are kept.
         size: `small`, `large`, or one's own.
         seed: of the choice of texts.
+        load: reads their data now, so that evaluating them again and again reads no file; else MTEB does when it needs it.
 
     Raises:
         ModuleNotFoundError: a package is not installed.
@@ -46,7 +49,7 @@ def offline_tasks(packages: Sequence[str], cache_dir: Path | str, size: str | Of
     folders = offline_sets(packages, cache_dir, size, seed)
     with isolate_rng(), quiet_mteb():
         tasks = _tasks(folders, size)
-        for task in tasks:
+        for task in tasks if load else []:
             task.load_data()
     return tasks
 

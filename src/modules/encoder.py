@@ -1,5 +1,6 @@
 """Texts to embeddings as they are scored: the policy writes a rationale about each text, and both are pooled."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -15,11 +16,16 @@ from src.modules.settings import EncoderSettings
 
 
 class RolloutEngine(Protocol):
-    """What writes rationales of at most `max_new_tokens`: `n` for each prompt, greedily at temperature 0, the same for the same seed."""
+    """What writes rationales of at most `max_new_tokens`: `n` for each prompt, greedily at temperature 0, the same for the same seed.
+
+    The seed is one for all prompts, or [N] int64, one for each: what a prompt draws then depends on no other prompt.
+    """
 
     max_new_tokens: int
 
-    def generate(self, policy: Policy, prompts: Prompts, n: int, temperature: float, seed: int, prefixes: bool = False) -> Rollouts: ...
+    def generate(
+        self, policy: Policy, prompts: Prompts, n: int, temperature: float, seed: int | Tensor, prefixes: bool = False
+    ) -> Rollouts: ...
 
 
 @contextmanager
@@ -44,8 +50,8 @@ class RationaleEncoder:
         engine: writes the rationales; it sets their greatest length. Unused without rationales.
         rationale: False pools the prompt alone (the paper's Base).
         temperature: of the rationales; 0 is greedy.
-        seed: of sampled rationales. The same texts in one call give the same rationales; a text sampled among other
-            texts may get another one.
+        seed: of sampled rationales. A text draws from its own content and this seed, so that it gets the same rationale
+            among any other texts, and after a restart.
         batch_size: texts at a time.
 
     Raises:
@@ -74,42 +80,49 @@ class RationaleEncoder:
             )
         self.policy, self.settings, self.engine = policy, settings, engine
         self.rationale, self.temperature, self.seed, self.batch_size = rationale, temperature, seed, batch_size
-        self._render = PromptRenderer(policy.tokenizer, settings.instruction, settings.max_prompt_tokens, dict(settings.template_kwargs))
+        self._renderers = {side: self._renderer(side) for side in ("query", None)}
+
+    def _renderer(self, prompt_type: str | None) -> PromptRenderer:
+        s = self.settings
+        return PromptRenderer(self.policy.tokenizer, s.instruction_for(prompt_type), s.max_prompt_tokens, dict(s.template_kwargs))
 
     @property
     def dimension(self) -> int:
         """Size of an embedding."""
         return int(self.policy.model.config.get_text_config().hidden_size)
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
+    def encode(self, texts: Sequence[str], prompt_type: str | None = None) -> np.ndarray:
         """[N, D] float32 embeddings, pooled and not normalised, in the order of the texts.
+
+        Args:
+            prompt_type: `query` reads the texts under the settings' instruction for queries, if they have one.
 
         Raises:
             ValueError: an embedding that is not finite.
         """
-        return self._run(texts)[0]
+        return self._run(texts, prompt_type)[0]
 
-    def explain(self, texts: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    def explain(self, texts: Sequence[str], prompt_type: str | None = None) -> tuple[np.ndarray, list[str]]:
         """Embeddings as from `encode`, and the rationale of each text ("" without rationales).
 
         Fences such as <think> are shown even where the tokenizer counts them as special tokens.
         """
-        embeddings, rationales = self._run(texts)
+        embeddings, rationales = self._run(texts, prompt_type)
         return embeddings, [str(self.policy.tokenizer.decode(ids.tolist(), skip_special_tokens=False)) for ids in rationales]
 
-    def _run(self, texts: Sequence[str]) -> tuple[np.ndarray, list[Tensor]]:
+    def _run(self, texts: Sequence[str], prompt_type: str | None) -> tuple[np.ndarray, list[Tensor]]:
         """Embeddings, and the ids of the rationales without what ended them."""
         if not texts:
             return np.zeros((0, self.dimension), dtype=np.float32), []
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # a repeated text is written about once
         distinct = list(place)
-        prompts = self._render(distinct)
+        prompts = self._renderers["query" if prompt_type == "query" else None](distinct)
         embeddings = np.zeros((len(distinct), self.dimension), dtype=np.float32)
         rationales: list[Tensor] = [torch.empty(0, dtype=torch.long)] * len(distinct)
         order = prompts.lengths.argsort(descending=True, stable=True)  # like lengths together: less padding
         with evaluation_mode(self.policy):
-            for number, rows in enumerate(order.split(self.batch_size)):
-                rollouts = self._rollouts(_select(prompts, rows), self.seed + number)
+            for rows in order.split(self.batch_size):
+                rollouts = self._rollouts(prompts.select(rows), _own_seeds([distinct[i] for i in rows.tolist()], self.seed))
                 pooled = self.policy.embed(rollouts) if rollouts.embeddings is None else rollouts.embeddings
                 embeddings[rows.numpy()] = pooled.float().cpu().numpy()
                 ends = rollouts.finished.cpu() & (rollouts.rationale_lengths > 0).cpu()
@@ -119,16 +132,18 @@ class RationaleEncoder:
         index = [place[text] for text in texts]
         return embeddings[index], [rationales[i] for i in index]
 
-    def _rollouts(self, prompts: Prompts, seed: int) -> Rollouts:
+    def _rollouts(self, prompts: Prompts, seeds: Tensor) -> Rollouts:
         if self.rationale:
-            return self.engine.generate(self.policy, prompts, n=1, temperature=self.temperature, seed=seed)
+            return self.engine.generate(self.policy, prompts, n=1, temperature=self.temperature, seed=seeds)
         nothing = [torch.empty(0, dtype=torch.long)] * len(prompts)
         finished = torch.ones(len(prompts), dtype=torch.bool)
         return join(prompts, nothing, finished, self.policy.pad_id).to(self.policy.device)
 
 
-def _select(prompts: Prompts, rows: Tensor) -> Prompts:
-    return Prompts(tuple(prompts.ids[row] for row in rows.tolist()), prompts.prefix_lengths[rows], prompts.text_lengths[rows])
+def _own_seeds(texts: Sequence[str], seed: int) -> Tensor:
+    """[N] int64, not negative: a seed for each text that depends on it and on `seed` alone."""
+    digests = (hashlib.sha256(f"{seed} {text}".encode("utf-8", "surrogatepass")).digest() for text in texts)
+    return torch.tensor([int.from_bytes(digest[:8], "big") >> 1 for digest in digests])
 
 
 def _check_finite(embeddings: np.ndarray, texts: Sequence[str]) -> None:

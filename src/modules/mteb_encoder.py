@@ -1,60 +1,62 @@
 """The rationale encoder as MTEB sees it. Importing this imports mteb, which takes seconds: import it where it is used."""
 
-import hashlib
-import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
 from src.modules.encoder import RationaleEncoder
+from src.modules.fingerprint import mode, revision
+from src.utils.embedding_cache import EmbeddingCache
+from src.utils.timing import clock
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
     from mteb.types import BatchedInput, PromptType
     from torch.utils.data import DataLoader
 
+log = logging.getLogger(__name__)
 
-def revision(encoder: RationaleEncoder) -> str:
-    """A name for what the encoder computes: it changes with any weight and with every setting that moves an embedding.
+SECONDS_BETWEEN_LINES = 30.0
+"""How often a long call says how far it is."""
 
-    MTEB keeps results by model name and revision, so two encoders that differ must not share one.
-    """
-    policy, engine = encoder.policy, encoder.engine
-    digest = hashlib.sha256()
-    for name, tensor in sorted(policy.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    settings: dict[str, Any] = encoder.settings.to_dict() | {"rationale": encoder.rationale}
-    settings |= {"chat_template": policy.tokenizer.chat_template, "vocabulary": policy.tokenizer.get_vocab()}
-    device = policy.device.type
-    settings["arithmetic"] = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "as loaded"
-    if encoder.rationale:
-        settings |= {"temperature": encoder.temperature, "seed": encoder.seed, "batch_size": encoder.batch_size}
-        settings |= {f"engine.{key}": value for key, value in vars(engine).items() if isinstance(value, int | float | str | bool)}
-        settings["engine"] = type(engine).__qualname__
-    digest.update(json.dumps(settings, sort_keys=True).encode())
-    mode = "prompt" if not encoder.rationale else "greedy" if encoder.temperature == 0 else "sampled"
-    return f"{digest.hexdigest()[:16]}-{mode}"
+_BATCHES_AT_A_TIME = 4  # written about between two looks at the clock and two writes to the cache
 
 
 def describe(encoder: RationaleEncoder, name: str) -> ModelMeta:
-    """What MTEB records about the model, all of it true of this one."""
+    """What MTEB records about the model, all of it true of this one.
+
+    Settings of the rationale stand as `experiment_kwargs`, which is how MTEB tells variants of one model apart, in its
+    folders and in its tables.
+
+    Args:
+        name: `organisation/model`, or a name that is put under `grace/`.
+    """
     model = encoder.policy.model
+    written: dict[str, Any] = {"rationale": mode(encoder)}
+    if encoder.rationale:
+        written["max_new_tokens"] = encoder.engine.max_new_tokens
+    if mode(encoder) == "sampled":
+        written |= {"temperature": encoder.temperature, "seed": encoder.seed}
     return ModelMeta.create_empty(
         overwrites={
             "name": name if "/" in name else f"grace/{name}",
             "revision": revision(encoder),
             "n_parameters": sum(p.numel() for p in model.parameters()),
             "n_embedding_parameters": sum(p.numel() for p in model.get_input_embeddings().parameters()),
+            "memory_usage_mb": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20,
             "embed_dim": encoder.dimension,
             "max_tokens": encoder.settings.max_prompt_tokens,
             "similarity_fn_name": ScoringFunction.COSINE,
             "framework": ["PyTorch", "Transformers"],
-            "use_instructions": False,  # one instruction for all tasks
+            "use_instructions": encoder.settings.query_instruction is not None,  # otherwise one for all texts
             "modalities": ["text"],
+            "experiment_kwargs": written,
         }
     )
 
@@ -62,19 +64,27 @@ def describe(encoder: RationaleEncoder, name: str) -> ModelMeta:
 class MTEBEncoder(AbsEncoder):
     """Embeds MTEB's batches, each text once: tasks that share texts share their embeddings, and their rationales.
 
-    Documents are read with their title, which MTEB puts before the text.
+    Documents are read with their title, which MTEB puts before the text; queries under the encoder's instruction for
+    queries, where it has one. A long call is done in pieces, the longest texts first, each of which is kept when it is
+    done: what a killed run had embedded is there for the next.
 
     Args:
         encoder: does the work. Its weights must not change while this object lives: make a new one for every evaluation.
         name: for MTEB's result files.
-        remembered_texts: most embeddings kept (4 D bytes each).
+        embeddings_dir: where embeddings are kept for later; None: in memory, for the time of this object.
+        embeddings_gib: most that they may take.
     """
 
-    def __init__(self, encoder: RationaleEncoder, name: str, remembered_texts: int = 50_000) -> None:
+    def __init__(self, encoder: RationaleEncoder, name: str, embeddings_dir: Path | None = None, embeddings_gib: float = 1.0) -> None:
         self.model = encoder
-        self.mteb_model_meta = describe(encoder, name)
-        self.remembered_texts = remembered_texts
-        self._known: dict[str, np.ndarray] = {}
+        self.mteb_model_meta: ModelMeta = describe(encoder, name)
+        self.cache = EmbeddingCache(embeddings_dir, str(self.mteb_model_meta.revision), encoder.dimension, embeddings_gib)
+
+    def __enter__(self) -> "MTEBEncoder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cache.close()
 
     def encode(
         self,
@@ -88,9 +98,29 @@ class MTEBEncoder(AbsEncoder):
     ) -> np.ndarray:
         """[N, D] float32 embeddings of all texts of the loader, in its order."""
         texts = [text for batch in inputs for text in batch["text"]]
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
-        fresh = dict(zip(new, self.model.encode(new), strict=True))
-        rows = [fresh[text] if text in fresh else self._known[text] for text in texts]
-        room = self.remembered_texts - len(self._known)
-        self._known.update((text, fresh[text]) for text in new[: max(0, room)])
-        return np.stack(rows) if rows else np.zeros((0, self.model.dimension), dtype=np.float32)
+        if not texts:
+            return np.zeros((0, self.model.dimension), dtype=np.float32)
+        side = prompt_type.value if prompt_type else None
+        prompt = self.model.settings.instruction_for(side)
+        embeddings = self.cache.get(texts, prompt)
+        new = sorted({text for text in texts if text not in embeddings}, key=lambda text: (-len(text), text))
+        for part in self._with_time_left(new, f"{task_metadata.name}, {side or hf_split}" if task_metadata else hf_split):
+            vectors = self.model.encode(part, prompt_type=side)
+            self.cache.put(part, vectors, prompt)
+            embeddings.update(zip(part, vectors, strict=True))
+        return np.stack([embeddings[text] for text in texts])
+
+    def _with_time_left(self, texts: Sequence[str], what: str) -> Iterator[Sequence[str]]:
+        """Parts of the texts; now and then a line in the log says how much is done, measured in characters."""
+        total, done = sum(len(text) + 1 for text in texts), 0
+        began = last_line = time.monotonic()
+        size = self.model.batch_size * _BATCHES_AT_A_TIME
+        for start in range(0, len(texts), size):
+            part = texts[start : start + size]
+            yield part
+            done += sum(len(text) + 1 for text in part)
+            now = time.monotonic()
+            if now - last_line >= SECONDS_BETWEEN_LINES and done < total:
+                last_line = now
+                left = clock((now - began) / done * (total - done))
+                log.info("%s: %d of %d texts embedded, about %s left", what, start + len(part), len(texts), left)

@@ -51,7 +51,7 @@ class HFRollouts:
 
     @torch.no_grad()
     def generate(
-        self, policy: Policy, prompts: Prompts, n: int = 1, temperature: float = 1.0, seed: int = 0, prefixes: bool = False
+        self, policy: Policy, prompts: Prompts, n: int = 1, temperature: float = 1.0, seed: int | Tensor = 0, prefixes: bool = False
     ) -> Rollouts:
         """n rationales for every prompt.
 
@@ -60,13 +60,14 @@ class HFRollouts:
 
         Args:
             temperature: of sampling; 0 is greedy, for which n > 1 would repeat one rationale.
+            seed: one for all, or [N] int64, one for each prompt.
             prefixes: give the embeddings after every token too.
 
         Returns:
             Rollouts on the policy's device with log-probs, and with embeddings where they come from the live model;
             rows i*n .. i*n + n - 1 belong to prompt i.
         """
-        draws = torch.rand(len(prompts) * n, self.max_new_tokens, generator=torch.Generator().manual_seed(seed))
+        draws = uniform_draws(seed, len(prompts), n, self.max_new_tokens)
         order = prompts.lengths.argsort(descending=True, stable=True)  # batches of like lengths: less padding
         ends = end_tokens(policy)
         was_training = policy.training
@@ -166,6 +167,14 @@ def _read_prompts(policy: Policy, prompts: Prompts, cache: SharedPromptCache) ->
     selected = (positions >= prefixes.unsqueeze(1)) & (positions < lengths.unsqueeze(1))
     pooled = POOLINGS[policy.pooling].begin(states, selected)
     return last[torch.arange(len(lengths), device=policy.device), lengths - 1], pooled
+
+
+def uniform_draws(seed: int | Tensor, prompts: int, n: int, steps: int) -> Tensor:
+    """[prompts * n, steps] uniform on [0, 1): from one seed, or from one for each prompt, [prompts] int64."""
+    generator = torch.Generator()
+    if isinstance(seed, int):
+        return torch.rand(prompts * n, steps, generator=generator.manual_seed(seed))
+    return torch.cat([torch.rand(n, steps, generator=generator.manual_seed(own)) for own in seed.tolist()])
 
 
 def choose(hidden: Tensor, weight: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import distributed
+from torch import Tensor, distributed
 
 from src.modules.policy import Policy
 from src.modules.prompt import Prompts
@@ -63,7 +63,7 @@ class VLLMRollouts:
 
     @torch.no_grad()
     def generate(
-        self, policy: Policy, prompts: Prompts, n: int = 1, temperature: float = 1.0, seed: int = 0, prefixes: bool = False
+        self, policy: Policy, prompts: Prompts, n: int = 1, temperature: float = 1.0, seed: int | Tensor = 0, prefixes: bool = False
     ) -> Rollouts:
         """n rationales for every prompt, from the weights that the policy has now.
 
@@ -72,6 +72,7 @@ class VLLMRollouts:
 
         Args:
             temperature: of sampling; 0 is greedy, with log-probs at temperature 1, and n > 1 then repeats one rationale.
+            seed: one for all, or [N] int64, one for each prompt.
             prefixes: asks for embeddings after every token, which are left to an encode pass as all others.
 
         Returns:
@@ -82,6 +83,7 @@ class VLLMRollouts:
             EngineError: vLLM cannot start, or died.
         """
         if temperature == 0:
+            seed = seed if isinstance(seed, int) else seed.repeat_interleave(n)
             prompts, n = prompts.repeat(n), 1
         spec = self._spec(policy)
         longest = int(prompts.lengths.max())
@@ -119,11 +121,14 @@ class VLLMRollouts:
             local_rank=policy.device.index or 0,
         )
 
-    def _requests(self, policy: Policy, prompts: Prompts, n: int, temperature: float, seed: int, limit: int) -> list[tuple[Any, Any]]:
+    def _requests(
+        self, policy: Policy, prompts: Prompts, n: int, temperature: float, seed: int | Tensor, limit: int
+    ) -> list[tuple[Any, Any]]:
         """A prompt and its sampling parameters each; rollout k of a prompt draws from the prompt's seed plus k."""
         from vllm import SamplingParams
 
-        seeds = torch.randint(2**62, (len(prompts),), generator=torch.Generator().manual_seed(seed)).tolist()
+        if isinstance(seed, int):
+            seed = torch.randint(2**62, (len(prompts),), generator=torch.Generator().manual_seed(seed))
         ends = end_tokens(policy).tolist()
         return [
             (
@@ -139,7 +144,7 @@ class VLLMRollouts:
                     detokenize=False,
                 ),
             )
-            for ids, own in zip(prompts.ids, seeds, strict=True)
+            for ids, own in zip(prompts.ids, seed.tolist(), strict=True)
         ]
 
     def _run(self, llm: Any, requests: list[tuple[Any, Any]]) -> list[Any]:

@@ -38,6 +38,7 @@ class EncoderSettings:
         pooling: what makes one vector of many states: `mean`, `eos` or `max`.
         layer: whose states: -1, the last layer's, or -2, those of the one before.
         template_kwargs: passed to the chat template.
+        query_instruction: the system message for queries, where they are told apart from documents; None: the same.
 
     Raises:
         ValueError: a length below one, or a pooling or a layer that does not exist.
@@ -49,12 +50,23 @@ class EncoderSettings:
     pooling: PoolingName = "mean"
     layer: int = -1
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    query_instruction: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_prompt_tokens", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"encoder settings: {name}={getattr(self, name)}, it must be at least 1")
         check_pooling(self.pooling, self.layer, "encoder settings")
+
+    def instruction_for(self, prompt_type: str | None) -> str:
+        """The system message for a text of this side: `query`, `document`, or None where there are no sides.
+
+        Raises:
+            ValueError: another side.
+        """
+        if prompt_type not in ("query", "document", None):
+            raise ValueError(f"prompt_type={prompt_type!r}: it is query, document or none")
+        return self.query_instruction if prompt_type == "query" and self.query_instruction is not None else self.instruction
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in the file and in checkpoints (which are read as weights only)."""

@@ -1,5 +1,6 @@
 """Which encoders evaluate.py sets side by side, and the table that it makes of their scores."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ class Contender:
 
     Attributes:
         name: of the row and of its MLflow run.
+        model_name: in MTEB's result files.
         path: a training checkpoint, an exported folder or a hub name.
         rationale: whether it writes rationales.
     """
 
     name: str
+    model_name: str
     path: str
     rationale: bool
 
@@ -33,13 +36,29 @@ def latest_export(output_root: Path | str) -> Path | None:
     return newest.parent if newest else None
 
 
-def contenders(model: str | None, rationale: bool, base: str, output_root: Path | str) -> list[Contender]:
-    """The one that `model` names; or, without it, the starting policy without and with rationales and the latest trained one."""
+def model_name(path: str) -> str:
+    """`organisation/name` for MTEB's result files: a hub name as it is, a local path by the end of it.
+
+    `outputs/tiny_sup/2026-11-21_10-00-00/export` is `grace/tiny_sup_2026-11-21_10-00-00`.
+    """
+    if path.count("/") == 1 and not path.startswith((".", "~", "/")) and not Path(path).exists():
+        return path
+    parts = Path(path).absolute().parts[1:]
+    own = [part for part in parts if part not in ("export", "checkpoints", "weights")][-2:]
+    return "grace/" + re.sub(r"[^\w.-]+", "-", "_".join(own)).removesuffix(".ckpt")
+
+
+def contenders(model: str | None, rationale: bool, base: str, output_root: Path | str, name: str | None = None) -> list[Contender]:
+    """The one that `model` names; or, without it, the starting policy without and with rationales and the latest trained one.
+
+    `name` is what `model` is called in MTEB's result files.
+    """
     if model is not None:
-        return [Contender(f"{Path(model).name}, {'with' if rationale else 'without'} rationales", model, rationale)]
-    rows = [Contender(BASE, base, rationale=False), Contender(REASONING, base, rationale=True)]
+        row = f"{Path(model).name}, {'with' if rationale else 'without'} rationales"
+        return [Contender(row, name or model_name(model), model, rationale)]
+    rows = [Contender(row, model_name(base), base, rationale=row == REASONING) for row in (BASE, REASONING)]
     trained = latest_export(output_root)
-    return rows + ([Contender(TRAINED, str(trained), rationale=True)] if trained else [])
+    return rows + ([Contender(TRAINED, model_name(str(trained)), str(trained), rationale=True)] if trained else [])
 
 
 def comparison_table(rows: Mapping[str, EvaluationScores], title: str) -> Table:
@@ -61,5 +80,7 @@ def comparison_table(rows: Mapping[str, EvaluationScores], title: str) -> Table:
         for category in categories:
             line(category, [scores.categories.get(category) for scores in rows.values()])
         table.add_section()
-    line("average", [scores.average if scores.tasks else None for scores in rows.values()], style="bold")
+    scored = min(len(scores.tasks) for scores in rows.values())
+    label = "average" if scored == len(tasks) else f"average of what has a score ({scored} of {len(tasks)} tasks)"
+    line(label, [scores.average if scores.tasks else None for scores in rows.values()], style="bold")
     return table

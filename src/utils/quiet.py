@@ -10,7 +10,8 @@ from contextlib import contextmanager
 def quiet_mteb() -> Iterator[None]:
     """No progress bars of `datasets`, no INFO lines of mteb, no complaints of scikit-learn about MTEB's classifiers.
 
-    Warnings and errors of mteb come through. A classification score is defined by 100 iterations of logistic
+    Other warnings and errors of mteb come through; that a task has a newer version is known to whoever names the older,
+    and the failures of tasks are told by who runs them. A classification score is defined by 100 iterations of logistic
     regression, converged or not, and by precision over classes of which some are never predicted.
     """
     import datasets
@@ -19,16 +20,27 @@ def quiet_mteb() -> Iterator[None]:
     logger = logging.getLogger("mteb")
     level, bars = logger.level, datasets.is_progress_bar_enabled()
     logger.setLevel(max(level, logging.WARNING))
+    talkers = [logging.getLogger(name) for name in ("mteb.evaluate", "mteb.abstasks.abstask")]
+    for talker in talkers:
+        talker.addFilter(_is_news)
     datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
             for category in (ConvergenceWarning, UndefinedMetricWarning):
                 warnings.simplefilter("ignore", category)
+            warnings.filterwarnings("ignore", message=".* is superseded by .*")
             yield
     finally:
         logger.setLevel(level)
+        for talker in talkers:
+            talker.removeFilter(_is_news)
         if bars:
             datasets.enable_progress_bars()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return "is superseded by" not in message and not message.startswith("Error while running task")
 
 
 _NEEDLESS_WARNINGS = (

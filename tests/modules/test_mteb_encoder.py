@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,26 +7,29 @@ import mteb
 import numpy as np
 import pytest
 import torch
+from mteb.types import PromptType
 
 from src.datamodules.offline_sets import OfflineSize
 from src.datamodules.offline_tasks import offline_tasks
 from src.modules.encoder import RationaleEncoder
-from src.modules.mteb_encoder import MTEBEncoder, describe, revision
+from src.modules.fingerprint import revision
+from src.modules.mteb_encoder import MTEBEncoder, describe
 from src.modules.policy import Policy
 from src.modules.rollout_hf import HFRollouts
 from src.modules.settings import EncoderSettings
-from src.utils.evaluation import named_tasks, run_tasks
+from src.utils.evaluation import run_tasks
 
 SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, max_new_tokens=4)
 SIZE = OfflineSize(documents=60, queries=24, per_module=5, candidates=6, per_label=8)
 
 
 class Counting(RationaleEncoder):
-    """Keeps the texts that it embeds."""
+    """Keeps the texts that it embeds, and as what."""
 
-    def encode(self, texts: list[str]) -> np.ndarray:  # type: ignore[override]
+    def encode(self, texts: list[str], prompt_type: str | None = None) -> np.ndarray:  # type: ignore[override]
         self.seen = [*getattr(self, "seen", []), *texts]
-        return super().encode(texts)
+        self.sides = [*getattr(self, "sides", []), prompt_type]
+        return super().encode(texts, prompt_type)
 
 
 def encoder(policy: Policy, **options: object) -> Counting:
@@ -79,12 +83,13 @@ def test_stored_results_of_other_data_are_not_reused(tiny_policy: Policy, tasks:
 
 def test_a_failing_task_is_named_and_the_others_go_on(tiny_policy: Policy, tasks: list[object]) -> None:
     class Fails(Counting):
-        def encode(self, texts: list[str]) -> np.ndarray:  # type: ignore[override]
+        def encode(self, texts: list[str], prompt_type: str | None = None) -> np.ndarray:  # type: ignore[override]
             raise ValueError("no such luck")
 
     broken = Fails(tiny_policy, SETTINGS, HFRollouts(4), rationale=False)
     scores = run_tasks(broken, tasks[:2], None, "tiny")  # type: ignore[arg-type]
     assert scores.failures == {"DocstringRetrieval": "no such luck", "DocstringReranking": "no such luck"}
+    assert scores.without_data == frozenset()
     assert np.isnan(scores.average)
     assert scores.flat() == {}
 
@@ -100,7 +105,6 @@ def test_evaluation_leaves_random_states_alone(tiny_policy: Policy, tasks: list[
 def test_titles_of_documents_are_read(tiny_policy: Policy) -> None:
     from datasets import Dataset
     from mteb._create_dataloaders import create_dataloader
-    from mteb.types import PromptType
 
     corpus = Dataset.from_list([{"id": "1", "title": "Graphs", "text": "have edges"}])
     own = encoder(tiny_policy, rationale=False)
@@ -111,14 +115,67 @@ def test_titles_of_documents_are_read(tiny_policy: Policy) -> None:
     assert own.seen == ["Graphs have edges"]
 
 
-def test_texts_are_remembered_up_to_a_bound_and_come_in_order(tiny_policy: Policy) -> None:
+def test_texts_are_remembered_and_come_in_order(tiny_policy: Policy) -> None:
     own = encoder(tiny_policy, rationale=False)
-    adapter = MTEBEncoder(own, "tiny", remembered_texts=2)
+    adapter = MTEBEncoder(own, "tiny")
     found = embed(adapter, batches(["a", "b"], ["a", "c"]))
     np.testing.assert_array_equal(found[0], found[2])
-    again = embed(adapter, batches(["c", "b", "a"]))
-    np.testing.assert_allclose(again, found[[3, 1, 0]], atol=1e-6)
-    assert own.seen == ["a", "b", "c", "c"]
+    np.testing.assert_array_equal(embed(adapter, batches(["c", "b", "a"])), found[[3, 1, 0]])
+    assert own.seen == ["a", "b", "c"]
+    assert embed(adapter, []).shape == (0, 32)
+
+
+def test_queries_are_read_under_their_own_instruction(tiny_policy: Policy) -> None:
+    settings = replace(SETTINGS, query_instruction="Find what answers this.")
+    own = Counting(tiny_policy, settings, HFRollouts(4))
+    adapter, text = MTEBEncoder(own, "tiny"), batches(["a graph"])
+    document, query, neither = (
+        adapter.encode(text, task_metadata=None, hf_split="test", hf_subset="default", prompt_type=side)  # type: ignore[arg-type]
+        for side in (PromptType.document, PromptType.query, None)
+    )
+    assert own.sides == ["document", "query"]  # without a side a text is read as a document is
+    np.testing.assert_array_equal(document, neither)
+    expected = RationaleEncoder(tiny_policy, replace(SETTINGS, instruction="Find what answers this."), HFRollouts(4)).encode(["a graph"])
+    np.testing.assert_allclose(query, expected, atol=1e-6)
+    assert np.abs(query - document).max() > 1e-3
+
+
+MIXED = ["a graph", "Draw random samples from a normal distribution.", "the table", "Split the text into words and count them.", "x " * 60]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_text_has_one_vector_alone_in_a_mixed_batch_and_after_a_restart(tiny_policy: Policy, temperature: float, tmp_path: Path) -> None:
+    def adapter(batch_size: int, folder: Path | None) -> MTEBEncoder:
+        return MTEBEncoder(encoder(tiny_policy, temperature=temperature, batch_size=batch_size), "tiny", folder)
+
+    mixed = embed(adapter(3, tmp_path), batches(MIXED))
+    alone = [embed(adapter(1, None), batches([text])) for text in MIXED]
+    np.testing.assert_allclose(np.concatenate(alone), mixed, atol=1e-5)
+    restarted = adapter(2, tmp_path)
+    np.testing.assert_array_equal(embed(restarted, batches(MIXED[::-1])), mixed[::-1])
+    assert not hasattr(restarted.model, "seen")
+
+
+def test_a_long_call_is_kept_in_parts_and_says_how_far_it_is(
+    tiny_policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stops(Counting):
+        def encode(self, texts: list[str], prompt_type: str | None = None) -> np.ndarray:  # type: ignore[override]
+            if "stop" in texts:
+                raise KeyboardInterrupt
+            return super().encode(texts, prompt_type)
+
+    monkeypatch.setattr("src.modules.mteb_encoder.SECONDS_BETWEEN_LINES", 0.0)
+    texts = [f"{'long ' * 5}{i}" for i in range(8)] + ["stop"]
+    with caplog.at_level("INFO", "src.modules.mteb_encoder"), pytest.raises(KeyboardInterrupt):
+        embed(MTEBEncoder(Stops(tiny_policy, SETTINGS, HFRollouts(4), batch_size=1), "tiny", tmp_path), batches(texts))
+    assert [re.sub(r"about .* left", "left", record.message) for record in caplog.records] == [
+        "test: 4 of 9 texts embedded, left",
+        "test: 8 of 9 texts embedded, left",
+    ]
+    own = encoder(tiny_policy, batch_size=1)
+    embed(MTEBEncoder(own, "tiny", tmp_path), batches(texts))
+    assert own.seen == ["stop"]
 
 
 def test_what_mteb_records_is_true(tiny_policy: Policy) -> None:
@@ -126,25 +183,21 @@ def test_what_mteb_records_is_true(tiny_policy: Policy) -> None:
     assert (meta.name, meta.embed_dim, meta.max_tokens) == ("grace/tiny", 32, 96)
     assert meta.n_parameters == sum(p.numel() for p in tiny_policy.parameters())
     assert meta.similarity_fn_name is mteb.models.model_meta.ScoringFunction.COSINE
+    assert meta.memory_usage_mb == pytest.approx(4 * meta.n_parameters / 2**20)
     assert meta.revision == revision(encoder(tiny_policy))
+    assert meta.experiment_kwargs == {"rationale": "greedy", "max_new_tokens": 4}
+    assert describe(encoder(tiny_policy, rationale=False), "me/tiny").experiment_kwargs == {"rationale": "none"}
+    assert describe(encoder(tiny_policy, rationale=False), "me/tiny").name == "me/tiny"
 
 
-def test_whatever_moves_an_embedding_has_a_revision_of_its_own(tiny_policy: Policy) -> None:
-    engine = HFRollouts(4)
-    revisions = [
-        revision(encoder(tiny_policy)),
-        revision(encoder(tiny_policy, rationale=False)),
-        revision(encoder(tiny_policy, temperature=0.5)),
-        revision(encoder(tiny_policy, temperature=0.5, seed=1)),
-        revision(RationaleEncoder(tiny_policy, replace(SETTINGS, instruction="Other."), engine)),
-        revision(RationaleEncoder(tiny_policy, SETTINGS, HFRollouts(5))),
-    ]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        revisions.append(revision(encoder(tiny_policy)))
-    with torch.no_grad():
-        tiny_policy.model.base_model.norm.weight[0] += 1e-4
-    revisions.append(revision(encoder(tiny_policy)))
-    assert len(set(revisions)) == len(revisions)
+def test_mtebs_own_tables_are_made_of_the_stored_results(tiny_policy: Policy, tasks: list[object], tmp_path: Path) -> None:
+    for rationale in (False, True):
+        run_tasks(encoder(tiny_policy, rationale=rationale), tasks[:1], tmp_path, "me/tiny")  # type: ignore[arg-type]
+    found = mteb.ResultCache(tmp_path).load_results(load_experiments="match_name", require_model_meta=True)
+    frame = found.to_dataframe()
+    assert len(frame.columns) == 3  # the task's name, and a column for each way to write rationales
+    assert {result.experiment_name for result in found.model_results} == {"rationale_none", "max_new_tokens_4__rationale_greedy"}
+    assert {result.model_name for result in found.model_results} == {"me/tiny"}
 
 
 def test_it_passes_mtebs_own_adapter_test(tiny_policy: Policy) -> None:
@@ -152,12 +205,3 @@ def test_it_passes_mtebs_own_adapter_test(tiny_policy: Policy) -> None:
     failed = {name: status.exception for name, status in results.items() if isinstance(status, mteb.results.task_result.TaskError)}
     assert failed == {}
     assert results.all_passed
-
-
-def test_tasks_by_name_and_by_benchmark(tmp_path: Path) -> None:
-    assert len(named_tasks(["MTEB(eng, v1)"])) == 56
-    (tmp_path / "mteb" / "stsbenchmark-sts").mkdir(parents=True)
-    names = {task.metadata.name: task.metadata.dataset["path"] for task in named_tasks(["STSBenchmark", "BIOSSES"], tmp_path)}
-    assert names == {"STSBenchmark": str(tmp_path / "mteb/stsbenchmark-sts"), "BIOSSES": "mteb/biosses-sts"}
-    with pytest.raises(ValueError, match=r"MTEB has no task or benchmark named 'STSBench'"):
-        named_tasks(["STSBench"])

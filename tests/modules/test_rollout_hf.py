@@ -173,3 +173,13 @@ def test_a_window_in_the_attention_is_refused():
 def test_settings_without_sense_are_refused(settings):
     with pytest.raises(ValueError, match="at least"):
         HFRollouts(**settings)
+
+
+def test_with_a_seed_of_its_own_a_prompt_draws_the_same_in_any_company(tiny_policy: Policy) -> None:
+    prompts = PromptRenderer(tiny_policy.tokenizer, "Name the terms.", 96)(["a graph", "the table", "a graph"])
+    written = HFRollouts(8).generate(tiny_policy, prompts, n=2, temperature=1.0, seed=torch.tensor([7, 8, 9])).rationales()
+    alone = (
+        HFRollouts(8).generate(tiny_policy, prompts.select(torch.tensor([1])), n=2, temperature=1.0, seed=torch.tensor([8])).rationales()
+    )
+    assert [ids.tolist() for ids in written[2:4]] == [ids.tolist() for ids in alone]
+    assert [ids.tolist() for ids in written[:2]] != [ids.tolist() for ids in written[4:]]

@@ -1,0 +1,32 @@
+"""Copies MTEB's data sets for machines without a network: `python mteb_data.py benchmark=mteb_eng_v1 data_dir=/data/mteb`."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("PROJECT_ROOT", str(Path(__file__).resolve().parent))  # configs/paths reads it
+
+import hydra
+from omegaconf import DictConfig
+
+from src.datamodules.mteb_mirror import download
+from src.utils.benchmarks import named_tasks
+from src.utils.secrets import keep_secrets
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="mteb_data")
+def main(cfg: DictConfig) -> None:
+    """The command line. Ends in an error if a data set cannot be had."""
+    try:
+        tasks = named_tasks([cfg.benchmark] if isinstance(cfg.benchmark, str) else list(cfg.benchmark))
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"mteb_data.py: {error}") from error
+    failures = download(tasks, Path(cfg.data_dir))
+    if failures:
+        lines = "".join(f"\n  {name}: {reason}" for name, reason in failures.items())
+        raise SystemExit(f"mteb_data.py: {len(failures)} data sets cannot be had; the others are in {cfg.data_dir}{lines}")
+
+
+if __name__ == "__main__":
+    keep_secrets(sys.argv)
+    main()

@@ -1,0 +1,47 @@
+"""MTEB's result cache, safe against a kill in the middle of a write. Importing this imports mteb."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from mteb import ResultCache
+
+if TYPE_CHECKING:
+    from mteb.models.model_meta import ModelMeta
+    from mteb.results import TaskResult
+
+_SETTINGS = "run_settings.jsonl"  # of a model's folder: MTEB reads it, adds to it and writes it again
+
+
+class WholeResults(ResultCache):
+    """A result cache whose files are whole or not there: they are written aside and renamed.
+
+    A result without a score, which MTEB makes of an aggregate whose parts have failed, is not kept: found again, it
+    would pass for done.
+    """
+
+    def save_to_cache(
+        self,
+        task_result: "TaskResult",
+        model_name: "str | ModelMeta",
+        model_revision: str | None = None,
+        *,
+        encode_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if any(entry["main_score"] is None for entries in task_result.scores.values() for entry in entries):
+            return
+        target = self.get_task_result_path(task_result.task_name, model_name, model_revision)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=self.cache_path, prefix=".writing-") as folder:
+            aside = ResultCache(folder)
+            written = aside.get_task_result_path(task_result.task_name, model_name, model_revision)
+            written.parent.mkdir(parents=True)
+            if Path(target.parent, _SETTINGS).exists():
+                shutil.copy(target.parent / _SETTINGS, written.parent)
+            aside.save_to_cache(task_result, model_name, model_revision, encode_kwargs=encode_kwargs)
+            # the score last: what is said about it is there before it is
+            for file in sorted(written.parent.iterdir(), key=lambda file: file.name == written.name):
+                os.replace(file, target.parent / file.name)
