@@ -14,7 +14,7 @@ TESTED := .venv/installed-$(if $(GPU),dev,$(if $(filter Linux-x86_64,$(shell una
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test test-slow vllm lint format ui clean
+.PHONY: help train test test-slow mteb-data vllm lint format ui clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ test: $(TESTED) ## Run the tests that need neither a GPU nor a network
 
 test-slow: $(TESTED) ## Run the long tests as well
 	$(OFFLINE) $(BIN)/pytest -m "not gpu and not hub" $(ARGS)
+
+mteb-data: .venv/installed ## Copy MTEB's data sets to data/mteb; pass others as ARGS="benchmark=mteb_eng_v2"
+	$(BIN)/python mteb_data.py $(ARGS)
 
 vllm: .venv/installed-vllm ## Install vLLM for rollout=vllm: its build for the GPU, or for the CPU where there is none
 

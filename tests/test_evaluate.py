@@ -1,11 +1,19 @@
+import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
 
 import evaluate
-from tests.conftest import Compose
+from tests.conftest import ROOT, Compose
+from tests.own_files import write_own_tasks
 
 SMALL = ["size=small", "packages.test=[networkx,rich]"]
 
@@ -56,3 +64,79 @@ def test_what_is_missing_is_one_line(compose: Compose, tiny_policy_folder: Path,
     with pytest.raises(SystemExit, match=message) as caught:
         evaluate.evaluate(cfg)
     assert "\n" not in str(caught.value)
+
+
+def command(tmp_path: Path, policy: Path, *settings: str) -> subprocess.Popen[str]:
+    """evaluate.py as a process of its own, with everything that it writes in tmp_path."""
+    places = [f"paths.output_root={tmp_path}/outputs", f"embeddings.folder={tmp_path}/embeddings", f"data_dir={tmp_path}/data"]
+    return subprocess.Popen(
+        [sys.executable, "evaluate.py", f"model={policy}", "max_new_tokens=4", "~logger", *places, *settings],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """Scores by task of MTEB's result files."""
+    found = [json.loads(file.read_text()) for file in folder.rglob("*.json") if file.name != "model_meta.json"]
+    return {result["task_name"]: result["scores"] for result in found}
+
+
+def test_a_killed_evaluation_goes_on_and_ends_as_if_nothing_had_been(compose: Compose, tiny_policy_folder: Path, tmp_path: Path) -> None:
+    results = tmp_path / "outputs" / "mteb"
+    with command(tmp_path, tiny_policy_folder, *SMALL) as killed:
+        until = time.monotonic() + 200
+        while not list(results.rglob("Docstring*.json")) and time.monotonic() < until:
+            assert killed.poll() is None, killed.communicate()[1]
+            time.sleep(0.02)
+        killed.send_signal(signal.SIGKILL)
+    done = {file: file.stat().st_mtime_ns for file in results.rglob("Docstring*.json")}
+    assert 1 <= len(done) < 5
+    with command(tmp_path, tiny_policy_folder, *SMALL) as again:
+        _, errors = again.communicate(timeout=200)
+    assert again.returncode == 0, errors
+    assert {file: file.stat().st_mtime_ns for file in done} == done  # finished tasks are not repeated
+    whole = compose(*SMALL, f"model={tiny_policy_folder}", "max_new_tokens=4", "~logger", config_name="evaluate")
+    evaluate.evaluate(whole)  # uninterrupted, with no cache that it shares
+    assert len(stored(results)) == 5
+    assert stored(results) == stored(Path(whole.results_dir))
+
+
+def test_tasks_without_data_are_named_and_the_others_are_scored(tiny_policy_folder: Path, tmp_path: Path) -> None:
+    write_own_tasks(tmp_path / "data")
+    with command(tmp_path, tiny_policy_folder, "benchmark=[BIOSSES,MySTS,Banking77Classification,MyPairs,CQADupstackRetrieval]") as run:
+        shown, errors = run.communicate(timeout=200)
+    assert run.returncode == 1
+    message = errors[errors.index("evaluate.py: ") :].splitlines()
+    assert message[0] == "evaluate.py: 3 of 5 tasks have no score"
+    reasons = dict(line.strip().split(": ", 1) for line in message[1:])
+    assert list(reasons) == ["BIOSSES", "Banking77Classification", "CQADupstackRetrieval"]
+    assert reasons["BIOSSES"] == "Couldn't reach 'mteb/biosses-sts' on the Hub (OfflineModeIsEnabled)"
+    assert reasons["CQADupstackRetrieval"].startswith("CQADupstackAndroidRetrieval: Couldn't reach")
+    assert set(stored(tmp_path / "outputs")) == {"MySTS", "MyPairs"}
+    assert "(2 of 5 tasks)" in " ".join(shown.split())
+    assert shown.count("failed") == 3
+
+
+def test_a_task_that_has_no_data_is_tried_for_the_first_row_alone(
+    compose: Compose, tiny_policy_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = [f"base={tiny_policy_folder}", f"paths.output_root={tmp_path}/runs", "max_new_tokens=1", "~logger", "benchmark=BIOSSES"]
+    scores = evaluate.evaluate(compose(*options, config_name="evaluate"))
+    assert [list(row.failures) for row in scores.values()] == [["BIOSSES"], ["BIOSSES"]]
+    assert sum("BIOSSES (1 of 1) has no score" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.slow  # of the shipped policy and the large tasks, as `python evaluate.py` runs them; minutes without the caches
+def test_a_second_evaluation_is_at_least_twenty_times_as_fast(compose: Compose) -> None:
+    cfg = compose("~logger", config_name="evaluate")
+    evaluate.load_tasks(cfg)  # docstrings are read once, whatever is scored on them
+    seconds = []
+    for _ in range(2):
+        began = time.monotonic()
+        evaluate.evaluate(cfg)
+        seconds.append(time.monotonic() - began)
+    assert seconds[0] >= 20 * seconds[1], seconds

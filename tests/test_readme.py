@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import evaluate
+from src.utils.benchmarks import named_tasks
 from tests.conftest import ROOT, Compose
 from train import train
 
@@ -66,6 +67,15 @@ def test_the_default_evaluation_and_one_of_a_checkpoint_are_the_documented_ones(
         if cfg.model is not None:  # neither a checkpoint of yours nor the hub is here: one line says so
             with pytest.raises(SystemExit, match=r"^evaluate.py: no "):
                 evaluate.evaluate(cfg)
+
+
+def test_the_documented_task_of_ones_own_is_one(tmp_path: Path) -> None:
+    (description,) = re.findall(r"```yaml\n(name: .*?)```", README, flags=re.DOTALL)
+    (tmp_path / "Tickets.yaml").write_text(description)
+    (tmp_path / "tickets.tsv").write_text("4.5\tit crashes\tit stops at once\n0.5\tit crashes\tthe colour is wrong\n")
+    (task,) = named_tasks(["Tickets"], tmp_path)
+    task.load_data()
+    assert task.dataset["test"]["score"] == [4.5, 0.5]  # type: ignore[index]
 
 
 @pytest.mark.parametrize("command", commands("make"))

@@ -68,8 +68,8 @@ def comparison_table(rows: Mapping[str, EvaluationScores], title: str) -> Table:
     for name in rows:
         table.add_column(name, justify="right")
 
-    def line(label: str, values: list[float | None], style: str = "") -> None:
-        table.add_row(label, *("failed" if value is None else f"{100 * value:.2f}" for value in values), style=style)
+    def line(label: str, values: list[float | None]) -> None:
+        table.add_row(label, *("failed" if value is None else f"{100 * value:.2f}" for value in values))
 
     tasks = dict.fromkeys(name for scores in rows.values() for name in (*scores.tasks, *scores.failures))
     for task in tasks:
@@ -80,7 +80,12 @@ def comparison_table(rows: Mapping[str, EvaluationScores], title: str) -> Table:
         for category in categories:
             line(category, [scores.categories.get(category) for scores in rows.values()])
         table.add_section()
-    scored = min(len(scores.tasks) for scores in rows.values())
-    label = "average" if scored == len(tasks) else f"average of what has a score ({scored} of {len(tasks)} tasks)"
-    line(label, [scores.average if scores.tasks else None for scores in rows.values()], style="bold")
+    table.add_row("average", *(_average(scores, len(tasks)) for scores in rows.values()), style="bold")
     return table
+
+
+def _average(scores: EvaluationScores, tasks: int) -> str:
+    """In percent; one of fewer tasks than there are says so, for it compares with no other."""
+    if not scores.tasks:
+        return "failed"
+    return f"{100 * scores.average:.2f}" + (f" ({len(scores.tasks)} of {tasks} tasks)" if len(scores.tasks) < tasks else "")

@@ -1,9 +1,10 @@
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from src.utils.comparison import Contender, comparison_table, contenders, latest_export
+from src.utils.comparison import Contender, comparison_table, contenders, latest_export, model_name
 from src.utils.evaluation import EvaluationScores
 
 
@@ -24,12 +25,20 @@ def test_the_latest_export_of_any_run_is_found(tmp_path: Path) -> None:
 
 
 def test_without_a_model_the_base_and_the_trained_policy_stand_side_by_side(tmp_path: Path) -> None:
-    base = [Contender("Base", "weights", rationale=False), Contender("Base + reasoning", "weights", rationale=True)]
-    assert contenders(None, True, "weights", tmp_path) == base
+    rows = (("Base", False), ("Base + reasoning", True))
+    base = [Contender(name, "grace/a_policy", "/a/policy/weights", rationale) for name, rationale in rows]
+    assert contenders(None, True, "/a/policy/weights", tmp_path) == base
     trained = exported(tmp_path, "run", "now", age=0)
-    assert contenders(None, True, "weights", tmp_path) == [*base, Contender("Trained", str(trained), rationale=True)]
-    alone = [Contender("m, without rationales", "some/m", rationale=False)]
-    assert contenders("some/m", False, "weights", tmp_path) == alone
+    assert contenders(None, True, "/a/policy/weights", tmp_path) == [*base, Contender("Trained", "grace/run_now", str(trained), True)]
+    alone = Contender("m, without rationales", "some/m", "some/m", rationale=False)
+    assert contenders("some/m", False, "weights", tmp_path) == [alone]
+    assert contenders("some/m", False, "weights", tmp_path, name="me/own") == [replace(alone, model_name="me/own")]
+
+
+def test_the_name_in_mtebs_files_is_the_hubs_or_the_end_of_the_path() -> None:
+    assert model_name("Qwen/Qwen2.5-1.5B-Instruct") == "Qwen/Qwen2.5-1.5B-Instruct"
+    assert model_name("/x/outputs/tiny sup/2026-11-21/export") == "grace/tiny-sup_2026-11-21"
+    assert model_name("/x/outputs/tiny_sup/2026-11-21/checkpoints/last.ckpt") == "grace/2026-11-21_last"
 
 
 def test_the_table_shows_tasks_categories_and_what_failed() -> None:
@@ -43,5 +52,5 @@ def test_the_table_shows_tasks_categories_and_what_failed() -> None:
         ["A", "50.00", "12.50", "failed"],
         ["B", "25.00", "failed", "failed"],
         ["Retrieval", "37.50", "12.50", "failed"],
-        ["average", "37.50", "12.50", "failed"],
+        ["average", "37.50", "12.50 (1 of 2 tasks)", "failed"],
     ]

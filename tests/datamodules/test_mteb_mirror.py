@@ -1,0 +1,85 @@
+"""Copies of MTEB's data sets: made by the documented command from a hub on this machine, read without one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mteb
+import pytest
+
+from src.datamodules.mteb_mirror import copy_folder, download, localised
+from src.modules.encoder import RationaleEncoder
+from src.modules.policy import Policy
+from src.modules.rollout_hf import HFRollouts
+from src.modules.settings import EncoderSettings
+from src.utils.benchmarks import named_tasks
+from src.utils.evaluation import run_tasks
+from tests.conftest import ROOT
+from tests.hub_server import Hub, Repositories, local_hub
+from tests.own_files import SCORED, TEXTS
+
+BIOSSES = mteb.get_task("BIOSSES").metadata.dataset
+ROWS = "".join(json.dumps({"sentence1": TEXTS[a], "sentence2": TEXTS[b], "score": score}) + "\n" for score, a, b in SCORED)
+CARD = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: test\n    path: test.jsonl\n---\n"
+REPOSITORIES: Repositories = {
+    (BIOSSES["path"], BIOSSES["revision"]): {"README.md": CARD.encode(), "test.jsonl": ROWS.encode()},
+}
+
+
+def command(hub: Hub, benchmark: str, folder: Path) -> subprocess.Popen[str]:
+    """`mteb_data.py`, as a process of its own."""
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home")}
+    settings = [f"benchmark={benchmark}", f"data_dir={folder}/data", f"paths.output_root={folder}/outputs"]
+    return subprocess.Popen(
+        [sys.executable, "mteb_data.py", *settings], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_what_was_copied_is_evaluated_without_a_network(tiny_policy: Policy, tmp_path: Path) -> None:
+    """The first copy is killed while a file is on its way; the second goes on with it."""
+    folder = copy_folder(tmp_path / "data", BIOSSES["path"], BIOSSES["revision"])
+    with local_hub(REPOSITORIES, held={"test.jsonl"}) as hub:
+        with command(hub, "[BIOSSES]", tmp_path) as killed:
+            until = time.monotonic() + 120
+            while "test.jsonl" not in hub.asked and time.monotonic() < until:
+                assert killed.poll() is None, killed.communicate()[1]
+                time.sleep(0.05)
+            killed.send_signal(signal.SIGKILL)
+        assert not folder.exists()
+        hub.release.set()
+        with command(hub, "[BIOSSES,STS12]", tmp_path) as again:
+            _, errors = again.communicate(timeout=200)
+        assert again.returncode == 1
+        assert "mteb_data.py: 1 data sets cannot be had; the others are in" in errors
+        assert "\n  mteb/sts12-sts: " in errors
+    assert {file.name for file in folder.iterdir() if file.is_file()} == {"README.md", "test.jsonl"}
+    assert not list(folder.parent.glob("*.partial"))
+    encoder = RationaleEncoder(tiny_policy, EncoderSettings("Name the terms.", 96, 4), HFRollouts(4), rationale=False)
+    scores = run_tasks(encoder, named_tasks(["BIOSSES"], tmp_path / "data"), tmp_path / "results", "tiny")  # HF_HUB_OFFLINE=1
+    assert scores.failures == {}
+    stored = json.loads(next((tmp_path / "results").rglob("BIOSSES.json")).read_text())
+    assert stored["dataset_revision"] == BIOSSES["revision"]
+    assert stored["scores"]["test"][0]["cosine_spearman"] == pytest.approx(scores.tasks["BIOSSES"], abs=1e-5)
+
+
+def test_what_is_there_is_not_asked_for_again(tmp_path: Path) -> None:
+    copy_folder(tmp_path, BIOSSES["path"], BIOSSES["revision"]).mkdir(parents=True)
+    assert download([mteb.get_task("BIOSSES")], tmp_path) == {}  # HF_HUB_OFFLINE=1: asking would fail
+    assert list(download([mteb.get_task("STS12")], tmp_path)) == ["mteb/sts12-sts"]
+
+
+def test_the_parts_of_an_aggregate_read_their_copies_and_mtebs_own_task_stays(tmp_path: Path) -> None:
+    task = mteb.get_task("CQADupstackRetrieval")
+    part = task.metadata.tasks[3]
+    dataset = part.metadata.dataset
+    copied = copy_folder(tmp_path, dataset["path"], dataset["revision"])
+    copied.mkdir(parents=True)
+    own = localised(task, tmp_path)
+    assert own.metadata.tasks[3].metadata.dataset == {**dataset, "path": str(copied)}
+    assert own.taskname_to_task[part.metadata.name] is own.metadata.tasks[3] is own.tasks[3]
+    assert own.metadata.tasks[2].metadata.dataset == task.metadata.tasks[2].metadata.dataset
+    assert part.metadata.dataset == dataset

@@ -1,0 +1,81 @@
+"""A hub on this machine: what `huggingface_hub` asks for when it copies a data set, answered over HTTP from a dict of files."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlparse
+
+Repositories = dict[tuple[str, str], dict[str, bytes]]
+"""(name, revision) -> path -> content."""
+
+
+class Hub:
+    """A running hub.
+
+    Attributes:
+        url: for HF_ENDPOINT.
+        asked: path of every file that was sent or is held back, in their order.
+        held: paths that are not sent before `release` is set.
+    """
+
+    def __init__(self, url: str, held: set[str]) -> None:
+        self.url, self.held, self.asked, self.release = url, held, list[str](), threading.Event()
+
+
+@contextmanager
+def local_hub(repositories: Repositories, held: set[str] = frozenset()) -> Iterator[Hub]:  # type: ignore[assignment]
+    """Serves data sets until the block ends."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.answer(with_body=False)
+
+        def do_GET(self) -> None:
+            self.answer(with_body=True)
+
+        def answer(self, with_body: bool) -> None:
+            path = urlparse(self.path).path
+            for (name, revision), files in repositories.items():
+                if path == f"/api/datasets/{name}/tree/{revision}":
+                    tree = [{"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for p, c in files.items()]
+                    return self.send(json.dumps(tree).encode(), "application/json", revision, with_body)
+                prefix = f"/datasets/{name}/resolve/{revision}/"
+                if path.startswith(prefix) and path.removeprefix(prefix) in files:
+                    file = path.removeprefix(prefix)
+                    if with_body:
+                        hub.asked.append(file)
+                        if file in hub.held:
+                            hub.release.wait(60)
+                    return self.send(files[file], "application/octet-stream", revision, with_body)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return None
+
+        def send(self, content: bytes, kind: str, revision: str, with_body: bool) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", revision)
+            self.end_headers()
+            if with_body:
+                self.wfile.write(content)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Says nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    hub = Hub(f"http://127.0.0.1:{server.server_address[1]}", set(held))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield hub
+    finally:
+        hub.release.set()
+        server.shutdown()
+        server.server_close()
