@@ -6,10 +6,12 @@ from typing import Literal, Protocol
 
 import lightning as L
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from src.modules.export import export
 from src.modules.policy import Policy
 from src.modules.settings import EncoderSettings
+from src.modules.sharding import plain_copy, whole
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,9 @@ class Export(L.Callback):
         self.dtype: torch.dtype = getattr(torch, dtype)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: HasPolicy) -> None:  # type: ignore[override]
+        policy = pl_module.policy
+        with whole(policy):
+            if trainer.is_global_zero:
+                export(plain_copy(policy) if isinstance(policy, FSDPModule) else policy, pl_module.settings, self.folder, self.dtype)
         if trainer.is_global_zero:
-            export(pl_module.policy, pl_module.settings, self.folder, self.dtype)
             log.info("exported to %s", self.folder)

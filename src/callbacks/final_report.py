@@ -80,7 +80,8 @@ class FinalReport(Watcher):
         with undisturbed(module):
             encoder = module.encoder(rationale=rationale, temperature=self.temperature)
             name = f"{_slug(row)}-step{module.rollout_batches}"
-            scores = run_tasks(encoder, self._tasks, self.output_dir / "mteb", name)
+            scores = run_tasks(encoder, self._tasks, self.output_dir / "mteb" if trainer.is_global_zero else None, name)
+        scores = trainer.strategy.broadcast(scores)
         if scores.failures:
             failed = "; ".join(f"{task}: {error}" for task, error in scores.failures.items())
             raise RuntimeError(

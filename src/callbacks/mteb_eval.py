@@ -64,6 +64,7 @@ class MTEBEvaluation(Watcher):
         with undisturbed(module):
             encoder = module.encoder(rationale=self.rationale, temperature=self.temperature)
             scores = run_tasks(encoder, self._tasks, None, f"training-step{step}")
+        scores = trainer.strategy.broadcast(scores)  # what is decided by them is decided alike everywhere
         metrics = {f"mteb/{task}": score for task, score in scores.tasks.items()}
         metrics |= {f"mteb/category/{category}": score for category, score in scores.categories.items()}
         if scores.failures:

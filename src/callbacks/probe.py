@@ -10,12 +10,16 @@ from src.modules.encoder import evaluation_mode
 from src.modules.grace import GRACE
 from src.modules.prompt import PromptRenderer
 from src.modules.sequences import Rollouts
+from src.modules.sharding import whole
 
 
 @contextmanager
 def undisturbed(module: GRACE) -> Iterator[None]:
-    """No gradients, the policy in eval mode, and afterwards every random state and mode as it was before."""
-    with isolate_rng(), evaluation_mode(module.policy):
+    """No gradients, the policy in eval mode and whole, and afterwards every random state and mode as it was before.
+
+    Every rank looks on, as a policy may be cut over them; rank zero alone tells of it.
+    """
+    with isolate_rng(), evaluation_mode(module.policy), whole(module.policy):
         yield
 
 

@@ -66,8 +66,9 @@ class RewardDiagnostics(Watcher):
         metrics = diagnose(last_report(module))
         self._remember(last_report(module), metrics, module.rollout_batches)
         self._warn(last_report(module), metrics)
-        # Lightning sends all that is logged in this hook in one call, at the step that is named here.
-        module.log_dict(metrics | {"step": float(module.rollout_batches)}, on_step=True, on_epoch=False, sync_dist=True)
+        # Lightning sends all that is logged in this hook in one call, at the step that is named here. The report is that of
+        # all ranks, so there is nothing left to reduce.
+        module.log_dict(metrics | {"step": float(module.rollout_batches)}, on_step=True, on_epoch=False)
 
     def _remember(self, report: StepReport, metrics: dict[str, float], step: int) -> None:
         self.weights = dict(report.reward.weights)

@@ -50,7 +50,7 @@ class StartingPolicyKL(Watcher):
 
     def after_batch(self, trainer: L.Trainer, module: GRACE) -> None:
         if is_due(module, self.every):
-            module.log("kl/from_start", self.divergence(module), on_step=True, on_epoch=False, sync_dist=True)
+            module.log("kl/from_start", self.divergence(module), on_step=True, on_epoch=False)
 
     def divergence(self, module: GRACE) -> float:
         """The estimate now, in nats a token.

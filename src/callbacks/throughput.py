@@ -33,7 +33,10 @@ def speeds(report: StepReport) -> dict[str, float]:
 
 
 class Throughput(Watcher):
-    """Logs `speeds`, `peak_memory` and the seconds of the whole rollout batch, evaluations between batches left out."""
+    """Logs `speeds`, `peak_memory` and the seconds of the whole rollout batch, evaluations between batches left out.
+
+    Memory is that of the rank that takes the most.
+    """
 
     def __init__(self) -> None:
         self._began = 0.0
@@ -42,6 +45,7 @@ class Throughput(Watcher):
         self._began = time.perf_counter()
 
     def after_batch(self, trainer: L.Trainer, module: GRACE) -> None:
-        metrics = speeds(last_report(module)) | peak_memory(module.device)
+        memory = peak_memory(module.device)
+        metrics = speeds(last_report(module)) | dict(zip(memory, module.ranks.largest(*memory.values()), strict=True))
         metrics["seconds/batch"] = time.perf_counter() - self._began
         module.log_dict(metrics, on_step=True, on_epoch=False)

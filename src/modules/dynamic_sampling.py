@@ -1,10 +1,12 @@
 """Dynamic sampling (DAPO, Yu et al., arXiv 2503.14476, section 3.2): updates learn from groups whose rewards differ."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from src.modules.experience import Experience, concatenate
+from src.modules.ranks import ALONE, Ranks
 from src.modules.sequences import Rollouts
 
 
@@ -42,11 +44,13 @@ class GroupBuffer:
         self.held: list[Experience] = []
         self.batches = 0
 
-    def add(self, experience: Experience, rewards: Tensor) -> Experience | None:
+    def add(self, experience: Experience, rewards: Tensor, ranks: Ranks = ALONE) -> Experience | None:
         """Takes in a rollout batch of B groups with their rewards, [B, K]; gives back what an update is to learn from.
 
+        Each rank holds its own groups; whether there are enough is decided by those of all.
+
         Returns:
-            None while more is to be sampled, or where even the last batch brought nothing to learn from.
+            None while more is to be sampled, or where even the last batch brought this rank nothing to learn from.
         """
         worth = informative(rewards, experience.keep, self.min_std)
         if worth.all():
@@ -54,7 +58,8 @@ class GroupBuffer:
         elif worth.any():
             self.held.append(experience.select(worth.nonzero().flatten()))
         self.batches += 1
-        if sum(len(part) for part in self.held) < len(experience) and self.batches <= self.max_extra_batches:
+        held, wanted = ranks.total(sum(len(part) for part in self.held), len(experience))
+        if held < wanted and self.batches <= self.max_extra_batches:
             return None
         ready = [part.to(experience.keep.device) for part in self.held]
         self.held, self.batches = [], 0
@@ -69,3 +74,9 @@ class GroupBuffer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.held = [Experience(**{**part, "rollouts": Rollouts(**part["rollouts"])}) for part in state["held"]]
         self.batches = state["batches"]
+
+
+def shared_out(states: Sequence[dict[str, Any]], ranks: Ranks) -> dict[str, Any]:
+    """What a rank goes on with of the states that ranks held, however many they were."""
+    parts = [part for state in states for part in state["held"]]
+    return {"held": parts[ranks.rank :: ranks.count], "batches": states[0]["batches"]}

@@ -3,31 +3,36 @@
 batch -> rollouts -> embeddings, log-probs -> reward terms -> advantages -> loss -> steps
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from src.datamodules.records import Triplet
 from src.modules.algorithm import Algorithm
-from src.modules.dynamic_sampling import GroupBuffer
+from src.modules.dynamic_sampling import GroupBuffer, shared_out
 from src.modules.encoder import RationaleEncoder, RolloutEngine
 from src.modules.experience import Experience, concatenate, interleaving
-from src.modules.judging import Judged, by_token, judge
+from src.modules.judging import Judged, SideReward, by_token, judge
 from src.modules.logprob_gap import LogprobGap
 from src.modules.lora import lora_settings
 from src.modules.policy import Policy
 from src.modules.prompt import PromptRenderer
+from src.modules.ranks import Ranks
 from src.modules.reference import Reference
 from src.modules.report import StepReport, step_report
 from src.modules.rewards import Embeddings, Reward
 from src.modules.scorer import Scorer
 from src.modules.scoring import Scored
 from src.modules.settings import EncoderSettings
-from src.modules.sides import OTHERS, Side, standing_in
+from src.modules.sharding import gradient_exchange, shard, whole, whole_norm
+from src.modules.sides import OTHERS, Side, ids_of, standing_in
 from src.modules.update import MinibatchPass, minibatch_gradient
 from src.utils.timing import timed
 
@@ -57,7 +62,7 @@ class GRACE(L.LightningModule):
         encode_batch_size: sequences in one encode pass of queries and negatives.
         learning_rate, warmup_steps, weight_decay: AdamW; linear warm-up over optimiser steps, then constant.
         max_gradient_norm: gradients are scaled down to it.
-        seed: of the rollouts; each batch, side and rank draws its own stream from it.
+        seed: of the rollouts; each batch and side draws its own stream from it, whatever the number of processes.
 
     Raises:
         ValueError: num_rollouts < 2, as a group of one has no baseline; a temperature, a side or a size without sense.
@@ -125,82 +130,109 @@ class GRACE(L.LightningModule):
         """Refuses what would train wrongly in silence.
 
         Raises:
-            ValueError: several processes (in-batch terms would miss the other ranks' texts), or float16 arithmetic (its
-                gradients are scaled where they are clipped here).
+            ValueError: float16 arithmetic (its gradients are scaled where they are clipped here).
         """
-        if self.trainer.world_size > 1:
-            raise ValueError(f"trainer.devices: {self.trainer.world_size} processes, and GRACE trains in one so far; use trainer.devices=1")
         if self.trainer.precision.startswith("16"):
             raise ValueError(
                 f"trainer.precision={self.trainer.precision}: use bf16-mixed or 32-true, float16 would overflow its loss scale"
             )
+        if self.ranks.count > 1:  # adapters were drawn alike; dropout, where there is any, is not to be
+            torch.manual_seed(hash((self.hparams["seed"], self.global_rank)) % 2**31)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train together."""
+        return Ranks.of(self)
+
+    def configure_model(self) -> None:
+        """Cuts the policy's weights over the processes, under a strategy for that."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard(self.policy, self.trainer.strategy.device_mesh["data_parallel"])
 
     # ---- one rollout batch
 
     def training_step(self, batch: list[Triplet], batch_idx: int) -> None:
         seconds: dict[str, float] = {}
+        ranks = self.ranks
+        share = ranks.share(batch)  # every rank is given the whole batch, and rolls out a part of it
         self.policy.eval()
-        with torch.no_grad():
+        with torch.no_grad(), whole(self.policy):
             scorer = self.scorer(seconds)
-            scored = scorer.score(batch)
+            scored = scorer.score(share)
             reward = self.reward(scored.embeddings)
-            self._require_finite({**reward.terms, "total": reward.total}, scored.positive.instance_ids)
-            judged = {side: self._judge(batch, scorer, scored, side) for side in scored.sides}
+            self._require_finite({**reward.terms, "total": reward.total}, ids_of(batch, "positive"))
+            judged = {side: self._judge(batch, share, scorer, scored, side) for side in scored.sides}
             experiences = {side: self._experience(scored, side, judged[side]) for side in scored.sides}
         order = interleaving([len(part) for part in experiences.values()])
         rewards = torch.cat([part.rewards for part in judged.values()])[order]
-        ready = self.buffer.add(concatenate(list(experiences.values())).select(order), rewards)
+        ready = self.buffer.add(concatenate(list(experiences.values())).select(order), rewards, ranks)
         self.policy.train()
         gap = LogprobGap()
         with timed(seconds, "update"):
-            update = self.update(ready, gap) if ready is not None else {"updates": 0.0, "groups": 0.0}
+            update = self.update(ready, gap)
         self.rollout_batches += 1
-        self.report = step_report(scored, reward, judged, experiences["positive"].advantages, update, gap, seconds)
+        advantages, names = experiences["positive"].advantages, ids_of(batch, "positive")
+        self.report = step_report(scored, reward, judged, advantages, update, gap, seconds, ranks, names)
 
     def scorer(self, seconds: dict[str, float]) -> Scorer:
         """Samples and scores the next rollout batch."""
-        seed = (self.hparams["seed"], self.rollout_batches, self.global_rank)
-        return Scorer(self.policy, self.engine, self.renderer, self.reference, self.algorithm, dict(self.hparams), seed, seconds)
+        seed = (self.hparams["seed"], self.rollout_batches)
+        parts = (self.policy, self.engine, self.renderer, self.reference, self.algorithm)
+        return Scorer(*parts, dict(self.hparams), seed, self.ranks, seconds)
 
-    def _judge(self, batch: Sequence[Triplet], scorer: Scorer, scored: Scored, side: Side) -> Judged:
-        greedy = scorer.greedy(batch, side) if self.algorithm.greedy_baseline else None
-        judged = judge(self.algorithm, standing_in(self.reward, scored.embeddings, side), scored.sides[side], greedy)
-        self._require_finite({f"{side} rollouts": judged.earned}, scored.sides[side].instance_ids)
+    def _reward_of(self, scored: Scored, side: Side) -> SideReward:
+        """Of this rank's rollouts of a side, among the texts of all ranks."""
+        return self.ranks.on_whole(standing_in(self.reward, scored.embeddings, side), len(scored.positive.instance_ids))
+
+    def _judge(self, batch: Sequence[Triplet], share: Sequence[Triplet], scorer: Scorer, scored: Scored, side: Side) -> Judged:
+        greedy = scorer.greedy(share, side) if self.algorithm.greedy_baseline else None
+        judged = judge(self.algorithm, self._reward_of(scored, side), scored.sides[side], greedy)
+        self._require_finite({f"{side} rollouts": self.ranks.gather(judged.earned, len(share))}, ids_of(batch, side))
         return judged
 
     def _experience(self, scored: Scored, side: Side, judged: Judged) -> Experience:
         own = scored.sides[side]
-        advantages = by_token(self.algorithm, standing_in(self.reward, scored.embeddings, side), own, judged)
+        advantage = self.ranks.on_whole(self.algorithm.advantage, len(scored.positive.instance_ids))
+        advantages = by_token(replace(self.algorithm, advantage=advantage), self._reward_of(scored, side), own, judged)
         return Experience(own.rollouts, advantages, judged.keep, own.old_logprobs, own.reference_logprobs, own.instance_ids)
 
     # ---- the update
 
-    def update(self, experience: Experience, gap: LogprobGap) -> dict[str, float]:
+    def update(self, experience: Experience | None, gap: LogprobGap) -> dict[str, float]:
         """`updates_per_batch` optimiser steps, each on its share of the groups; means of what they saw.
+
+        A step is all ranks', each with its own groups, and is left out where no rank has anything to learn from.
 
         `gap` takes in the log-probs of the first step, which are still those of the policy that the engine sampled from.
         """
-        how = MinibatchPass(self.hparams["micro_batch_tokens"], self.hparams["positive_temperature"], self.manual_backward)
+        ranks, owned = self.ranks, 0 if experience is None else len(experience)
+        how = MinibatchPass(self.hparams["micro_batch_tokens"], self.hparams["positive_temperature"], self._backward, ranks)
         sums: dict[str, float] = {}
         steps = 0
-        for groups in torch.arange(len(experience)).tensor_split(self.algorithm.updates_per_batch):
-            part = experience.select(groups) if len(groups) else None
-            if part is None or part.tokens == 0:  # every rollout masked out (all truncated): nothing to learn from
+        for groups in torch.arange(owned).tensor_split(self.algorithm.updates_per_batch):
+            part = experience.select(groups) if experience is not None and len(groups) else None
+            if not ranks.total(0 if part is None else part.tokens)[0]:  # all masked out (truncated), or still gathered
                 continue
             stats = minibatch_gradient(self.policy, self.algorithm, part, how, gap if steps == 0 else None)
-            stats["gradient_norm"] = self._step(part.instance_ids)
+            stats["gradient_norm"] = self._step(() if part is None else part.instance_ids)
             sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
             steps += 1
-        return {**{name: value / steps for name, value in sums.items()}, "updates": float(steps), "groups": float(len(experience))}
+        groups_learned = ranks.total(owned)[0]
+        return {**{name: value / steps for name, value in sums.items()}, "updates": float(steps), "groups": groups_learned}
+
+    def _backward(self, loss: Tensor, last: bool) -> None:
+        with gradient_exchange(self.policy, self.trainer.strategy, now=last):
+            self.manual_backward(loss)
 
     def _step(self, instance_ids: Sequence[str]) -> float:
         """Clips, checks and applies the gradient; returns its norm before clipping."""
         optimizer = self.optimizers()
         gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if not torch.isfinite(torch.tensor(norm)):
+        norm = whole_norm(gradients)
+        if not math.isfinite(norm):  # on every rank, as gradients are exchanged
+            records = [name for names in self.ranks.objects(list(instance_ids)) for name in names]
             raise NonFiniteError(
-                f"gradient norm is {norm} in rollout batch {self.rollout_batches}, records {', '.join(instance_ids)}; "
+                f"gradient norm is {norm} in rollout batch {self.rollout_batches}, records {', '.join(records)}; "
                 "the weights were not changed. Lower module.learning_rate, or look at these records"
             )
         self.clip_gradients(optimizer, self.hparams["max_gradient_norm"], "norm")  # type: ignore[arg-type]
@@ -240,9 +272,9 @@ class GRACE(L.LightningModule):
             "lora": lora_settings(self.policy.model),
             "settings": self.settings.to_dict(),
             "rollout_batches": self.rollout_batches,
-            "held": self.buffer.state_dict(),
+            "held": self.ranks.objects(self.buffer.state_dict()),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.rollout_batches = checkpoint["grace"]["rollout_batches"]
-        self.buffer.load_state_dict(checkpoint["grace"]["held"])
+        self.buffer.load_state_dict(shared_out(checkpoint["grace"]["held"], self.ranks))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from src.modules.ranks import Ranks
+
 
 @dataclass
 class LogprobGap:
@@ -38,3 +40,9 @@ class LogprobGap:
         self.total += float(gaps.sum())
         largest = float(gaps.max())
         self.largest = largest if math.isnan(self.largest) else max(self.largest, largest)
+
+    def over(self, ranks: Ranks) -> tuple[float, float]:
+        """The mean and the largest over the tokens of all ranks; nan where nothing was compared."""
+        tokens, total = ranks.total(self.tokens, self.total)
+        largest = ranks.largest(-1.0 if math.isnan(self.largest) else self.largest)[0]  # a difference is never negative
+        return (total / tokens, largest) if tokens else (math.nan, math.nan)

@@ -129,6 +129,13 @@ class Policy(nn.Module):
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return int(pad if pad is not None else eos)
 
+    def forward(self, rollouts: Rollouts, groups: Tensor | None = None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of the rationales' tokens, see `logprobs`; `groups` as of `hidden_states`.
+
+        Updates go through this one call: around it weights that are cut over several devices are gathered.
+        """
+        return self.logprobs(rollouts, self.hidden_states(rollouts, groups), temperature)
+
     def hidden_states(self, rollouts: Rollouts, groups: Tensor | None = None) -> Tensor:
         """[N, T, D] last hidden states of the live model, after its final norm.
 

@@ -1,12 +1,14 @@
 """What one rollout batch did: the module writes it, the callbacks read it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from src.modules.judging import Judged
 from src.modules.logprob_gap import LogprobGap
+from src.modules.ranks import Ranks
 from src.modules.rewards import Reward
 from src.modules.scoring import Scored, unrelated_similarity
 from src.modules.sides import Side
@@ -14,7 +16,9 @@ from src.modules.sides import Side
 
 @dataclass(frozen=True)
 class StepReport:
-    """One rollout batch of B instances with K rollouts each. Tensors are detached and on the CPU, of positives but where it says so.
+    """One rollout batch of B instances with K rollouts each, those of all ranks, and the same report on every rank.
+
+    Tensors are detached and on the CPU, of positives but where it says so.
 
     Attributes:
         reward: the terms and their total, before any truncation penalty.
@@ -29,7 +33,8 @@ class StepReport:
             steps, and groups, how many they learned from (both 0 while groups are gathered).
         logprob_gap: mean and largest distance of the engine's log-probs from the trainer's, in nats a token, over the tokens
             of the first step; nan where it took none, or the engine does not say.
-        seconds: of the phases rollout, encode and update, and of reference and greedy where the algorithm has them.
+        seconds: of the phases rollout, encode and update, and of reference and greedy where the algorithm has them; each the
+            slowest rank's.
         rollout_tokens: tokens sampled, all sides.
         update_tokens: tokens of the sequences that were updated on, a shared prompt counted for each of its rollouts.
         instance_ids: B record ids.
@@ -58,21 +63,40 @@ def step_report(
     update: dict[str, float],
     gap: LogprobGap,
     seconds: dict[str, float],
+    ranks: Ranks,
+    instance_ids: Sequence[str],
 ) -> StepReport:
-    """`reward` and `advantages`, [B, K] terms and [B*K, T] by token, are of the positives."""
-    rollouts, shape = scored.positive.rollouts, reward.total.shape
+    """To be called by all ranks.
+
+    Args:
+        scored, judged, gap, seconds: of this rank.
+        reward: of the positives of all ranks, [B, K] terms.
+        advantages: of this rank's positives, by token.
+        update: of all ranks.
+        instance_ids: of all ranks.
+    """
+    rollouts = scored.positive.rollouts
+    own = len(instance_ids) // ranks.count
+
+    def everywhere(values: Tensor) -> Tensor:
+        """[B, K] of this rank's positives' [b * K]."""
+        return ranks.gather(values.view(own, -1), own).cpu()
+
+    rationales = torch.tensor([hash(tuple(ids.tolist())) for ids in rollouts.rationales()])
+    updated = sum(int(side.rollouts.lengths.sum()) for side in scored.sides.values())
+    rollout_tokens, update_tokens = ranks.total(scored.rollout_tokens, updated)
     return StepReport(
         reward=Reward({name: term.cpu() for name, term in reward.terms.items()}, reward.weights, reward.total.cpu()),
-        other_rewards={side: part.earned.cpu() for side, part in judged.items() if side != "positive"},
-        advantages=(advantages.sum(dim=1) / rollouts.rationale_lengths).view(shape).cpu(),
-        finished=rollouts.finished.view(shape).cpu(),
-        rationale_lengths=rollouts.rationale_lengths.view(shape).cpu(),
-        distinct_rationales=len({tuple(ids.tolist()) for ids in rollouts.rationales()}) / len(rollouts),
+        other_rewards={side: ranks.gather(part.earned, own).cpu() for side, part in judged.items() if side != "positive"},
+        advantages=everywhere(advantages.sum(dim=1) / rollouts.rationale_lengths),
+        finished=everywhere(rollouts.finished),
+        rationale_lengths=everywhere(rollouts.rationale_lengths),
+        distinct_rationales=len(everywhere(rationales).unique()) / reward.total.numel(),
         unrelated_similarity=unrelated_similarity(scored.embeddings.positive),
         update=update,
-        logprob_gap=(gap.mean, gap.largest),
-        seconds=seconds,
-        rollout_tokens=scored.rollout_tokens,
-        update_tokens=sum(int(side.rollouts.lengths.sum()) for side in scored.sides.values()),
-        instance_ids=list(scored.positive.instance_ids),
+        logprob_gap=gap.over(ranks),
+        seconds=dict(zip(seconds, ranks.largest(*seconds.values()), strict=True)),
+        rollout_tokens=int(rollout_tokens),
+        update_tokens=int(update_tokens),
+        instance_ids=list(instance_ids),
     )

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from src.datamodules.records import Triplet
@@ -12,6 +14,7 @@ from src.modules.encoder import RolloutEngine
 from src.modules.judging import Greedy
 from src.modules.policy import Policy
 from src.modules.prompt import PromptRenderer
+from src.modules.ranks import Ranks
 from src.modules.reference import Reference
 from src.modules.rewards import Embeddings
 from src.modules.scoring import GroupEncoding, Scored, ScoredSide, encode_groups, encode_others, negatives_an_instance, sampled_tokens
@@ -31,7 +34,8 @@ class Scorer:
         policy, engine, renderer, reference, algorithm: of the module; no reference where the algorithm has no use for it.
         settings: the module's: num_rollouts, positive_temperature, other_temperature, micro_batch_tokens, encode_batch_size,
             also_learn_from.
-        seed: tells this rollout batch from others: the run's seed, the batch's number, the rank.
+        seed: tells this rollout batch from others: the run's seed, the batch's number.
+        ranks: the processes that score the batch together, each its share of it.
         seconds: takes in the time of the phases.
     """
 
@@ -41,11 +45,15 @@ class Scorer:
     reference: Reference | None
     algorithm: Algorithm
     settings: dict[str, Any]
-    seed: tuple[int, int, int]
+    seed: tuple[int, int]
+    ranks: Ranks
     seconds: dict[str, float]
 
     def score(self, batch: Sequence[Triplet]) -> Scored:
         """K rollouts of the sides that are learned from, one of each text of the others.
+
+        Args:
+            batch: this rank's share, as of all methods here.
 
         Raises:
             ValueError: the records differ in their number of negatives; negatives are to be learned from and there are none.
@@ -54,9 +62,9 @@ class Scorer:
         learned = self._learned(m)
         rest = [side for side in OTHERS if side not in learned and (side == "query" or m)]
         with timed(self.seconds, "rollout"):
-            groups = {side: self._groups(texts_of(batch, side), side) for side in learned}
-            texts = [text for side in rest for text in texts_of(batch, side)]
-            others = [self._roll_out(texts, 1, self.settings["other_temperature"], _ONE_EACH)] if texts else []
+            groups = {side: self._groups(batch, side) for side in learned}
+            texts = [texts_of(batch, side) for side in rest]
+            others = [self._roll_out(texts, len(batch), 1, self.settings["other_temperature"], _ONE_EACH)] if rest else []
         with timed(self.seconds, "encode"):
             sides = {side: self._side(rollouts, ids_of(batch, side)) for side, rollouts in groups.items()}
             ones = {side: scored.embeddings[:, 0] for side, scored in sides.items()}  # other sides meet the first rollout
@@ -68,13 +76,14 @@ class Scorer:
                 for side, rollouts in groups.items():
                     sides[side] = replace(sides[side], reference_logprobs=self.reference.logprobs(rollouts, self._encoding))
         negative = ones["negative"] if m else ones["query"][:0]
-        embeddings = Embeddings(ones["query"], sides["positive"].embeddings, negative.unflatten(0, (len(batch), m)))
+        own = (ones["query"], sides["positive"].embeddings, negative.unflatten(0, (len(batch), m)))
+        embeddings = Embeddings(*(self.ranks.gather(side, len(batch)) for side in own))
         return Scored(sides, embeddings, sampled_tokens(*groups.values(), *others))
 
     def greedy(self, batch: Sequence[Triplet], side: Side) -> Greedy:
         """One greedy rollout of each text of a side."""
         with timed(self.seconds, "greedy"):
-            rollouts = self._roll_out(texts_of(batch, side), 1, 0.0, _GREEDY)
+            rollouts = self._roll_out([texts_of(batch, side)], len(batch), 1, 0.0, _GREEDY)
             embedded = encode_others(self.policy, rollouts, self.settings["encode_batch_size"])
         lengths, finished = rollouts.rationale_lengths.unsqueeze(1), rollouts.finished.unsqueeze(1)
         return Greedy(normalize(embedded, dim=-1).unsqueeze(1), lengths, finished)
@@ -98,6 +107,9 @@ class Scorer:
         encoded = encode_groups(self.policy, own, self._encoding, with_logprobs, with_prefixes=algorithm.credit_decay is not None)
         by_text = (len(instance_ids), self.settings["num_rollouts"])
         cut = encoded.prefix_embeddings
+        if cut is not None:  # a reward of prefixes looks at the others' of the same length, too
+            columns = int(self.ranks.largest(cut.shape[1])[0])
+            cut = torch.cat([cut, cut[:, -1:].expand(-1, columns - cut.shape[1], -1)], dim=1)
         return ScoredSide(
             rollouts=rollouts,
             embeddings=normalize(encoded.embeddings, dim=-1).unflatten(0, by_text),
@@ -107,11 +119,22 @@ class Scorer:
             instance_ids=instance_ids,
         )
 
-    def _groups(self, texts: Sequence[str], side: Side) -> Rollouts:
-        prefixes = self.algorithm.credit_decay is not None
-        return self._roll_out(texts, self.settings["num_rollouts"], self.settings["positive_temperature"], _STREAMS[side], prefixes)
+    def _groups(self, batch: Sequence[Triplet], side: Side) -> Rollouts:
+        k, prefixes = self.settings["num_rollouts"], self.algorithm.credit_decay is not None
+        return self._roll_out([texts_of(batch, side)], len(batch), k, self.settings["positive_temperature"], _STREAMS[side], prefixes)
 
-    def _roll_out(self, texts: Sequence[str], n: int, temperature: float, stream: int, prefixes: bool = False) -> Rollouts:
-        run, batch, rank = self.seed
-        seed = hash((run, batch, stream, rank)) % 2**31  # a tuple of ints hashes to the same number in every process
-        return self.engine.generate(self.policy, self.renderer(texts), n=n, temperature=temperature, seed=seed, prefixes=prefixes)
+    def _roll_out(
+        self, sides: Sequence[list[str]], instances: int, n: int, temperature: float, stream: int, prefixes: bool = False
+    ) -> Rollouts:
+        """n rollouts of the texts of some sides of so many instances, one side behind the other."""
+        prompts = self.renderer([text for texts in sides for text in texts])
+        seeds = self._seeds(stream, [len(texts) for texts in sides], instances)
+        return self.engine.generate(self.policy, prompts, n=n, temperature=temperature, seed=seeds, prefixes=prefixes)
+
+    def _seeds(self, stream: int, sizes: Sequence[int], instances: int) -> Tensor:
+        """One for each text, by its place among those of all ranks: ranks differ, and their number changes nothing."""
+        whole = [size * self.ranks.count for size in sizes]
+        places = torch.cat([sum(whole[:i]) + self.ranks.places(size, instances) for i, size in enumerate(sizes)])
+        # a tuple of ints hashes to the same number in every process
+        generator = torch.Generator().manual_seed(hash((*self.seed, stream)) % 2**31)
+        return torch.randint(2**62, (sum(whole),), generator=generator)[places]

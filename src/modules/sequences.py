@@ -113,3 +113,9 @@ def join(
         finished=finished,
         logprobs=scattered,
     )
+
+
+def blank(pad_id: int) -> Rollouts:
+    """One rollout of two tokens that mean nothing, for a pass that is made for its own sake."""
+    one = torch.ones(1, dtype=torch.long)
+    return Rollouts(torch.full((1, 2), pad_id), 0 * one, one, 2 * one, torch.ones(1, dtype=torch.bool))

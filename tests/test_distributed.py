@@ -1,0 +1,94 @@
+"""One process with B instances and two with B/2 do the same, by DDP and by FSDP; gloo on a CPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import ROOT
+from tests.two_processes import BATCH, SCENARIOS, fit
+
+KINDS = ["ddp", "fsdp"]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes did, started as a cluster's launcher starts them."""
+    folder = tmp_path_factory.mktemp("two")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, "-m", "tests.two_processes", str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one() -> dict[str, dict[str, Any]]:
+    """What one process did."""
+    return {name: fit(module()) for name, module in SCENARIOS.items()}
+
+
+def of_two(folder: Path, kind: str) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(folder / f"{kind}.pt", weights_only=True)
+    return found
+
+
+def close(ours: Tensor, theirs: Tensor, scale: float = 1.0) -> None:
+    torch.testing.assert_close(ours, theirs, atol=1e-5 * scale, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_rewards_advantages_and_weights_are_those_of_one_process(kind: str, name: str, two: Path, one: dict[str, dict[str, Any]]) -> None:
+    ours, theirs = of_two(two, kind)[name], one[name]
+    for a, b in zip(ours["batches"], theirs["batches"], strict=True):
+        assert a["ids"] == b["ids"]
+        assert torch.equal(a["lengths"], b["lengths"])  # the same rollouts, drawn by their places in the whole batch
+        close(a["reward"], b["reward"], scale=2)  # divided by 0.05, so that a similarity is right to 1e-6
+        for side in b["others"]:
+            close(a["others"][side], b["others"][side], scale=2)
+        close(a["advantages"], b["advantages"], scale=10 if name == "statistics of the whole batch" else 2)  # divided by 0.05 too
+        assert a["update"] == pytest.approx(b["update"], rel=1e-4, abs=1e-4)
+        assert a["numbers"] == pytest.approx(b["numbers"], abs=1e-5)
+        torch.testing.assert_close(torch.tensor(a["gap"]), torch.tensor(b["gap"]), atol=1e-5, rtol=0, equal_nan=True)
+    start = dict(SCENARIOS[name]().policy.named_parameters())
+    moved = max(float((weight - start[key]).detach().abs().max()) for key, weight in theirs["weights"].items())
+    assert moved > 3e-4  # thirty times what they may differ by
+    for key, weight in theirs["weights"].items():
+        close(ours["weights"][key], weight)
+
+
+def test_ranks_had_different_numbers_of_passes_and_of_tokens(one: dict[str, dict[str, Any]]) -> None:
+    lengths = one["several updates"]["batches"][0]["lengths"]
+    assert lengths[::2].sum() != lengths[1::2].sum()
+    gathered = [batch["update"]["groups"] for batch in one["groups gathered"]["batches"]]
+    assert gathered[0] == 0  # nothing is learned while groups are gathered
+    assert 0 < gathered[1] < 2 * len(BATCH)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_finite_on_one_rank_stops_all_with_the_same_line(kind: str, two: Path) -> None:
+    for name, expected in {
+        "reward": "reward term 'mine' is not finite in rollout batch 0, records f:1; the weights were not changed",
+        "gradient": "gradient norm is nan in rollout batch 0, records f:0, f:2, f:4, f:6, f:1, f:3, f:5, f:7; the weights were not changed",
+    }.items():
+        lines = [(two / f"{kind} {name} {rank}.txt").read_text() for rank in (0, 1)]
+        assert lines[0] == lines[1]
+        assert lines[0].startswith(expected)
+        assert lines[0].endswith("the same weights: True")
+
+
+def test_a_run_of_several_processes_goes_on_from_its_checkpoint(two: Path) -> None:
+    ddp, fsdp = (of_two(two, kind)["gone on with"] for kind in KINDS)
+    assert len(ddp["batches"]) == len(fsdp["batches"]) == 1
+    close(ddp["batches"][0]["reward"], fsdp["batches"][0]["reward"], scale=2)
+    for key, weight in ddp["weights"].items():
+        if "k_proj.bias" not in key:  # attention does not depend on it: its gradient is rounding, of which AdamW makes full steps
+            torch.testing.assert_close(fsdp["weights"][key], weight, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,205 @@
+"""Runs of GRACE that one process and several must agree on. As a program it is what each of several does:
+`torchrun --nproc-per-node=2 -m tests.two_processes <folder>` leaves what came of them there.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from peft import LoraConfig
+from torch import Tensor, distributed
+from torch.utils.data import DataLoader
+
+from src.datamodules.records import Triplet
+from src.modules.advantages import reinforce_pp_baseline, remax
+from src.modules.grace import GRACE, NonFiniteError
+from src.modules.lora import add_lora
+from src.modules.losses import ppo_clip
+from src.modules.prompt import Prompts
+from src.modules.rewards import Embeddings, Reward, document, listwise, paper
+from src.modules.rollout_hf import HFRollouts
+from src.modules.sequences import Rollouts
+from src.modules.sharding import whole
+from src.utils.sharded_strategy import ShardedStrategy
+from tests.builders import SENTENCES
+from tests.modules.test_grace import make
+
+TEXTS = [*SENTENCES, *(sentence[::-1] for sentence in SENTENCES)]
+BATCH = [Triplet(f"f:{i}", TEXTS[i][:20], TEXTS[i], (TEXTS[i + 1][3:50], TEXTS[i + 2][:30])) for i in range(8)]
+
+
+class WithoutStates(HFRollouts):
+    """Ids alone, so that a pass computes the rest, for as many prefixes as this rank's longest rationale has."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Rollouts:
+        return replace(super().generate(*args, **kwargs), logprobs=None, embeddings=None, prefix_embeddings=None)
+
+
+class OddOnesNeverEnd(HFRollouts):
+    """Rationales of every second positive are truncated: with two ranks all those of the second."""
+
+    def generate(self, policy: Any, prompts: Prompts, n: int = 1, *args: Any, **kwargs: Any) -> Rollouts:
+        rollouts = super().generate(policy, prompts, n, *args, **kwargs)
+        ranks = distributed.get_world_size() if distributed.is_initialized() else 1
+        rank = distributed.get_rank() if ranks > 1 else 0
+        even = (rank + ranks * torch.arange(len(prompts))) % 2 == 0
+        return replace(rollouts, finished=even.repeat_interleave(n))
+
+
+def broken_reward(e: Embeddings) -> Reward:
+    """Not a number for the third rollout of the second instance, which is the second rank's."""
+    good = document(e)
+    total = good.total.clone()
+    total[1, 2] = torch.nan
+    return Reward({**good.terms, "mine": total}, {**good.weights, "mine": 1.0}, total)
+
+
+def exploding_loss(*args: Tensor) -> Any:
+    """Infinite on the last rank alone."""
+    result = ppo_clip(*args)
+    last = not distributed.is_initialized() or distributed.get_rank() == distributed.get_world_size() - 1
+    return replace(result, loss=result.loss * torch.inf) if last else result
+
+
+def module_with(engine: type[HFRollouts] = HFRollouts, lora: bool = False, **settings: Any) -> GRACE:
+    module = make(**{"seed": 3, "num_rollouts": 3, "micro_batch_tokens": 120, "max_new_tokens": 7, "max_gradient_norm": 1.0, **settings})
+    module.engine = engine(7)
+    module.policy.model.generation_config.eos_token_id = list(range(5, 65))  # a random model ends by chance, so give it many ways
+    if lora:
+        torch.manual_seed(0)
+        add_lora(module.policy.model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    return module
+
+
+SCENARIOS: dict[str, Callable[[], GRACE]] = {
+    "several updates": lambda: module_with(reward=listwise, algorithm={"updates_per_batch": 2}),
+    "credit by token, all sides": lambda: module_with(
+        reward=listwise, also_learn_from=["query", "negative"], algorithm={"credit_decay": 0.9, "updates_per_batch": 2}
+    ),
+    "credit by token, from a pass": lambda: module_with(WithoutStates, reward=paper, algorithm={"credit_decay": 0.9, "truncation": "none"}),
+    "statistics of the whole batch": lambda: module_with(
+        reward=document, algorithm={"advantage": reinforce_pp_baseline, "kl_weight": 0.1, "updates_per_batch": 2}
+    ),
+    "greedy baseline": lambda: module_with(reward=paper, encoder="frozen", algorithm={"advantage": remax, "greedy_baseline": True}),
+    "groups gathered": lambda: module_with(
+        reward=document, algorithm={"min_group_std": 0.045, "max_extra_batches": 1, "truncation": "none"}
+    ),
+    "a rank without tokens": lambda: module_with(
+        OddOnesNeverEnd, reward=document, algorithm={"truncation": "mask", "updates_per_batch": 2}
+    ),
+    "adapters": lambda: module_with(reward=listwise, lora=True),
+}
+BROKEN: dict[str, Callable[[], GRACE]] = {
+    "reward": lambda: module_with(reward=broken_reward),
+    "gradient": lambda: module_with(reward=document, algorithm={"loss": exploding_loss}),
+}
+
+
+def sgd(module: GRACE) -> Any:
+    """In AdamW's place, which makes full steps of a gradient that is 0 but for rounding: by this weights differ as gradients do."""
+    optimizer = torch.optim.SGD([p for p in module.policy.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)}
+
+
+class Watch(L.Callback):
+    """Keeps what is to be compared."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {"batches": []}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        r = pl_module.report
+        numbers = {"rollout_tokens": r.rollout_tokens, "update_tokens": r.update_tokens, "distinct": r.distinct_rationales}
+        self.seen["batches"].append(
+            {
+                "ids": r.instance_ids,
+                "reward": r.reward.total,
+                "others": r.other_rewards,
+                "advantages": r.advantages,
+                "lengths": r.rationale_lengths,
+                "update": r.update,
+                "gap": r.logprob_gap,
+                "numbers": {**numbers, "unrelated": r.unrelated_similarity},
+            }
+        )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        with whole(pl_module.policy):
+            self.seen["weights"] = {name: p.detach().clone() for name, p in pl_module.policy.named_parameters()}
+
+
+def trainer_of(strategy: Any, devices: int, callbacks: list[L.Callback], batches: int = 2) -> L.Trainer:
+    """On the CPU, and quiet."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(
+        accelerator="cpu",
+        strategy=strategy,
+        devices=devices,
+        max_epochs=1,
+        limit_train_batches=batches,
+        use_distributed_sampler=False,
+        callbacks=callbacks,
+        **quiet,  # type: ignore[arg-type]
+    )
+
+
+def loader() -> Any:
+    """Two batches of eight."""
+    return DataLoader([BATCH, BATCH[::-1]], batch_size=None)  # type: ignore[arg-type]
+
+
+def fit(module: GRACE, strategy: Any = "auto", devices: int = 1) -> dict[str, Any]:
+    """What two batches come to."""
+    module.configure_optimizers = functools.partial(sgd, module)  # type: ignore[method-assign]
+    watch = Watch()
+    trainer_of(strategy, devices, [watch]).fit(module, loader())
+    return watch.seen
+
+
+def error_of(module: GRACE, strategy: Any, devices: int) -> str:
+    """What stops a run, and whether it left the weights alone."""
+    before = {name: p.detach().clone() for name, p in module.policy.named_parameters()}
+    try:
+        fit(module, strategy, devices)
+    except NonFiniteError as error:
+        with whole(module.policy):
+            same = all(torch.equal(before[name], p) for name, p in module.policy.named_parameters())
+        return f"{error}\nthe same weights: {same}"
+    return "nothing"
+
+
+def go_on(strategy: Callable[[], Any], folder: Path) -> dict[str, Any]:
+    """A run by AdamW of two batches that is saved after the first, and gone on with by another trainer; what the second saw."""
+    first, again = (module_with(reward=listwise, learning_rate=1e-3) for _ in range(2))
+    trainer = trainer_of(strategy(), 2, [], batches=1)
+    trainer.fit(first, loader())
+    trainer.save_checkpoint(folder / "one.ckpt")
+    watch = Watch()
+    resumed = trainer_of(strategy(), 2, [watch])
+    resumed.fit_loop.max_epochs = 2
+    resumed.fit(again, DataLoader([BATCH[::-1]], batch_size=None), ckpt_path=folder / "one.ckpt")  # type: ignore[arg-type]
+    return watch.seen
+
+
+def main(folder: Path, rank: int) -> None:
+    """All runs, by DDP and by FSDP: rank zero's results, and the errors of both."""
+    strategies: dict[str, Callable[[], Any]] = {"ddp": lambda: DDPStrategy(process_group_backend="gloo"), "fsdp": ShardedStrategy}
+    for kind, strategy in strategies.items():
+        results = {name: fit(module(), strategy(), 2) for name, module in SCENARIOS.items()}
+        results["gone on with"] = go_on(strategy, folder / kind)
+        if rank == 0:
+            torch.save(results, folder / f"{kind}.pt")
+        for name, module in BROKEN.items():
+            (folder / f"{kind} {name} {rank}.txt").write_text(error_of(module(), strategy(), 2))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), int(os.environ["RANK"]))
