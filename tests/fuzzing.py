@@ -7,5 +7,7 @@ _COMMON = {"deadline": None, "database": None, "suppress_health_check": [HealthC
 
 HUNDRED_OR_THOUSANDS = [
     pytest.param(settings(max_examples=100, derandomize=True, **_COMMON), id="hundred"),
-    pytest.param(settings(max_examples=2000, print_blob=True, **_COMMON), id="thousands", marks=pytest.mark.slow),
+    pytest.param(
+        settings(max_examples=2000, print_blob=True, **_COMMON), id="thousands", marks=[pytest.mark.slow, pytest.mark.timeout(1200)]
+    ),
 ]

@@ -242,7 +242,7 @@ def test_what_is_prepared_is_what_was_read(tmp_path: Path, cases: settings) -> N
     limit = PromptLimit(small_tokenizer(), "Name.", 60)
     file = DataFile(tmp_path / "data.txt", "data.txt")
 
-    @cases
+    @settings(cases, max_examples=cases.max_examples // 5)  # each writes a folder
     @given(st.lists(st.text(max_size=30) | st.sampled_from(["<|im_end|>", "</think> a", "x" * 200]), max_size=6))
     def check(texts: list[str]) -> None:
         file.path.write_text("\n".join(texts), encoding="utf-8", newline="")
