@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from src.modules.encoder import RationaleEncoder
 from src.modules.export import load_policy
 from src.modules.policy import Policy
 from src.modules.settings import EncoderSettings
+from src.utils.abilities import ability_markdown, ability_metrics, ability_table, compare, run_abilities
 from src.utils.benchmarks import named_tasks
 from src.utils.comparison import Contender, comparison_table, contenders
 from src.utils.evaluation import EvaluationScores, run_tasks
 from src.utils.run_info import log_run_info
 from src.utils.secrets import keep_secrets
 from src.utils.timing import clock
+from src.utils.tracking import write_text
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,22 @@ def log_row(cfg: DictConfig, row: Contender, scores: EvaluationScores) -> None:
     logger.finalize("success" if not scores.failures else "failed")
 
 
+def report_abilities(cfg: DictConfig, policies: Mapping[str, tuple[Policy, EncoderSettings]], console: Console) -> None:
+    """What each policy kept of the general abilities of `base`: a table, a page in the run's folder, an MLflow run."""
+    device = policies[cfg.base][0].device
+    before = run_abilities(policies[cfg.base][0], **cfg.abilities)
+    for path in policies.keys() - {cfg.base}:
+        after = run_abilities(policies[path][0].to(device), **cfg.abilities)
+        changes = {task: compare(score, after[task], cfg.abilities_tolerance) for task, score in before.items()}
+        console.print(ability_table(changes, f"General abilities of {Path(path).name} beside {Path(cfg.base).name}"))
+        write_text(Path(cfg.paths.output_dir) / f"abilities_{Path(path).name}.md", ability_markdown(changes))
+        if cfg.get("logger"):
+            logger = instantiate(cfg.logger, run_name=f"{cfg.name}: abilities of {Path(path).name}")
+            log_run_info([logger], cfg, root=Path(cfg.paths.root))
+            logger.log_metrics(ability_metrics(changes))
+            logger.finalize("success")
+
+
 def evaluate(cfg: DictConfig) -> dict[str, EvaluationScores]:
     """Scores by row; prints their table."""
     console = Console()
@@ -79,7 +98,8 @@ def evaluate(cfg: DictConfig) -> dict[str, EvaluationScores]:
     began = time.monotonic()
     rows = contenders(cfg.model, cfg.rationale, cfg.base, cfg.paths.output_root, cfg.model_name)
     try:
-        policies = {path: load_policy(path, cfg.trust_remote_code) for path in {row.path for row in rows}}
+        paths = {row.path for row in rows} | ({cfg.base} if cfg.abilities.tasks else set())
+        policies = {path: load_policy(path, cfg.trust_remote_code) for path in paths}
         tasks = load_tasks(cfg)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
@@ -100,6 +120,8 @@ def evaluate(cfg: DictConfig) -> dict[str, EvaluationScores]:
         scores[row.name] = scored
         log_row(cfg, row, scored)
     console.print(comparison_table(scores, f"Main scores in %: {cfg.benchmark}"))
+    if cfg.abilities.tasks:
+        report_abilities(cfg, policies, console)
     for row in rows:
         console.print(f"{row.name}: {row.path}", soft_wrap=True, highlight=False, markup=False)
     if cfg.model is None and len(rows) < 3:

@@ -140,3 +140,19 @@ def test_a_second_evaluation_is_at_least_twenty_times_as_fast(compose: Compose) 
         evaluate.evaluate(cfg)
         seconds.append(time.monotonic() - began)
     assert seconds[0] >= 20 * seconds[1], seconds
+
+
+def test_general_abilities_stand_beside_those_of_the_base(
+    compose: Compose, tiny_policy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval")
+    trained = Path(shutil.copytree(tiny_policy_folder, tmp_path / "export"))
+    asked = ["abilities.tasks=offline", "abilities.packages=[networkx]", "abilities.count=8"]
+    cfg = compose(*asked, *SMALL, f"base={tiny_policy_folder}", f"model={trained}", "rationale=false", config_name="evaluate")
+    evaluate.evaluate(cfg)
+    assert "General abilities of export beside" in capsys.readouterr().out
+    assert "| docstring_choice | acc |" in Path(cfg.paths.output_dir, "abilities_export.md").read_text()
+    client = MlflowClient(cfg.paths.tracking_uri)
+    runs = client.search_runs([client.get_experiment_by_name(cfg.project).experiment_id])
+    (run,) = [run for run in runs if run.info.run_name == "evaluate: abilities of export"]
+    assert run.data.metrics["abilities/docstring_text/gain"] == 0.0  # the same weights

@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.loggers import MLFlowLogger
+
+from src.callbacks.general_abilities import GeneralAbilities
+from src.modules.grace import GRACE
+from src.utils.abilities import AbilityScore
+from tests.callbacks.conftest import fit
+from tests.conftest import ROOT, Compose
+
+pytest.importorskip("lm_eval")
+
+
+def callback(folder: Path) -> GeneralAbilities:
+    return GeneralAbilities(str(folder / "abilities.md"), "offline", ["networkx"], str(ROOT / "data" / "cache"), count=8)
+
+
+def test_before_and_after_are_logged_with_an_interval(module: GRACE, mlflow_logger: MLFlowLogger, tmp_path: Path) -> None:
+    watcher = callback(tmp_path)
+    fit(module, [watcher], tmp_path, batches=1, logger=mlflow_logger)
+    metrics = mlflow_logger.experiment.get_run(mlflow_logger.run_id).data.metrics
+    for task in ("docstring_choice", "docstring_text"):
+        low, gain, high = (metrics[f"abilities/{task}/{name}"] for name in ("gain_low", "gain", "gain_high"))
+        assert low <= gain <= high
+        assert {f"abilities/{task}/before", f"abilities/{task}/after"} <= set(metrics)
+        assert task in (tmp_path / "abilities.md").read_text()
+    assert "report/abilities.md" in {file.path for file in mlflow_logger.experiment.list_artifacts(mlflow_logger.run_id, "report")}
+
+
+def test_a_resumed_run_compares_with_its_first_start(module: GRACE, tmp_path: Path) -> None:
+    first, second = callback(tmp_path), callback(tmp_path)
+    first.before = {"docstring_choice": AbilityScore("acc", True, (1.0,) * 8, (1.0,) * 8)}
+    second.load_state_dict(first.state_dict())
+    fit(module, [second], tmp_path, batches=1)
+    assert second.changes["docstring_choice"].before == 1.0
+
+
+def test_the_config_asks_held_out_packages(compose: Compose) -> None:
+    cfg = compose("callbacks=abilities").callbacks
+    assert cfg.general_abilities.packages == ["scipy", "pandas", "networkx"]
+    assert cfg.mteb is not None
