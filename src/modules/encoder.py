@@ -3,14 +3,19 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
+from src.modules.export import load_policy
 from src.modules.policy import Policy
 from src.modules.prompt import PromptRenderer, Prompts
+from src.modules.rollout_hf import HFRollouts
 from src.modules.sequences import Rollouts, join
 from src.modules.settings import EncoderSettings
 
@@ -44,6 +49,9 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 class RationaleEncoder:
     """Embeds texts with a policy, with its rationales or without.
 
+    `RationaleEncoder.from_pretrained(folder).encode(texts)` is all that most need. A text's embedding does
+    not depend on the texts beside it, but for rounding.
+
     Args:
         policy: the model; its mode and gradients are as before after every call.
         settings: prompt and pooling.
@@ -71,69 +79,128 @@ class RationaleEncoder:
     ) -> None:
         if temperature < 0:
             raise ValueError(f"temperature={temperature}: it is 0 (greedy) or above")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: it must be at least 1")
         if (settings.pooling, settings.layer) != (policy.pooling, policy.layer):
             raise ValueError(
                 f"the encoder's settings say pooling={settings.pooling}, layer={settings.layer}, and the policy pools by "
                 f"{policy.pooling} at layer {policy.layer}: make both the same"
             )
         self.policy, self.settings, self.engine = policy, settings, engine
-        self.rationale, self.temperature, self.seed, self.batch_size = rationale, temperature, seed, batch_size
-        self._renderers = {side: self._renderer(side) for side in ("query", None)}
+        self.rationale, self.temperature, self.seed, self.batch_size = rationale, temperature, seed, _positive(batch_size)
+        self._renderers = {side: self._renderer(side) for side in ("query", "document", None)}
 
     def _renderer(self, prompt_type: str | None) -> PromptRenderer:
         s = self.settings
         return PromptRenderer(self.policy.tokenizer, s.instruction_for(prompt_type), s.max_prompt_tokens, dict(s.template_kwargs))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: Path | str,
+        device: str | torch.device | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 64,
+    ) -> "RationaleEncoder":
+        """The encoder of an exported folder, of a training checkpoint (*.ckpt), or of an instruct model on the hub.
+
+        Args:
+            path: of the folder or checkpoint, or the model's name.
+            device: where it works; None takes a GPU where there is one.
+            max_new_tokens: longest rationale; None: what the model was trained with.
+            temperature, seed, batch_size: see RationaleEncoder.
+
+        Raises:
+            FileNotFoundError: nothing there.
+            ValueError: a checkpoint that GRACE did not write, or a setting without sense.
+        """
+        policy, settings = load_policy(path)
+        if max_new_tokens is not None:
+            settings = replace(settings, max_new_tokens=max_new_tokens)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        engine = HFRollouts(settings.max_new_tokens)
+        return cls(policy.to(device), settings, engine, temperature=temperature, seed=seed, batch_size=batch_size)
 
     @property
     def dimension(self) -> int:
         """Size of an embedding."""
         return int(self.policy.model.config.get_text_config().hidden_size)
 
-    def encode(self, texts: Sequence[str], prompt_type: str | None = None) -> np.ndarray:
-        """[N, D] float32 embeddings, pooled and not normalised, in the order of the texts.
+    def encode(
+        self,
+        texts: Sequence[str],
+        prompt_type: str | None = None,
+        rationale: bool | None = None,
+        batch_size: int | None = None,
+        show_progress: bool = False,
+    ) -> np.ndarray:
+        """Embeddings, in the order of the texts.
 
         Args:
-            prompt_type: `query` reads the texts under the settings' instruction for queries, if they have one.
+            texts: any number of them; one that occurs again is read once.
+            prompt_type: `query` or `document`. They are read alike, as GRACE was trained, unless the settings have a
+                `query_instruction`.
+            rationale: whether rationales are written; None: as the encoder was made (with).
+            batch_size: texts at a time; None: the encoder's own.
+            show_progress: a bar of texts done and time left, on standard error.
+
+        Returns:
+            [N, D] float32, pooled and not normalised; compare them by cosine.
 
         Raises:
-            ValueError: an embedding that is not finite.
+            TypeError: one string in place of a list of them.
+            ValueError: an embedding that is not finite, an unknown prompt type, a batch size below one.
         """
-        return self._run(texts, prompt_type)[0]
+        return self._run(texts, prompt_type, rationale, batch_size, show_progress)[0]
 
-    def explain(self, texts: Sequence[str], prompt_type: str | None = None) -> tuple[np.ndarray, list[str]]:
-        """Embeddings as from `encode`, and the rationale of each text ("" without rationales).
+    def explain(
+        self,
+        texts: Sequence[str],
+        prompt_type: str | None = None,
+        rationale: bool | None = None,
+        batch_size: int | None = None,
+        show_progress: bool = False,
+    ) -> tuple[np.ndarray, list[str]]:
+        """Embeddings as from `encode`, whose arguments these are, and the rationale of each text ("" without rationales).
 
         Fences such as <think> are shown even where the tokenizer counts them as special tokens.
         """
-        embeddings, rationales = self._run(texts, prompt_type)
+        embeddings, rationales = self._run(texts, prompt_type, rationale, batch_size, show_progress)
         return embeddings, [str(self.policy.tokenizer.decode(ids.tolist(), skip_special_tokens=False)) for ids in rationales]
 
-    def _run(self, texts: Sequence[str], prompt_type: str | None) -> tuple[np.ndarray, list[Tensor]]:
+    def _run(
+        self, texts: Sequence[str], prompt_type: str | None, rationale: bool | None, batch_size: int | None, show_progress: bool
+    ) -> tuple[np.ndarray, list[Tensor]]:
         """Embeddings, and the ids of the rationales without what ended them."""
+        if isinstance(texts, str):
+            raise TypeError("texts is one string: give a list of texts, as in encode([text])")
+        self.settings.instruction_for(prompt_type)  # refuses a side that does not exist
+        size = self.batch_size if batch_size is None else _positive(batch_size)
         if not texts:
             return np.zeros((0, self.dimension), dtype=np.float32), []
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # a repeated text is written about once
         distinct = list(place)
-        prompts = self._renderers["query" if prompt_type == "query" else None](distinct)
+        prompts = self._renderers[prompt_type](distinct)
         embeddings = np.zeros((len(distinct), self.dimension), dtype=np.float32)
         rationales: list[Tensor] = [torch.empty(0, dtype=torch.long)] * len(distinct)
         order = prompts.lengths.argsort(descending=True, stable=True)  # like lengths together: less padding
-        with evaluation_mode(self.policy):
-            for rows in order.split(self.batch_size):
-                rollouts = self._rollouts(prompts.select(rows), _own_seeds([distinct[i] for i in rows.tolist()], self.seed))
+        with evaluation_mode(self.policy), tqdm(total=len(distinct), unit="text", disable=not show_progress) as bar:
+            for rows in order.split(size):
+                seeds = _own_seeds([distinct[i] for i in rows.tolist()], self.seed)
+                rollouts = self._rollouts(prompts.select(rows), self.rationale if rationale is None else rationale, seeds)
                 pooled = self.policy.embed(rollouts) if rollouts.embeddings is None else rollouts.embeddings
                 embeddings[rows.numpy()] = pooled.float().cpu().numpy()
                 ends = rollouts.finished.cpu() & (rollouts.rationale_lengths > 0).cpu()
                 for row, ids, ended in zip(rows.tolist(), rollouts.rationales(), ends.tolist(), strict=True):
                     rationales[row] = ids[:-1].cpu() if ended else ids.cpu()
+                bar.update(len(rows))
         _check_finite(embeddings, distinct)
         index = [place[text] for text in texts]
         return embeddings[index], [rationales[i] for i in index]
 
-    def _rollouts(self, prompts: Prompts, seeds: Tensor) -> Rollouts:
-        if self.rationale:
+    def _rollouts(self, prompts: Prompts, rationale: bool, seeds: Tensor) -> Rollouts:
+        if rationale:
             return self.engine.generate(self.policy, prompts, n=1, temperature=self.temperature, seed=seeds)
         nothing = [torch.empty(0, dtype=torch.long)] * len(prompts)
         finished = torch.ones(len(prompts), dtype=torch.bool)
@@ -144,6 +211,12 @@ def _own_seeds(texts: Sequence[str], seed: int) -> Tensor:
     """[N] int64, not negative: a seed for each text that depends on it and on `seed` alone."""
     digests = (hashlib.sha256(f"{seed} {text}".encode("utf-8", "surrogatepass")).digest() for text in texts)
     return torch.tensor([int.from_bytes(digest[:8], "big") >> 1 for digest in digests])
+
+
+def _positive(batch_size: int) -> int:
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: it must be at least 1")
+    return batch_size
 
 
 def _check_finite(embeddings: np.ndarray, texts: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from src.modules.lora import merged
 from src.modules.policy import ENCODER_FOLDER, Policy
+from src.modules.sentence_transformers_files import write_sentence_transformers_files
 from src.modules.settings import EncoderSettings
 
 CHECKPOINT_SUFFIX = ".ckpt"
@@ -19,7 +20,8 @@ _PREFIX = "policy."  # of the policy's weights in the state dict of a LightningM
 
 
 def export(policy: Policy, settings: EncoderSettings, folder: Path | str, dtype: torch.dtype = torch.float32) -> Path:
-    """Writes a folder for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.
+    """Writes a folder for `AutoModelForCausalLM.from_pretrained`, `AutoTokenizer.from_pretrained`, `SentenceTransformer` and
+    `RationaleEncoder.from_pretrained`.
 
     LoRA adapters are merged into the weights. It also holds grace.json (prompt and pooling) and, for a policy whose encoder
     is frozen, `encoder/`, a model of the same kind. It is written aside and renamed: it is whole or not there. What stood in
@@ -40,6 +42,7 @@ def export(policy: Policy, settings: EncoderSettings, folder: Path | str, dtype:
     _save_model(model, partial, dtype)
     policy.tokenizer.save_pretrained(partial)
     settings.save(partial)
+    write_sentence_transformers_files(partial, settings, int(model.config.get_text_config().hidden_size))
     if policy.frozen_encoder is not None:
         # saved whole, output layer and all, for a bare encoder would load with a random one and a warning about it
         whole = copy.deepcopy(model)

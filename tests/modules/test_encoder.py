@@ -1,11 +1,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from src.modules.encoder import RationaleEncoder, evaluation_mode
+from src.modules.export import export
 from src.modules.policy import Policy
 from src.modules.prompt import PromptRenderer, Prompts
 from src.modules.rollout_hf import HFRollouts
@@ -130,6 +132,52 @@ def test_an_embedding_that_is_not_finite_names_its_text(tiny_policy: Policy) -> 
         tiny_policy.model.base_model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"2 of 2 embeddings are not finite, the first that of the text 'a graph'"):
         encoder(tiny_policy, rationale=False).encode(["a graph", "the table"])
+
+
+def test_what_a_call_asks_for_goes_before_what_the_encoder_was_made_with(tiny_policy: Policy) -> None:
+    writing, plain = encoder(tiny_policy), encoder(tiny_policy, rationale=False)
+    np.testing.assert_array_equal(writing.encode(TEXTS, rationale=False), plain.encode(TEXTS))
+    np.testing.assert_array_equal(plain.encode(TEXTS, rationale=True), writing.encode(TEXTS))
+    assert plain.explain(TEXTS, rationale=True)[1] == writing.explain(TEXTS)[1]
+    engine = Recording()
+    RationaleEncoder(tiny_policy, SETTINGS, engine).encode(TEXTS, batch_size=1)
+    assert [len(prompts) for prompts in engine.prompts] == [1] * len(TEXTS)
+
+
+def test_a_query_may_have_an_instruction_of_its_own(tiny_policy: Policy) -> None:
+    plain, asking = encoder(tiny_policy), replace(SETTINGS, query_instruction="What would answer this?")
+    two = RationaleEncoder(tiny_policy, asking, HFRollouts(6))
+    queries = RationaleEncoder(tiny_policy, replace(SETTINGS, instruction="What would answer this?"), HFRollouts(6))
+    np.testing.assert_array_equal(two.encode(TEXTS, prompt_type="query"), queries.encode(TEXTS))
+    np.testing.assert_array_equal(two.encode(TEXTS, prompt_type="document"), plain.encode(TEXTS))
+    np.testing.assert_array_equal(two.encode(TEXTS), plain.encode(TEXTS))
+    np.testing.assert_array_equal(plain.encode(TEXTS, prompt_type="query"), plain.encode(TEXTS))
+
+
+def test_from_pretrained_reads_an_exported_folder(tiny_policy: Policy, tmp_path: Path) -> None:
+    folder = export(tiny_policy, SETTINGS, tmp_path / "export")
+    loaded = RationaleEncoder.from_pretrained(folder)
+    np.testing.assert_allclose(loaded.encode(TEXTS), encoder(tiny_policy).encode(TEXTS), atol=1e-6)
+    short = RationaleEncoder.from_pretrained(str(folder), max_new_tokens=2)
+    assert short.settings.max_new_tokens == short.engine.max_new_tokens == 2
+    with pytest.raises(FileNotFoundError, match=r"no model at .*nowhere: name an exported folder"):
+        RationaleEncoder.from_pretrained(tmp_path / "nowhere")
+
+
+def test_progress_is_shown_where_it_is_asked_for(tiny_policy: Policy, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder(tiny_policy, rationale=False).encode(TEXTS)
+    assert capsys.readouterr().err == ""
+    encoder(tiny_policy, rationale=False).encode(TEXTS, show_progress=True)
+    assert "4/4" in capsys.readouterr().err
+
+
+def test_bad_calls_are_refused(tiny_policy: Policy) -> None:
+    with pytest.raises(TypeError, match="texts is one string: give a list"):
+        encoder(tiny_policy).encode("a graph")
+    with pytest.raises(ValueError, match="prompt_type='passage': it is query, document or none"):
+        encoder(tiny_policy).encode(TEXTS, prompt_type="passage")
+    with pytest.raises(ValueError, match="batch_size=0"):
+        encoder(tiny_policy).encode(TEXTS, batch_size=0)
 
 
 @pytest.mark.parametrize(("option", "message"), [({"temperature": -1.0}, "temperature=-1.0"), ({"batch_size": 0}, "batch_size=0")])

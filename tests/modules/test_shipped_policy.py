@@ -66,3 +66,14 @@ def test_its_rationales_name_terms_of_the_text_and_end(encoders: dict[bool, Rati
 def test_it_finds_documents_of_packages_that_it_never_saw(encoders: dict[bool, RationaleEncoder], held_out: list[Docstring]) -> None:
     assert mean_reciprocal_rank(encoders[False], held_out) > 0.4
     assert mean_reciprocal_rank(encoders[True], held_out) > 0.4
+
+
+@pytest.mark.parametrize("rationale", [False, True])
+def test_a_text_has_one_vector_whatever_stands_beside_it(
+    encoders: dict[bool, RationaleEncoder], held_out: list[Docstring], rationale: bool
+) -> None:
+    texts = [doc.body[:320] if i % 2 else doc.summary for i, doc in enumerate(held_out[:24])]
+    together = encoders[rationale].encode(texts)
+    alone = np.concatenate([encoders[rationale].encode([text]) for text in texts[:8]])
+    np.testing.assert_allclose(alone, together[:8], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(encoders[rationale].encode(texts[::-1], batch_size=7)[::-1], together, atol=1e-5, rtol=0)
