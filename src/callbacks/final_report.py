@@ -30,6 +30,7 @@ _PLACES = {
     "test_scores.png": "scores, as a figure",
     "reward_terms.png": "reward terms over training",
     "rationales.md": "rationales before and after",
+    "similarities.png": "similarities before and after",
     "export": "trained policy, for transformers",
 }
 

@@ -1,16 +1,21 @@
-"""What several callbacks share: the texts they watch, and how they look at a policy without disturbing its training."""
+"""What several callbacks share: the records they watch, and how they look at a policy without disturbing its training."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.nn.functional import normalize
 
+from src.datamodules.records import Triplet
 from src.modules.encoder import evaluation_mode
 from src.modules.grace import GRACE
-from src.modules.prompt import PromptRenderer
+from src.modules.rewards import Embeddings
+from src.modules.scoring import encode_others, negatives_an_instance
 from src.modules.sequences import Rollouts
 from src.modules.sharding import whole
+from src.modules.sides import texts_of
 
 
 @contextmanager
@@ -23,27 +28,44 @@ def undisturbed(module: GRACE) -> Iterator[None]:
         yield
 
 
-def fixed_texts(trainer: L.Trainer, count: int) -> list[str]:
-    """Documents that nothing is trained on, the same at every call: `trainer.datamodule.fixed_texts(count)`.
+def fixed_triplets(trainer: L.Trainer, count: int) -> list[Triplet]:
+    """Records that nothing is trained on, the same at every call: `trainer.datamodule.fixed_triplets(count)`.
 
     Raises:
-        ValueError: the datamodule has no such method, or gives no text.
+        ValueError: the datamodule has no such method, or gives no record.
     """
     datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by fit(datamodule=...)
-    texts = datamodule.fixed_texts(count) if hasattr(datamodule, "fixed_texts") else []
-    if not texts:
+    found = datamodule.fixed_triplets(count) if hasattr(datamodule, "fixed_triplets") else []
+    if not found:
         raise ValueError(
-            f"the datamodule ({type(datamodule).__name__}) gives no fixed texts to watch: give it a method fixed_texts(count), or switch "
-            "off what watches them (callbacks.rationale_table=null callbacks.starting_policy_kl=null)"
+            f"the datamodule ({type(datamodule).__name__}) gives nothing fixed to watch: give it a method fixed_triplets(count), or switch "
+            "off what watches (callbacks.rationale_table=null callbacks.similarities=null callbacks.starting_policy_kl=null)"
         )
-    return list(texts)
+    return list(found)
 
 
-def sample(module: GRACE, texts: list[str], temperature: float, seed: int = 0) -> Rollouts:
-    """One rationale for each text from the policy as it is now, through the same renderer and engine as in training."""
-    s = module.settings
-    renderer = PromptRenderer(module.policy.tokenizer, s.instruction, s.max_prompt_tokens, s.template_kwargs)
-    return module.engine.generate(module.policy, renderer(texts), n=1, temperature=temperature, seed=seed)
+def fixed_texts(trainer: L.Trainer, count: int) -> list[str]:
+    """The documents of `fixed_triplets`."""
+    return texts_of(fixed_triplets(trainer, count), "positive")
+
+
+def sample(module: GRACE, texts: list[str], temperature: float, seed: int = 0, n: int = 1) -> Rollouts:
+    """n rationales for each text from the policy as it is now, through the same renderer and engine as in training."""
+    return module.engine.generate(module.policy, module.renderer(texts), n=n, temperature=temperature, seed=seed)
+
+
+def unit_vectors(module: GRACE, rollouts: Rollouts) -> Tensor:
+    """[N, D] float32 embeddings of length one."""
+    return normalize(encode_others(module.policy, rollouts, module.hparams["encode_batch_size"]), dim=-1)
+
+
+def embed_sides(module: GRACE, triplets: Sequence[Triplet], n: int, seed: int = 0) -> Embeddings:
+    """Embeddings of a batch as training meets them: n rollouts of a positive, one of the others, at its temperatures."""
+    b, m = len(triplets), negatives_an_instance(triplets)
+    positive = sample(module, texts_of(triplets, "positive"), module.hparams["positive_temperature"], seed, n)
+    texts = texts_of(triplets, "query") + texts_of(triplets, "negative")
+    others = unit_vectors(module, sample(module, texts, module.hparams["other_temperature"], seed + 1))
+    return Embeddings(others[:b], unit_vectors(module, positive).unflatten(0, (b, n)), others[b:].unflatten(0, (b, m)))
 
 
 def is_due(module: GRACE, every_n_rollout_batches: int) -> bool:

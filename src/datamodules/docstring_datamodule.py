@@ -102,7 +102,6 @@ class DocstringDataModule(L.LightningDataModule):
         )
         return DataLoader(stream, batch_size=None)
 
-    def fixed_texts(self, count: int) -> list[str]:
-        """The same validation documents at every call, for tables and diagnostics."""
-        triplets = self.triplets(self.val_packages, seed=0)
-        return [triplet.positive for triplet in random.Random(0).sample(triplets, count)]
+    def fixed_triplets(self, count: int) -> list[Triplet]:
+        """The same validation triplets at every call, for tables and diagnostics."""
+        return random.Random(0).sample(self.triplets(self.val_packages, seed=0), count)

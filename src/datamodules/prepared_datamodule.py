@@ -117,6 +117,6 @@ class PreparedDataModule(L.LightningDataModule):
         stream = TripletBatches(self.prepared, groups, self.batch_size, self.seed, lambda: batches_done(self.trainer))
         return DataLoader(stream, batch_size=None)
 
-    def fixed_texts(self, count: int) -> list[str]:
-        """Held-out documents, the same at every call; fewer than `count` where fewer are held out."""
-        return [triplet.positive for triplet in self.prepared.triplets(self.split()[1][:count])]
+    def fixed_triplets(self, count: int) -> list[Triplet]:
+        """Held-out records, the same at every call; fewer than `count` where fewer are held out."""
+        return self.prepared.triplets(self.split()[1][:count])

@@ -8,6 +8,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 DPI = 120
+
+Similarities = Mapping[str, Sequence[float]]
+"""Cosines by kind of pair."""
+
+Curve = Sequence[tuple[int, float]]
+"""A metric: (rollout batch, value), in order."""
+
 _MEAN, _SPREAD = "#1f5fa8", "#c8511b"
 _ROWS = ("#9aa5b1", "#5b8db8", "#c8511b", "#4b9a6b", "#7d5ba6")
 
@@ -102,4 +109,61 @@ def scores_figure(rows: Mapping[str, Mapping[str, float]], title: str) -> Figure
     axis.grid(axis="y", alpha=0.25)
     axis.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=len(rows), fontsize=8, frameon=False)
+    return figure
+
+
+def similarities_figure(groups: Mapping[str, Similarities]) -> Figure:
+    """A panel a group (before training, after it), a histogram a kind of pair; areas are one, so that kinds compare.
+
+    Raises:
+        ValueError: no groups.
+    """
+    if not groups:
+        raise ValueError("no similarities to draw")
+    figure = Figure(figsize=(3.9 * len(groups) + 0.4, 3.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots(1, len(groups), sharex=True, sharey=True, squeeze=False)[0]
+    every = [value for kinds in groups.values() for values in kinds.values() for value in values]
+    low, high = min(every), max(every)
+    width = max((high - low) / 30, 1e-3)
+    edges = [low + i * width for i in range(int((high - low) / width) + 2)]
+    colours = dict(zip(dict.fromkeys(kind for kinds in groups.values() for kind in kinds), _ROWS[2:] + _ROWS, strict=False))
+    for axis, (name, kinds) in zip(axes, groups.items(), strict=True):
+        for kind, values in kinds.items():
+            mean = sum(values) / len(values)
+            label = f"{kind} ({len(values)} pairs, mean {mean:.2f})"
+            axis.hist(values, bins=edges, density=True, histtype="stepfilled", alpha=0.35, color=colours[kind], label=label)
+            axis.axvline(mean, color=colours[kind], linewidth=1.2)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("cosine")
+        axis.set_yticks([])
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def curves_figure(curves: Mapping[str, Curve], columns: int = 4) -> Figure:
+    """Small multiples of metrics over rollout batches, with a running mean where there are many.
+
+    Raises:
+        ValueError: no curves.
+    """
+    if not curves:
+        raise ValueError("no curves to draw")
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(2.7 * min(columns, len(curves)) + 0.4, 2.1 * rows + 0.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots(rows, min(columns, len(curves)), squeeze=False).flatten()
+    for axis, (name, curve) in zip(axes, curves.items(), strict=False):
+        steps, values = [step for step, _ in curve], [value for _, value in curve]
+        window = max(1, len(steps) // 10)
+        marker = "o" if len(steps) < 10 else ""  # a single point is no line
+        axis.plot(steps, values, color=_MEAN, alpha=0.35 if window > 1 else 1.0, linewidth=1.0, marker=marker, markersize=3)
+        if window > 1:
+            axis.plot(steps, running_mean(values, window), color=_MEAN, linewidth=1.8)
+        axis.set_title(name, fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    for axis in axes[len(curves) :]:
+        axis.set_axis_off()
     return figure

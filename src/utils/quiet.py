@@ -43,6 +43,22 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "is superseded by" not in message and not message.startswith("Error while running task")
 
 
+@contextmanager
+def quiet_mlflow() -> Iterator[None]:
+    """No progress bar for each small artifact that is read."""
+    from mlflow.environment_variables import MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR as BARS
+
+    before = BARS.get_raw()
+    BARS.set(False)
+    try:
+        yield
+    finally:
+        if before is None:
+            BARS.unset()
+        else:
+            BARS.set(before)
+
+
 _NEEDLESS_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*does not have many workers.*",  # batches are text, made faster than they are used

@@ -18,6 +18,12 @@ from src.modules.tiny_policy import TINY_INSTRUCTION
 from tests.conftest import SENTENCES
 
 
+def triplets(count: int) -> list[Triplet]:
+    """At most eight, made of the sentences."""
+    s = SENTENCES
+    return [Triplet(f"t{i}", s[i], s[i + 2], (s[i + 4],)) for i in range(min(count, 8))]
+
+
 class FewTriplets(L.LightningDataModule):
     """Batches of two triplets made of the sentences."""
 
@@ -26,12 +32,10 @@ class FewTriplets(L.LightningDataModule):
         self.batches = batches
 
     def train_dataloader(self) -> DataLoader[list[Triplet]]:
-        s = SENTENCES
-        batch = [Triplet(f"t{i}", s[i], s[i + 2], (s[i + 4],)) for i in range(2)]
-        return DataLoader([batch] * self.batches, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader([triplets(2)] * self.batches, batch_size=None)  # type: ignore[arg-type]
 
-    def fixed_texts(self, count: int) -> list[str]:
-        return SENTENCES[-count:]
+    def fixed_triplets(self, count: int) -> list[Triplet]:
+        return triplets(count)
 
 
 @pytest.fixture

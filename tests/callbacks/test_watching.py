@@ -12,16 +12,18 @@ import torch
 from lightning.pytorch.loggers import MLFlowLogger
 
 from src.callbacks.checkpoint import RolloutCheckpoint
-from src.callbacks.probe import fixed_texts, undisturbed
+from src.callbacks.probe import embed_sides, fixed_triplets, undisturbed
 from src.callbacks.progress import RolloutProgress, clock
-from src.callbacks.rationale_table import RationaleTable
+from src.callbacks.rationale_table import RationaleTable, write_rationales
 from src.callbacks.reward_diagnostics import RewardDiagnostics
+from src.callbacks.similarities import SimilarityHistograms, similarities
 from src.callbacks.starting_policy_kl import StartingPolicyKL, score
 from src.callbacks.watcher import as_grace, last_report
+from src.modules import rewards
 from src.modules.grace import GRACE, NonFiniteError
 from src.modules.policy import Policy
 from src.modules.rewards import Embeddings, Reward
-from tests.callbacks.conftest import fit, make_module
+from tests.callbacks.conftest import fit, make_module, triplets
 
 
 class Recorder(L.Callback):
@@ -41,13 +43,57 @@ def test_rationale_table(module: GRACE, mlflow_logger: MLFlowLogger, tmp_path: P
     files = {Path(file.path).name for file in client.list_artifacts(run_id, "rationales")}
     assert files == {"step_0.json", "step_2.json", "step_3.json", "rationales.md"}
     mlflow.set_tracking_uri(mlflow_logger._tracking_uri)
-    table = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/rationales/step_2.json"))
-    assert table["columns"] == ["step", "text", "rationale", "length", "finished"]
+    table, last = (json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/rationales/step_{step}.json")) for step in (2, 3))
+    terms = ["positive", "negative", "consistency", "hard", "total"]
+    assert table["columns"] == ["step", "text", "rationale", "length", "finished", *terms]
+    assert [list(row.earned.values()) for row in callback.after] == [pytest.approx(row[5:]) for row in last["data"]]
     texts = [row.text for row in callback.before]
     assert [row[1] for row in table["data"]] == texts == [row.text for row in callback.after]
     markdown = (tmp_path / "rationales.md").read_text()
     assert all(text in markdown for text in texts)
     assert markdown.count("**before**") == markdown.count("**after**") == 3
+
+
+def test_a_rationale_earns_what_it_would_as_one_more_of_its_group(tiny_policy: Policy) -> None:
+    module, batch = make_module(tiny_policy, rewards.listwise), triplets(4)
+    rows = write_rationales(module, batch, temperature=0.0, seed=3)
+    with torch.no_grad():
+        group = embed_sides(module, batch, n=3, seed=3)
+        own = torch.from_numpy(module.encoder().encode([t.positive for t in batch]))
+    together = torch.cat([group.positive, torch.nn.functional.normalize(own, dim=-1).unsqueeze(1)], dim=1)
+    expected = rewards.listwise(replace(group, positive=together))
+    assert [row.earned["total"] for row in rows] == pytest.approx(expected.total[:, -1].tolist(), abs=1e-4)
+    assert [row.earned["to_query"] for row in rows] == pytest.approx(expected.terms["to_query"][:, -1].tolist(), abs=1e-4)
+    assert [row.rationale for row in rows] == module.encoder().explain([t.positive for t in batch])[1] or not all(r.finished for r in rows)
+
+
+def test_a_single_record_is_watched_without_rewards(tiny_policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    callback = RationaleTable(str(tmp_path / "r.md"), texts=1)
+    with caplog.at_level(logging.WARNING):
+        fit(make_module(tiny_policy), [callback], tmp_path)
+    assert [row.earned for row in callback.after] == [{}]
+    assert "one record is held out" in caplog.text
+
+
+def test_similarities_by_kind_of_pair() -> None:
+    query, positive = torch.eye(2), torch.tensor([[[1.0, 0.0]], [[0.6, 0.8]]])
+    found = similarities(Embeddings(query, positive, torch.tensor([[[0.0, 1.0]], [[0.8, 0.6]]])))
+    assert found["positive"] == pytest.approx([1.0, 0.8])
+    assert found["hard negative"] == pytest.approx([0.0, 0.6])
+    assert found["unrelated"] == pytest.approx([0.6, 0.0])
+    assert "hard negative" not in similarities(Embeddings(query, positive, torch.zeros(2, 0, 2)))
+
+
+def test_similarity_histograms(module: GRACE, mlflow_logger: MLFlowLogger, tmp_path: Path) -> None:
+    callback = SimilarityHistograms(str(tmp_path / "out" / "similarities.png"), records=4)
+    fit(module, [callback], tmp_path, batches=2, logger=mlflow_logger)
+    client, run_id = mlflow_logger.experiment, mlflow_logger.run_id
+    assert {Path(file.path).name for file in client.list_artifacts(run_id, "similarities")} == {"step_0.json", "step_2.json"}
+    assert {kind: len(values) for kind, values in callback.before.items()} == {"positive": 4, "hard negative": 4, "unrelated": 12}
+    assert (tmp_path / "out" / "similarities.png").read_bytes().startswith(b"\x89PNG")
+    resumed = SimilarityHistograms()
+    resumed.load_state_dict(callback.state_dict())
+    assert resumed.before == callback.before
 
 
 def test_kl_is_zero_at_the_start_and_grows(module: GRACE, mlflow_logger: MLFlowLogger, tmp_path: Path) -> None:
@@ -193,5 +239,5 @@ def test_other_modules_are_refused_in_one_line(module: GRACE) -> None:
 def test_no_texts_to_watch() -> None:
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.datamodule = None  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="fixed_texts"):
-        fixed_texts(trainer, 2)
+    with pytest.raises(ValueError, match="fixed_triplets"):
+        fixed_triplets(trainer, 2)

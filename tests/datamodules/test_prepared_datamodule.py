@@ -36,9 +36,9 @@ def test_what_is_held_out_is_not_trained_on_and_a_pass_is_an_epoch(tmp_path):
     seen = [triplet.positive for batch in loader for triplet in batch]
     assert len(loader) == 3
     assert len(set(seen)) == len(seen) == 18
-    assert not set(seen) & set(module.fixed_texts(2))
-    assert len(module.fixed_texts(5)) == 2
-    assert module.fixed_texts(5) == module.fixed_texts(5) == data(tmp_path / "data.jsonl", val_fraction=0.1).fixed_texts(5)
+    assert not set(seen) & set(module.fixed_triplets(2))
+    assert len(module.fixed_triplets(5)) == 2
+    assert module.fixed_triplets(5) == module.fixed_triplets(5) == data(tmp_path / "data.jsonl", val_fraction=0.1).fixed_triplets(5)
 
 
 def test_texts_without_supervision_are_their_own_query_and_positive(tmp_path):

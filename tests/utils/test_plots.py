@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from src.utils.plots import TermHistory, reward_terms_figure, running_mean, scores_figure
+from src.utils.plots import TermHistory, curves_figure, reward_terms_figure, running_mean, scores_figure, similarities_figure
 
 
 def test_running_mean() -> None:
@@ -34,7 +34,27 @@ def test_scores_figure_allows_for_missing_categories() -> None:
     assert [label.get_text() for label in figure.get_axes()[0].get_xticklabels()] == ["Retrieval", "average"]
 
 
+def test_similarities_figure() -> None:
+    before, after = {"positive": [0.5, 0.7, 0.6], "unrelated": [0.1, 0.2]}, {"positive": [0.9, 0.9, 0.9], "unrelated": [0.1, 0.0]}
+    left, right = similarities_figure({"before": before, "after": after}).get_axes()
+    assert left.get_xlim() == right.get_xlim()
+    labels = [text.get_text() for text in left.get_legend().get_texts()]
+    assert labels == ["positive (3 pairs, mean 0.60)", "unrelated (2 pairs, mean 0.15)"]
+    assert len(similarities_figure({"all alike": {"positive": [1.0, 1.0]}}).get_axes()) == 1
+
+
+def test_curves_figure() -> None:
+    many = [(step, float(step)) for step in range(1, 31)]
+    figure = curves_figure({"rises": many, "one": [(3, 0.5)], "none": [], "few": many[:4], "fifth": many})
+    titles = [axis.get_title() for axis in figure.get_axes() if axis.axison]
+    assert titles == ["rises", "one", "none", "few", "fifth"]
+
+
 def test_nothing_to_draw_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no similarities"):
+        similarities_figure({})
+    with pytest.raises(ValueError, match="no curves"):
+        curves_figure({})
     with pytest.raises(ValueError, match="no reward terms"):
         reward_terms_figure({})
     with pytest.raises(ValueError, match="no scores"):

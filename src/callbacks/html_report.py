@@ -1,0 +1,34 @@
+"""The run as one HTML file, written when training ends."""
+
+import logging
+from pathlib import Path
+
+import lightning as L
+
+from src.callbacks.watcher import Watcher
+from src.modules.grace import GRACE
+from src.utils.run_report import FILE, write_report
+from src.utils.tracking import mlflow_loggers
+
+log = logging.getLogger(__name__)
+
+
+class HTMLReport(Watcher):
+    """Writes report.html (curves, similarities, rationales by step) from what the run has logged, and logs it too.
+
+    It reads the tables and metrics of an MLflow run, so it comes after the callbacks that log them; without such a logger
+    there is nothing to read, and it says so.
+
+    Args:
+        output_dir: the run's folder.
+    """
+
+    def __init__(self, output_dir: str) -> None:
+        self.file = Path(output_dir) / FILE
+
+    def at_end(self, trainer: L.Trainer, module: GRACE) -> None:
+        loggers = mlflow_loggers(trainer)
+        if trainer.is_global_zero and not loggers:
+            log.info("no %s: it is made of what a run logs to MLflow, and this one logs nothing there", FILE)
+        for logger in loggers:
+            log.info("the run on one page: %s", write_report(logger.experiment, str(logger.run_id), self.file))

@@ -1,0 +1,119 @@
+"""The HTML report of a real run in a real MLflow store, as a browser shows it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.loggers import MLFlowLogger
+from mlflow.tracking import MlflowClient
+
+from src.callbacks.html_report import HTMLReport
+from src.callbacks.rationale_table import RationaleTable
+from src.callbacks.reward_diagnostics import RewardDiagnostics
+from src.callbacks.similarities import SimilarityHistograms
+from src.modules.policy import Policy
+from src.utils.run_data import read_run
+from src.utils.run_report import main, render, write_report
+from tests.browser import chromium
+from tests.callbacks.conftest import fit, make_module
+from tests.conftest import ROOT, SENTENCES
+
+TERMS = ["positive", "negative", "consistency", "hard", "total"]
+HOSTILE = (
+    "</pre></td></table><script>document.title = 'owned'; alert(1)</script><img src=x onerror=\"document.title='owned'\">"
+    '<iframe src="http://localhost:1/"></iframe>\u202e {{ run.params }} &lt; ]]> \x07'
+)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_policy_folder: Path, tracking_uri: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[MlflowClient, str, Path]:
+    """A run of three rollout batches that wrote its report, the store that has it, and its folder."""
+    folder = tmp_path_factory.mktemp("reported")
+    logger = MLFlowLogger(folder.name, tracking_uri=tracking_uri, artifact_location=f"file://{folder}/mlartifacts")
+    logger.log_hyperparams({"reward._target_": "src.modules.rewards.document", "note": "<b>bold</b>"})
+    callbacks = [RewardDiagnostics(), RationaleTable(str(folder / "r.md"), texts=3, every_n_rollout_batches=2)]
+    fit(
+        make_module(Policy.load(str(tiny_policy_folder))),
+        [*callbacks, SimilarityHistograms(records=4), HTMLReport(str(folder / "out"))],
+        folder,
+        batches=3,
+        logger=logger,
+    )
+    return logger.experiment, str(logger.run_id), folder
+
+
+def test_what_a_run_logged_is_read_back(run: tuple[MlflowClient, str, Path]) -> None:
+    data = read_run(*run[:2])
+    assert [step for step, _ in data.curves["reward/total/mean"]] == [1, 2, 3]
+    assert len(data.rationales) == 3
+    for rows in data.rationales.values():
+        assert [row.step for row in rows] == [0, 2, 3]
+        assert all(list(row.earned) == TERMS for row in rows)
+    assert list(data.similarities) == [0, 3]
+    assert data.scores is None
+
+
+def test_the_report_is_an_artifact_of_its_run(run: tuple[MlflowClient, str, Path]) -> None:
+    client, run_id, folder = run
+    assert "report.html" in {file.path for file in client.list_artifacts(run_id)}
+    assert client.download_artifacts(run_id, "report.html", str(folder)) is not None
+    assert (folder / "report.html").read_text() == (folder / "out" / "report.html").read_text()
+
+
+def test_a_browser_shows_it_alone_and_runs_nothing_that_a_policy_wrote(run: tuple[MlflowClient, str, Path], tmp_path: Path) -> None:
+    client, run_id, _ = run
+    text = SENTENCES[2]
+    hostile = {"step": [9], "text": [text], "rationale": [HOSTILE], "length": [8], "finished": [False], **{term: [0.5] for term in TERMS}}
+    client.log_table(run_id, hostile, "rationales/step_9.json")
+    client.log_table(run_id, {"policy": ["Base"], "Retrieval": [0.25]}, "report/test_scores.json")
+    file = write_report(client, run_id, tmp_path / "report.html")
+    requests, trouble = [], []
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1100, "height": 800})
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: trouble.append(message.text))
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.on("dialog", lambda dialog: trouble.append(dialog.message))
+        page.goto(file.as_uri())
+        assert [url for url in requests if not url.startswith("data:")] == [file.as_uri()]
+        assert trouble == []
+        assert page.title().endswith(": run report")
+        assert page.locator("script, iframe, [onerror]").count() == 0
+        assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 200)")
+        assert page.locator("figure").count() == 3
+        section = page.locator("section", has=page.locator("blockquote", has_text=text))
+        assert section.locator("th").all_inner_texts() == ["step", "rationale", "tokens", *TERMS]
+        assert [row.split()[0] for row in section.locator("tbody tr").all_inner_texts()] == ["0", "2", "3", "9"]
+        assert section.locator("tbody tr:last-child pre").text_content() == HOSTILE
+        assert section.locator("tbody tr:last-child td").nth(2).inner_text() == "8 (cut)"
+        assert page.locator("text=25.00").is_visible()
+        assert not page.locator("text=<b>bold</b>").is_visible()
+        page.locator("summary").click()
+        assert page.locator("text=<b>bold</b>").is_visible()
+        page.set_viewport_size({"width": 390, "height": 800})  # on a phone tables scroll, not the page
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        page.set_viewport_size({"width": 1100, "height": 800})
+        page.screenshot(path=tmp_path / "report.png", full_page=True)
+    assert (tmp_path / "report.png").stat().st_size > 50_000
+
+
+def test_a_run_that_has_logged_nothing_yet_has_a_page(tracking_uri: str, tmp_path: Path) -> None:
+    client = MlflowClient(tracking_uri)
+    experiment = client.create_experiment(tmp_path.name, artifact_location=f"file://{tmp_path}/mlartifacts")
+    page = render(read_run(client, client.create_run(experiment).info.run_id))
+    assert "no metrics yet" in page
+    assert "has logged none" in page
+
+
+def test_the_command_writes_it_and_names_a_run_that_is_not_there(
+    run: tuple[MlflowClient, str, Path], tracking_uri: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "src.utils.run_report", run[1], "--tracking-uri", tracking_uri, "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"wrote {tmp_path}/report.html" in done.stderr
+    assert "<section>" in (tmp_path / "report.html").read_text()
+    with pytest.raises(SystemExit, match=r"^run_report: no run 'nope' in sqlite") as caught:
+        main(["nope", "--tracking-uri", tracking_uri])
+    assert "\n" not in str(caught.value)
