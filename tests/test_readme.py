@@ -6,10 +6,14 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import evaluate
 from src.utils.benchmarks import named_tasks
+from src.modules.export import export
+from src.modules.policy import Policy
+from src.modules.settings import EncoderSettings
 from tests.conftest import ROOT, Compose
 from train import train
 
@@ -76,6 +80,18 @@ def test_the_documented_task_of_ones_own_is_one(tmp_path: Path) -> None:
     (task,) = named_tasks(["Tickets"], tmp_path)
     task.load_data()
     assert task.dataset["test"]["score"] == [4.5, 0.5]  # type: ignore[index]
+
+
+def test_python_examples(tiny_policy_folder: Path, tmp_path: Path) -> None:
+    folder = export(Policy.load(str(tiny_policy_folder)), EncoderSettings.load(tiny_policy_folder), tmp_path / "export")
+    names: dict[str, dict[str, object]] = {}
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)):
+        exec(block.replace("outputs/tiny_sup/.../export", str(folder)), names.setdefault(str(number), {}))
+    ours, theirs = names["0"], names["1"]
+    assert len(names) == 2
+    for name in ("plain", "vectors"):
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5)  # type: ignore[arg-type]
+    assert len(ours["rationales"]) == 2  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("command", commands("make"))

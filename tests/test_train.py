@@ -40,7 +40,16 @@ def test_train_end_to_end(places: list[str], tracking_uri: str, tmp_path: Path) 
     assert done.returncode == 0, done.stderr[-3000:]
     for expected in ("Base + reasoning", "GRACE", "Rationales", f"{tmp_path}/out/report.md", "rollout batch 2/2"):
         assert expected in done.stdout, done.stdout[-3000:]
-    for file in ("report.md", "rationales.md", "reward_terms.png", "test_scores.png", "export/grace.json", "checkpoints/last.ckpt"):
+    for file in (
+        "report.html",
+        "report.md",
+        "similarities.png",
+        "rationales.md",
+        "reward_terms.png",
+        "test_scores.png",
+        "export/grace.json",
+        "checkpoints/last.ckpt",
+    ):
         assert (tmp_path / "out" / file).exists(), file
 
     client = MlflowClient(tracking_uri)
@@ -55,7 +64,7 @@ def test_train_end_to_end(places: list[str], tracking_uri: str, tmp_path: Path) 
         assert [entry.step for entry in client.get_metric_history(run.info.run_id, metric)] == [1, 2], metric
     assert {"mteb/average", "test/base/average", "test/base_reasoning/average", "test/grace/DocstringRetrieval"} <= set(run.data.metrics)
     artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert {"config.yaml", "figures", "rationales", "report", "report.md"} <= artifacts
+    assert {"config.yaml", "figures", "rationales", "report", "report.html", "report.md", "similarities"} <= artifacts
     config = yaml.safe_load((tmp_path / "artifacts" / run.info.run_id / "artifacts" / "config.yaml").read_text())
     assert config["paths"]["output_dir"] == f"{tmp_path}/out"
 
