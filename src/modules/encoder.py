@@ -101,6 +101,7 @@ class RationaleEncoder:
         temperature: float = 0.0,
         seed: int = 0,
         batch_size: int = 64,
+        trust_remote_code: bool = False,
     ) -> "RationaleEncoder":
         """The encoder of an exported folder, of a training checkpoint (*.ckpt), or of an instruct model on the hub.
 
@@ -109,12 +110,13 @@ class RationaleEncoder:
             device: where it works; None takes a GPU where there is one.
             max_new_tokens: longest rationale; None: what the model was trained with.
             temperature, seed, batch_size: see RationaleEncoder.
+            trust_remote_code: lets Python files that come with a model run; an export needs none.
 
         Raises:
             FileNotFoundError: nothing there.
             ValueError: a checkpoint that GRACE did not write, or a setting without sense.
         """
-        policy, settings = load_policy(path)
+        policy, settings = load_policy(path, trust_remote_code)
         if max_new_tokens is not None:
             settings = replace(settings, max_new_tokens=max_new_tokens)
         if device is None:

@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from src.modules.plain_text import PlainText
+from .plain_text import PlainText  # relative, as an export takes both files along
 
 GRACE_INSTRUCTION = (
     "Read and analyze the following text, then you need to provide your reasoning within <think></think> tags. "

@@ -1,8 +1,8 @@
 """The encoder as a module of sentence-transformers: `SentenceTransformer(folder, trust_remote_code=True)`.
 
-An export copies this file and prompt.py beside the weights, so it imports nothing else of the project. What it adds to the
-library's own modules is the exact prompt: a chat whose frame is tokenised apart from the text, and whose beginning the
-library's Pooling leaves out. Texts are embedded without rationales, or with greedy ones: `encode(texts, rationale=True)`.
+An export copies this file, and those that it imports relatively, beside the weights; nothing else of the project is needed.
+What it adds to the library's own modules is the exact prompt: a chat whose frame is tokenised apart from the text, and whose
+beginning the library's Pooling leaves out. Texts are embedded without rationales, or with greedy ones: `encode(texts, rationale=True)`.
 """
 
 import json
@@ -15,7 +15,7 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .prompt import PromptRenderer  # the one relative import: transformers looks for the file beside this one
+from .prompt import PromptRenderer  # relative: transformers looks for the file beside this one
 
 _ENCODER = "encoder"
 
@@ -157,7 +157,7 @@ class RationaleTransformer(InputModule):
         frozen = cls.load_file_path(
             model_name_or_path, "config.json", f"{subfolder}/{_ENCODER}".strip("/"), cache_folder=cache_folder, **where
         )
-        own = {"dtype": torch.float32, "cache_dir": cache_folder, **where, **(model_kwargs or {})}
+        own = {"dtype": torch.float32, "use_safetensors": True, "cache_dir": cache_folder, **where, **(model_kwargs or {})}
         tokenizer = AutoTokenizer.from_pretrained(
             model_name_or_path, subfolder=subfolder, cache_dir=cache_folder, **where, **(processor_kwargs or {})
         )

@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+from transformers.dynamic_module_utils import get_relative_import_files
+
 from src.modules.settings import EncoderSettings
 
 _MODULE = "rationale_transformer"
@@ -13,16 +15,16 @@ _MODES = {"mean": "mean", "max": "max", "eos": "lasttoken"}  # the library's nam
 def write_sentence_transformers_files(folder: Path, settings: EncoderSettings, dimension: int) -> None:
     """modules.json and what it names, beside weights, tokenizer and grace.json.
 
-    The first module is this project's own, a copy of its source: none of the library's can leave the chat's beginning out
-    of the pooling and still end the chat behind the text. So the library wants `trust_remote_code=True`. The second is the
-    library's Pooling. The vectors are those of `RationaleEncoder`: pooled, not normalised.
+    The first module is this project's own, a copy of its source and of what that imports: none of the library's can leave the
+    chat's beginning out of the pooling and still end the chat behind the text. So the library wants `trust_remote_code=True`.
+    The second is the library's Pooling. The vectors are those of `RationaleEncoder`: pooled, not normalised.
 
     Args:
         dimension: of the embeddings.
     """
-    own = Path(__file__).parent
-    for name in (f"{_MODULE}.py", "prompt.py"):
-        shutil.copyfile(own / name, folder / name)
+    source = Path(__file__).with_name(f"{_MODULE}.py")
+    for file in (source, *map(Path, get_relative_import_files(source))):
+        shutil.copyfile(file, folder / file.name)
     pooling = "1_Pooling"
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": f"{_MODULE}.RationaleTransformer"},
