@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import evaluate
-from src.utils.benchmarks import named_tasks
 from src.modules.export import export
 from src.modules.policy import Policy
 from src.modules.settings import EncoderSettings
+from src.utils.benchmarks import named_tasks
 from tests.conftest import ROOT, Compose
 from train import train
 
