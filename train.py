@@ -15,6 +15,7 @@ from src.utils.instantiate import instantiate_all
 from src.utils.quiet import quiet_lightning
 from src.utils.run_info import log_run_info
 from src.utils.secrets import keep_secrets
+from src.utils.sweeps import run_point
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -44,8 +45,8 @@ def train(cfg: DictConfig) -> float | None:
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    """The command line."""
-    return train(cfg)
+    """The command line: one run, or a point of a sweep."""
+    return run_point(cfg, train)
 
 
 if __name__ == "__main__":
