@@ -9,6 +9,7 @@ os.environ.setdefault("PROJECT_ROOT", str(Path(__file__).resolve().parent))  # c
 import hydra
 import lightning as L
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig
 
 from src.utils.instantiate import instantiate_all
@@ -30,7 +31,8 @@ def train(cfg: DictConfig) -> float | None:
     module = instantiate(cfg.module)
     loggers = instantiate_all(cfg.get("logger"), "logger")
     callbacks = instantiate_all(cfg.get("callbacks"), "callbacks")
-    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False)
+    keeps = any(isinstance(callback, Checkpoint) for callback in callbacks)  # without one Lightning would bring its own
+    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, enable_checkpointing=keeps)
     if trainer.is_global_zero:
         log_run_info(loggers, cfg, root=Path(cfg.paths.root))
     trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)  # a checkpoint runs no code

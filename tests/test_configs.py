@@ -87,7 +87,14 @@ def test_callbacks_can_be_switched_off(compose: Compose) -> None:
 def test_search_composes(search: str, compose: Compose) -> None:
     cfg = compose(f"hparams_search={search}")
     assert cfg.optimized_metric == "mteb/average"
-    assert cfg.name.startswith(search)
+    assert cfg.name == search
+
+
+@pytest.mark.parametrize("algorithm", options("algorithm"))
+def test_every_algorithm_is_its_own_under_the_default_experiment(algorithm: str, compose: Compose) -> None:
+    chosen = compose("experiment=tiny_sup", f"algorithm={algorithm}").algorithm
+    assert chosen == compose("~experiment", "name=none", f"algorithm={algorithm}").algorithm
+    assert instantiate(chosen)
 
 
 def test_an_unknown_key_is_refused(compose: Compose) -> None:

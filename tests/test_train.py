@@ -70,9 +70,34 @@ def test_train_end_to_end(places: list[str], tracking_uri: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_a_sweep_over_training_is_grouped_and_goes_on(places: list[str], tracking_uri: str, tmp_path: Path) -> None:
+    small = ["callbacks=minimal", "trainer.limit_train_batches=1", "rollout.max_new_tokens=4", "optimized_metric=reward/total/mean"]
+    grid = ["-m", "experiment=tiny_sup", "reward=paper", "reward.consistency_weight=0,0.2", "module.num_rollouts=1,2"]
+    places = [place for place in places if not place.startswith("hydra.run.dir")] + [f"paths.output_root={tmp_path}"]
+    done = run_train(*grid, *small, *places)  # a group of one is refused
+    assert done.returncode == 1
+    assert "sweep: 2 of 4 points failed" in done.stderr
+    assert "  consistency_weight=0, num_rollouts=1: InstantiationException:" in done.stderr
+    assert "module.num_rollouts=1: a group of one rollout has no baseline" in done.stderr
+    again = run_train(*grid, *small, *places)
+    assert again.stdout.count("finished before, not repeated") == 2
+    client = MlflowClient(tracking_uri)
+    experiment = client.get_experiment_by_name(tmp_path.name)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in runs if "sweep.id" in run.data.tags]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(children) == len(runs) - 1 == 6
+    assert sorted(run.info.status for run in children) == ["FAILED"] * 4 + ["FINISHED"] * 2
+    best = max((run for run in children if run.info.status == "FINISHED"), key=lambda run: run.data.metrics["reward/total/mean"])
+    assert parent.data.tags["sweep.best"] == best.info.run_name
+
+
+@pytest.mark.slow
 def test_a_sweep_gives_every_run_a_folder_of_its_own(places: list[str], tmp_path: Path) -> None:
     small = ["callbacks=minimal", "logger=none", "trainer.limit_train_batches=1", "rollout.max_new_tokens=4"]
-    grid = ["hparams_search=lambdas", "reward.consistency_weight=0.2", "reward.hard_weight=0.0,0.2", "optimized_metric=reward/total/mean"]
+    grid = ["hparams_search=lambdas", "reward.consistency_weight=0.2", "reward.hard_weight=0.0,0.2", "seed=0"]
+    grid += ["optimized_metric=reward/total/mean"]
     done = run_train(*grid, *small, *places, f"hydra.sweep.dir={tmp_path}/sweep")
     assert done.returncode == 0, done.stderr[-3000:]
     for job in ("0", "1"):
@@ -88,6 +113,12 @@ def test_the_optimised_metric_is_returned(compose: Compose) -> None:
     assert reward < 0  # of the listwise form, a sum of log-probabilities
     with pytest.raises(KeyError, match=r"optimized_metric='nope' was never logged; there are: .*reward/total/mean"):
         train(compose(*settings, "optimized_metric=nope"))
+
+
+def test_without_a_checkpoint_callback_nothing_is_saved(compose: Compose, tmp_path: Path) -> None:
+    settings = ["logger=none", "callbacks=minimal", "callbacks.checkpoint=null", "trainer.accelerator=cpu", "trainer.limit_train_batches=1"]
+    train(compose(*settings, "rollout.max_new_tokens=4", "packages.train=[urllib3]", "optimized_metric=reward/total/mean"))
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_a_missing_policy_is_one_clear_line(compose: Compose) -> None:

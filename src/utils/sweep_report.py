@@ -69,7 +69,7 @@ def _ordered(values: pd.Series) -> pd.Categorical:
 
 
 def find_sweep(client: MlflowClient, project: str, name: str | None) -> str:
-    """The id of the newest sweep of a project whose run id is `name`, or whose name contains it; of the newest without one.
+    """The id of a project's sweep: of the newest whose id or command this is, else whose command contains it; without one, the newest.
 
     Raises:
         ValueError: there is none.
@@ -77,9 +77,9 @@ def find_sweep(client: MlflowClient, project: str, name: str | None) -> str:
     experiment = client.get_experiment_by_name(project)
     runs = search(client, experiment.experiment_id, **{SWEEP: "%"}) if experiment else []
     names = {run.info.run_id: str(run.info.run_name) for run in runs}
-    for run_id, own in names.items():
-        if name is None or name == run_id or name in own:
-            return run_id
+    exact = [run_id for run_id, own in names.items() if name in (run_id, own.removeprefix("sweep "))]
+    for run_id in exact + [run_id for run_id, own in names.items() if name is None or name in own]:
+        return run_id
     listed = "; ".join(dict.fromkeys(names.values())) or "none"
     raise ValueError(f"no sweep {name or ''!r} in project {project!r} of this MLflow store; there are: {listed}")
 
@@ -132,7 +132,7 @@ def markdown(sweep: Sweep) -> str:
             runs = int(max(row[(metric, "count")] for metric in sweep.metrics))
             lines.append("| " + " | ".join([*values, str(runs), *cells]) + " |")
     best = sweep.best()
-    found = f"{short(best[0])} ({best[1]:.4g})" if best else "not known: no finished point has logged it"
+    found = f"{short(best[0])} ({best[1]:.4g})".strip() if best else "not known: no finished point has logged it"
     lines += ["", f"Best by {sweep.metrics[0]} ({sweep.direction}): {found}."]
     lines += ["", *(f"- failed: {failure['values']}: {failure['error']}" for failure in sweep.failures)]
     return "\n".join(lines).rstrip() + "\n"

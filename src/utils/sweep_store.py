@@ -11,7 +11,6 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.utils import instantiate
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from omegaconf import DictConfig, OmegaConf
@@ -84,6 +83,15 @@ def search(client: MlflowClient, experiment_id: str, **tags: str) -> list[Run]:
             return found
 
 
+def experiment_id(client: MlflowClient, logger: DictConfig) -> str:
+    """The id of the MLflow experiment that a logger's config names, which is made if there is none."""
+    found = client.get_experiment_by_name(logger.experiment_name)
+    if found:
+        return str(found.experiment_id)
+    local = logger.tracking_uri.startswith("sqlite:")  # any other store has a place of its own for artifacts
+    return str(client.create_experiment(logger.experiment_name, artifact_location=logger.artifact_location if local else None))
+
+
 def open_parent(config: DictConfig, report: dict[str, Any]) -> Run:
     """The parent run of a sweep: that of the same command on the same configs if there is one, else a new one.
 
@@ -92,15 +100,15 @@ def open_parent(config: DictConfig, report: dict[str, Any]) -> Run:
         report: what its report shows, see `Sweep`.
     """
     client = MlflowClient(config.logger.tracking_uri)
+    experiment = experiment_id(client, config.logger)
     sweep = fingerprint(config, sweeper_overrides(config))
-    experiment = client.get_experiment_by_name(config.logger.experiment_name)
-    found = search(client, experiment.experiment_id, **{SWEEP: sweep}) if experiment else []
+    found = search(client, experiment, **{SWEEP: sweep})
     if found:
         run_id = found[0].info.run_id
         client.update_run(run_id, status="RUNNING")
     else:
         typed = [override for override in config.hydra.overrides.task if not override.startswith(("paths.", "project="))]
-        run_id = instantiate(config.logger, run_name="sweep " + " ".join(typed)).run_id
+        run_id = client.create_run(experiment, run_name="sweep " + " ".join(typed)).info.run_id
     for name, value in {SWEEP: sweep, KEYS: json.dumps(swept_keys(config)), REPORT: json.dumps(report)}.items():
         client.set_tag(run_id, name, value)
     settings = OmegaConf.to_container(config.hydra.sweeper, resolve=True)
@@ -108,21 +116,34 @@ def open_parent(config: DictConfig, report: dict[str, Any]) -> Run:
     return client.get_run(run_id)
 
 
-def open_point(client: MlflowClient, parent: Run, cfg: DictConfig, overrides: Sequence[str], folder: str) -> str:
-    """A new child run for an attempt at a point; its id.
+def attempts(client: MlflowClient, parent: Run, cfg: DictConfig) -> list[Run]:
+    """Child runs of a point, the newest first."""
+    return search(client, parent.info.experiment_id, **{PARENT: parent.info.run_id, POINT: fingerprint(cfg)})
+
+
+def point_tags(parent: Run, cfg: DictConfig, hydra: DictConfig) -> dict[str, str]:
+    """What marks a child run as an attempt at a point.
 
     Args:
         parent: the sweep's run.
         cfg: the point's own config.
-        overrides: that made it.
-        folder: where this attempt writes.
+        hydra: the `hydra` node that belongs to it.
     """
-    given = parse(overrides)
+    given = parse(hydra.overrides.task)
     values = {key: str(given[key].get_value_element_as_str()).strip("'\"") for key in json.loads(parent.data.tags[KEYS]) if key in given}
-    tags = {PARENT: parent.info.run_id, POINT: fingerprint(cfg), VALUES: json.dumps(values), FOLDER: folder}
-    return str(client.create_run(parent.info.experiment_id, tags=tags, run_name=short(values) or None).info.run_id)
+    own = {POINT: fingerprint(cfg), VALUES: json.dumps(values), FOLDER: str(hydra.runtime.output_dir)}
+    return {PARENT: parent.info.run_id, **own}
 
 
-def attempts(client: MlflowClient, parent: Run, cfg: DictConfig) -> list[Run]:
-    """Child runs of a point, the newest first."""
-    return search(client, parent.info.experiment_id, **{PARENT: parent.info.run_id, POINT: fingerprint(cfg)})
+def own_run(client: MlflowClient, parent: Run, cfg: DictConfig, hydra: DictConfig) -> str:
+    """The id of the child run of this attempt at a point; a new one where it came to an end before it had begun one."""
+    tags = point_tags(parent, cfg, hydra)
+    for run in attempts(client, parent, cfg):
+        if run.data.tags[FOLDER] == tags[FOLDER]:
+            return str(run.info.run_id)
+    return str(client.create_run(parent.info.experiment_id, tags=tags, run_name=run_name(tags)).info.run_id)
+
+
+def run_name(tags: dict[str, str]) -> str:
+    """The swept values of a point, in short."""
+    return short(json.loads(tags[VALUES])) or "point"

@@ -23,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from src.utils.run_info import redact
 from src.utils.sweep_report import read_sweep, write_report
-from src.utils.sweep_store import ERROR, FOLDER, RESULT, attempts, open_parent, open_point, short
+from src.utils.sweep_store import ERROR, FOLDER, RESULT, attempts, open_parent, own_run, point_tags, run_name, short
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +45,12 @@ def run_point(cfg: DictConfig, function: Callable[[DictConfig], float | None]) -
             return json.loads(run.data.tags[RESULT])
         if run.info.status == "RUNNING":  # its process was killed: a point runs once at a time
             client.set_terminated(run.info.run_id, "KILLED")
-    hydra = HydraConfig.get()
-    run_id = open_point(client, parent, cfg, hydra.overrides.task, hydra.runtime.output_dir)
+    hydra: Any = HydraConfig.get()
+    tags = point_tags(parent, cfg, hydra)
     with open_dict(cfg):
-        cfg.logger.run_id = run_id
+        cfg.logger.tags, cfg.logger.run_name = tags, run_name(tags)
     result = function(cfg)
+    run_id = own_run(client, parent, cfg, hydra)
     client.set_tag(run_id, RESULT, json.dumps(result))
     client.set_terminated(run_id)
     return result
@@ -98,9 +99,9 @@ class TrackedSweep(Callback):
             return
         error = job_return._return_value  # the public property raises it
         client = MlflowClient(config.logger.tracking_uri)
-        run = attempts(client, client.get_run(config.sweep_run), config)[0]
-        client.set_tag(run.info.run_id, ERROR, f"{type(error).__name__}: {error}"[:2000])
-        client.set_terminated(run.info.run_id, "FAILED")
+        run_id = own_run(client, client.get_run(config.sweep_run), config, config.hydra)
+        client.set_tag(run_id, ERROR, " ".join(f"{type(error).__name__}: {error}".split())[:2000])
+        client.set_terminated(run_id, "FAILED")
         log.error("this point failed, the sweep goes on", exc_info=error)
         # A sweeper that sees an exception ends the sweep. Optuna takes nan for a trial that failed.
         job_return.return_value, job_return.status = math.nan, JobStatus.COMPLETED
@@ -113,7 +114,9 @@ class TrackedSweep(Callback):
         for file in write_report(client, sweep, config.hydra.sweep.dir):
             log.info("sweep: %s", file)
         best = sweep.best()
-        log.info("sweep: %d points finished, best %s", len(sweep.points), f"{short(best[0])} ({best[1]:.4g})" if best else "not known")
+        log.info(
+            "sweep: %d points finished, best %s", len(sweep.points), f"{short(best[0])} ({best[1]:.4g})".strip() if best else "not known"
+        )
         now = Path(config.hydra.sweep.dir).absolute()
         failures = [failure for failure in sweep.failures if Path(failure["folder"]).is_relative_to(now)]
         client.set_terminated(config.sweep_run, "FAILED" if failures else "FINISHED")

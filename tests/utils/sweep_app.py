@@ -1,6 +1,6 @@
 """What train.py is to a sweep, with arithmetic in the place of training: the same configs, callback, logger and `run_point`.
 
-The environment says at which point it fails (FAIL_AT) or is killed (KILL_AT), and where it notes what it has computed (RAN).
+The environment says at which point it fails (FAIL_AT, FAIL_EARLY) or is killed (KILL_AT), and where it notes what it has computed (RAN).
 """
 
 import os
@@ -20,6 +20,8 @@ def compute(cfg: DictConfig) -> float:
     """Highest at consistency_weight 0.2 and hard_weight 0.1, and a little different for every seed."""
     a, b = cfg.reward.consistency_weight, cfg.reward.hard_weight
     point = f"{a} {b} {cfg.seed}"
+    if point == os.environ.get("FAIL_EARLY"):
+        raise ValueError("failed before there was a run")
     logger = instantiate(cfg.logger)
     logger.log_hyperparams({"seed": cfg.seed})
     if point == os.environ.get("KILL_AT"):

@@ -117,8 +117,11 @@ def test_a_sweep_of_which_nothing_is_done_yet(store: Store, tmp_path: Path) -> N
 def test_the_command_finds_a_sweep_by_its_name(store: Store, tracking_uri: str, tmp_path: Path) -> None:
     parent = store.parent("reward")
     store.point(parent, {"reward": "paper"}, 0.5)
-    assert find_sweep(store.client, store.project, None) == find_sweep(store.client, store.project, "by hand") == parent
-    with pytest.raises(ValueError, match=r"^no sweep 'other' in project .*; there are: sweep by hand$"):
+    assert find_sweep(store.client, store.project, None) == find_sweep(store.client, store.project, "hand") == parent
+    newer = store.client.create_run(store.experiment, tags={SWEEP: "1" * 16}, run_name="sweep by hand and more").info.run_id
+    assert find_sweep(store.client, store.project, "hand") == newer
+    assert find_sweep(store.client, store.project, "by hand") == find_sweep(store.client, store.project, parent) == parent
+    with pytest.raises(ValueError, match=r"^no sweep 'other' in project .*; there are: sweep by hand and more; sweep by hand$"):
         find_sweep(store.client, store.project, "other")
     command = [sys.executable, "-m", "experiments.sweep_report", parent, "--project", store.project, "--tracking-uri", tracking_uri]
     done = subprocess.run([*command, "--output", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -73,11 +73,11 @@ def test_a_sweep_outlives_sigkill_and_a_failed_point_and_repeats_nothing(sweep: 
     assert killed.returncode == -signal.SIGKILL
     assert sweep.ran == ["0 0.1 0"]
 
-    rerun = sweep(*GRID, FAIL_AT="0 0 0")
+    rerun = sweep(*GRID, FAIL_EARLY="0 0 0")
     assert rerun.returncode == 1
     assert sweep.ran == ["0 0.1 0", "0.2 0 0", "0.2 0.1 0"]
     last_words = "sweep: 1 of 4 points failed; the same command tries these again, and no others:\n"
-    assert last_words + "  consistency_weight=0, hard_weight=0: ValueError: no such point: 0 0 0" in rerun.stderr
+    assert last_words + "  consistency_weight=0, hard_weight=0: ValueError: failed before there was a run" in rerun.stderr
     parent, children = sweep.runs()
     assert parent.info.status == "FAILED"
     assert states(children) == [
