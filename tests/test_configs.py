@@ -1,5 +1,6 @@
 """Every config composes, what it describes can be made, and mistakes are told in Hydra's own words."""
 
+import shlex
 from pathlib import Path
 
 import lightning as L
@@ -90,10 +91,33 @@ def test_search_composes(search: str, compose: Compose) -> None:
     assert cfg.name == search
 
 
+def study_commands(start: str) -> list[list[str]]:
+    """What follows the program's name in the studies' commands that begin so."""
+    lines = [line for file in (ROOT / "experiments").glob("*/README.md") for line in file.read_text().splitlines()]
+    return [shlex.split(line, comments=True)[len(start.split()) - 1 :] for line in lines if line.startswith(start)]
+
+
+STUDIES = study_commands("python train.py hparams_search=")
+
+
+@pytest.mark.parametrize("overrides", STUDIES, ids=" ".join)
+def test_commands_of_studies_compose(overrides: list[str], compose: Compose) -> None:
+    cfg = compose(*(override for override in overrides if "," not in override))
+    assert overrides[0] == f"hparams_search={cfg.name}"
+
+
+def test_reports_of_studies_are_of_sweeps_that_their_commands_make() -> None:
+    reports = [arguments[1] for arguments in study_commands("python -m experiments.sweep_report")]
+    assert len(reports) == len(STUDIES) > 0
+    assert all(any(report in " ".join(overrides) for overrides in STUDIES) for report in reports)
+
+
 @pytest.mark.parametrize("algorithm", options("algorithm"))
 def test_every_algorithm_is_its_own_under_the_default_experiment(algorithm: str, compose: Compose) -> None:
-    chosen = compose("experiment=tiny_sup", f"algorithm={algorithm}").algorithm
-    assert chosen == compose("~experiment", "name=none", f"algorithm={algorithm}").algorithm
+    chosen, plain = (
+        compose(experiment, "name=none", f"algorithm={algorithm}").algorithm for experiment in ("experiment=tiny_sup", "~experiment")
+    )
+    assert OmegaConf.to_container(chosen) == OmegaConf.to_container(plain)
     assert instantiate(chosen)
 
 
