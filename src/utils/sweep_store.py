@@ -15,6 +15,8 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from omegaconf import DictConfig, OmegaConf
 
+from src.utils.secrets import redact, without_secrets
+
 PARENT = "mlflow.parentRunId"
 """MLflow's own: its UI shows a run below the one that this names."""
 
@@ -108,11 +110,11 @@ def open_parent(config: DictConfig, report: dict[str, Any]) -> Run:
         client.update_run(run_id, status="RUNNING")
     else:
         typed = [override for override in config.hydra.overrides.task if not override.startswith(("paths.", "project="))]
-        run_id = client.create_run(experiment, run_name="sweep " + " ".join(typed)).info.run_id
+        run_id = client.create_run(experiment, run_name=redact("sweep " + " ".join(typed))).info.run_id
     for name, value in {SWEEP: sweep, KEYS: json.dumps(swept_keys(config)), REPORT: json.dumps(report)}.items():
         client.set_tag(run_id, name, value)
-    settings = OmegaConf.to_container(config.hydra.sweeper, resolve=True)
-    client.log_dict(run_id, {"overrides": list(config.hydra.overrides.task), "sweeper": settings}, "sweep.yaml")
+    settings = {"overrides": list(config.hydra.overrides.task), "sweeper": OmegaConf.to_container(config.hydra.sweeper, resolve=True)}
+    client.log_dict(run_id, without_secrets(settings), "sweep.yaml")
     return client.get_run(run_id)
 
 

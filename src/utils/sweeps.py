@@ -21,7 +21,7 @@ from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from sqlalchemy.exc import SQLAlchemyError
 
-from src.utils.run_info import redact
+from src.utils.secrets import redact
 from src.utils.sweep_report import read_sweep, write_report
 from src.utils.sweep_store import ERROR, FOLDER, RESULT, attempts, open_parent, own_run, point_tags, run_name, short
 
@@ -100,7 +100,7 @@ class TrackedSweep(Callback):
         error = job_return._return_value  # the public property raises it
         client = MlflowClient(config.logger.tracking_uri)
         run_id = own_run(client, client.get_run(config.sweep_run), config, config.hydra)
-        client.set_tag(run_id, ERROR, " ".join(f"{type(error).__name__}: {error}".split())[:2000])
+        client.set_tag(run_id, ERROR, redact(" ".join(f"{type(error).__name__}: {error}".split()))[:2000])
         client.set_terminated(run_id, "FAILED")
         log.error("this point failed, the sweep goes on", exc_info=error)
         # A sweeper that sees an exception ends the sweep. Optuna takes nan for a trial that failed.
