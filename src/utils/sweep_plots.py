@@ -17,7 +17,7 @@ def values_figure(groups: pd.DataFrame, keys: Sequence[str], metrics: Sequence[s
 
     Args:
         groups: index the swept values, columns (metric, mean | std | count).
-        keys: what the index holds; the last is drawn from left to right, the others from top to bottom.
+        keys: what the index holds; the last is drawn from left to right, the others (or a single one) from top to bottom.
         metrics: to draw, a row of panels each.
     """
     places = int(np.prod([groups.index.get_level_values(level).nunique() for level in range(groups.index.nlevels)]))
@@ -43,15 +43,15 @@ def _heat_maps(groups: pd.DataFrame, keys: Sequence[str], metrics: Sequence[str]
     for axis, (metric, (means, spreads)) in zip(figure.subplots(1, len(metrics), squeeze=False)[0], tables.items(), strict=True):
         _heat_map(axis, means, spreads)
         axis.set_title(metric, fontsize=10)
-        axis.set_xlabel(keys[-1] if keys else "")
-        axis.set_ylabel(", ".join(key.rsplit(".", 1)[-1] for key in keys[:-1]))
+        axis.set_xlabel(keys[-1] if len(keys) > 1 else "")
+        axis.set_ylabel(", ".join(key.rsplit(".", 1)[-1] for key in keys[:-1]) if len(keys) > 1 else "".join(keys))
     return figure
 
 
 def _as_grid(metric: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Means and spreads of a metric with the last swept key as columns and the rest as rows."""
+    """Means and spreads of a metric with the last swept key as columns and the rest as rows; a single key as rows."""
     if metric.index.nlevels == 1:
-        return metric[["mean"]].T.set_axis([""]), metric[["std"]].T.set_axis([""])
+        return metric[["mean"]].set_axis([""], axis=1), metric[["std"]].set_axis([""], axis=1)
     return metric["mean"].unstack(), metric["std"].unstack()
 
 

@@ -103,13 +103,13 @@ def open_parent(config: DictConfig, report: dict[str, Any]) -> Run:
     """
     client = MlflowClient(config.logger.tracking_uri)
     experiment = experiment_id(client, config.logger)
-    sweep = fingerprint(config, sweeper_overrides(config))
+    typed = [override for override in config.hydra.overrides.task if not override.startswith(("paths.", "project="))]
+    sweep = fingerprint(config, OmegaConf.select(config, "hydra.sweeper.params"), sorted(typed))
     found = search(client, experiment, **{SWEEP: sweep})
     if found:
         run_id = found[0].info.run_id
         client.update_run(run_id, status="RUNNING")
     else:
-        typed = [override for override in config.hydra.overrides.task if not override.startswith(("paths.", "project="))]
         run_id = client.create_run(experiment, run_name=redact("sweep " + " ".join(typed))).info.run_id
     for name, value in {SWEEP: sweep, KEYS: json.dumps(swept_keys(config)), REPORT: json.dumps(report)}.items():
         client.set_tag(run_id, name, value)
