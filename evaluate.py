@@ -65,7 +65,7 @@ def log_row(cfg: DictConfig, row: Contender, scores: EvaluationScores) -> None:
     """One MLflow run a row: its own config, every task, every category, the average."""
     if not cfg.get("logger"):
         return
-    logger = instantiate(cfg.logger, run_name=f"{cfg.name}: {row.name}")
+    logger = instantiate(cfg.logger, run_name=f"{cfg.name}: {row.name}", folder=None)  # a row goes on from no other
     own = cfg.copy()
     own.model, own.rationale = row.path, row.rationale
     log_run_info([logger], own, root=Path(cfg.paths.root))

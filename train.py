@@ -13,10 +13,14 @@ from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig
 
 from src.utils.instantiate import instantiate_all
+from src.utils.preemption import preemptible
 from src.utils.quiet import quiet_lightning
+from src.utils.run_folder import alone_in, register_resolver, starting_point
 from src.utils.run_info import log_run_info
 from src.utils.secrets import keep_secrets
 from src.utils.sweeps import run_point
+
+register_resolver()  # hydra.run.dir uses it
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -24,7 +28,15 @@ def train(cfg: DictConfig) -> float | None:
 
     Raises:
         KeyError: no callback or module logged that metric.
+        SystemExit: a signal stopped the run, and a checkpoint was saved.
     """
+    folder = Path(cfg.paths.output_dir)
+    with alone_in(folder), preemptible():
+        return fit(cfg, starting_point(cfg.ckpt_path, folder))
+
+
+def fit(cfg: DictConfig, checkpoint: str | None) -> float | None:
+    """Training itself, from its beginning or from a checkpoint."""
     quiet_lightning()
     L.seed_everything(cfg.seed, workers=True)
     datamodule = instantiate(cfg.datamodule)
@@ -35,7 +47,7 @@ def train(cfg: DictConfig) -> float | None:
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, enable_checkpointing=keeps)
     if trainer.is_global_zero:
         log_run_info(loggers, cfg, root=Path(cfg.paths.root))
-    trainer.fit(module, datamodule=datamodule, ckpt_path=cfg.ckpt_path, weights_only=True)  # a checkpoint runs no code
+    trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)  # a checkpoint runs no code
     if cfg.optimized_metric is None:
         return None
     if cfg.optimized_metric not in trainer.callback_metrics:

@@ -1,5 +1,6 @@
 """Fixtures: a policy small enough for any machine, configs composed into temporary folders, an MLflow store."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,11 +99,12 @@ def compose(tmp_path: Path, tiny_policy_folder: Path) -> Iterator[Compose]:
     """
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        runs = itertools.count()
 
         def composed(*overrides: str, config_name: str = "train") -> DictConfig:
             cfg = hydra_compose(config_name=config_name, overrides=list(overrides))
             with open_dict(cfg):
-                cfg.paths.output_dir = str(tmp_path / "output")
+                cfg.paths.output_dir = str(tmp_path / f"output{next(runs) or ''}")  # a folder holds one run
                 cfg.paths.artifact_location = f"file://{tmp_path}/mlartifacts"
                 cfg.paths.tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
                 if config_name == "evaluate":

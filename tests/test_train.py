@@ -1,6 +1,7 @@
 """train.py as a user runs it, and what it leaves in MLflow."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,36 @@ def test_train_end_to_end(places: list[str], tracking_uri: str, tmp_path: Path) 
     assert {"config.yaml", "figures", "rationales", "report", "report.html", "report.md", "similarities"} <= artifacts
     config = yaml.safe_load((tmp_path / "artifacts" / run.info.run_id / "artifacts" / "config.yaml").read_text())
     assert config["paths"]["output_dir"] == f"{tmp_path}/out"
+
+
+def test_a_run_told_to_stop_goes_on_in_its_own_folder_and_mlflow_run(places: list[str], tracking_uri: str, tmp_path: Path) -> None:
+    own = [place for place in places if not place.startswith("hydra.run.dir")]
+    settings = [*own, f"paths.output_root={tmp_path}/outputs", "callbacks=minimal", "trainer.limit_train_batches=4"]
+    settings += ["rollout.max_new_tokens=4", "module.num_rollouts=2", "datamodule.groups=2"]
+    command = [sys.executable, "train.py", *settings]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        shown = ""
+        for line in process.stdout:
+            shown += line
+            if "rollout batch 1/4" in line:
+                process.send_signal(signal.SIGUSR1)
+    assert process.returncode == 75, shown[-3000:]
+    assert "stopped by a signal, after saving a checkpoint; exit status 75" in shown
+    again = run_train(*settings, "ckpt_path=last")
+    assert again.returncode == 0, again.stderr[-3000:]
+    (folder,) = (tmp_path / "outputs" / "tiny_sup").iterdir()
+    assert "rollout batch 1/4" in (folder / "train.log").read_text()
+    assert "rollout batch 4/4" in (folder / "train.log").read_text()
+    client = MlflowClient(tracking_uri)
+    experiment = client.get_experiment_by_name(tmp_path.name)
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "reward/total/mean")] == [1, 2, 3, 4]
+    refused = run_train(*settings, f"hydra.run.dir={folder}")
+    assert refused.returncode == 1
+    assert f"{folder} holds a run already: go on with it by ckpt_path=last" in refused.stderr
 
 
 @pytest.mark.slow

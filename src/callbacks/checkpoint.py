@@ -1,16 +1,31 @@
 """Checkpoints counted in rollout batches."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
 from src.callbacks.probe import is_due
 from src.callbacks.watcher import as_grace
+from src.modules.grace import GRACE
+from src.utils.checkpoint_io import ABOUT, remove, tidy
+from src.utils.tracking import log_metrics
+
+LAST, BEST = "last.ckpt", "best.ckpt"
 
 
 class RolloutCheckpoint(ModelCheckpoint):
-    """Saves `last.ckpt` and the best by a metric, every n rollout batches and when training ends.
+    """Saves `batch_<n>.ckpt` every n rollout batches, when a signal stops the run and when training ends.
+
+    `last.ckpt` and `best.ckpt` are links to two of them, moved when a checkpoint is whole on the disk. Beside these two the
+    one before the last is kept, in case the last is damaged; the rest is removed before the next is written, so there are
+    never more than three.
 
     Lightning's own counts optimizer steps, misses any rollout batch whose steps do not add up to a multiple of its
     interval, and waits for a validation loop where the metric is not there yet. A batch that raises (a reward or
@@ -19,36 +34,129 @@ class RolloutCheckpoint(ModelCheckpoint):
     Args:
         dirpath: folder.
         every_n_rollout_batches: how often.
-        monitor: the metric that decides which is best; where it is not known, only `last.ckpt` is written.
+        monitor: the metric that decides which is best. It counts where it was measured on the weights that are saved: one that
+            is logged as a/b counts at the batch that a/rollout_batches names, if there is such a metric.
         mode: whether it should be `max` or `min`.
     """
 
     def __init__(self, dirpath: str, every_n_rollout_batches: int = 20, monitor: str | None = None, mode: str = "max") -> None:
         super().__init__(
             dirpath=dirpath,
-            filename="best",
             monitor=monitor,
             mode=mode,
             save_top_k=1 if monitor else 0,
-            save_last=True,
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
             every_n_train_steps=1,  # not used: it only switches off saving at epoch ends
         )
         self.every = every_n_rollout_batches
+        self._saved_at = -1
+        self._not_logged_yet: dict[str, float] = {}
+
+    # ---- when
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero:
+            tidy(self._folder)
+        origin = Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else None
+        if origin is not None and origin.parent == self._folder.resolve():
+            self._go_on(trainer, as_grace(pl_module), origin)
+        self._not_logged_yet = {}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if is_due(as_grace(pl_module), self.every):
-            self.save(trainer)
+        module = as_grace(pl_module)
+        if is_due(module, self.every):
+            pending = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
+            logged_soon = trainer._logger_connector.should_update_logs and "step" in pending  # see RewardDiagnostics
+            self._not_logged_yet = pending if logged_soon else {}
+            self.save(trainer, module)
+            self._not_logged_yet = {}
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException):  # raised between two rollout batches; others may come in the middle of one
+            self.save(trainer, as_grace(pl_module))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.save(trainer)
+        self.save(trainer, as_grace(pl_module))
 
-    def save(self, trainer: L.Trainer) -> None:
+    # ---- what
+
+    def save(self, trainer: L.Trainer, module: GRACE) -> None:
         """Saves, unless this state was saved already."""
-        if self._should_skip_saving_checkpoint(trainer):
+        batches = module.rollout_batches
+        if trainer.state.fn != TrainerFn.FITTING or batches == self._saved_at:
             return
-        candidates = self._monitor_candidates(trainer)
-        if self.monitor is not None and self.monitor in candidates:
-            self._save_topk_checkpoint(trainer, candidates)
-        self._save_last_checkpoint(trainer, candidates)
+        path = self._folder / f"batch_{batches}.ckpt"
+        score = self._fresh_score(trainer, batches)
+        self.current_score = score
+        is_best = score is not None and self._is_better(score)
+        if trainer.is_global_zero:
+            self._prune()
+        if is_best:
+            self.best_model_score, self.best_model_path = score, str(path)
+        self.last_model_path = str(path)  # before saving, as it is part of what is saved
+        self._save_checkpoint(trainer, str(path))
+        self._saved_at = batches
+        if trainer.is_global_zero:
+            self._point(LAST, path)
+            if is_best:
+                self._point(BEST, path)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[ABOUT] = {
+            "rollout_batches": as_grace(pl_module).rollout_batches,
+            "optimizer_steps": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "monitor": self.monitor,
+            "score": None if self.current_score is None else float(self.current_score),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        best = Path(self.best_model_path).name
+        return {"best": best, "best_score": self.best_model_score, "not_logged_yet": self._not_logged_yet}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._not_logged_yet = dict(state_dict["not_logged_yet"])
+        best = self._folder / state_dict["best"]
+        if state_dict["best"] and best.exists():  # else a run that branches off begins with no best of its own
+            self.best_model_path, self.best_model_score = str(best), state_dict["best_score"]
+
+    # ---- the folder
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.dirpath))
+
+    def _go_on(self, trainer: L.Trainer, module: GRACE, origin: Path) -> None:
+        """Makes the checkpoint that is gone on from the last one, and logs what its process may have had no time to log."""
+        self._saved_at = module.rollout_batches
+        if trainer.is_global_zero:
+            self._point(LAST, origin)
+        pending = dict(self._not_logged_yet)  # Lightning logs right after this checkpoint is saved; MLflow takes nothing twice
+        if pending:
+            log_metrics(trainer, pending, step=int(pending.pop("step")))
+
+    def _prune(self) -> None:
+        kept = {(self._folder / link).resolve() for link in (LAST, BEST)}
+        for path in self._folder.glob("batch_*.ckpt"):
+            if path.resolve() not in kept:
+                remove(path)
+
+    def _point(self, link: str, path: Path) -> None:
+        aside = self._folder / f".{link}.{os.getpid()}.link"
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(path.name)
+        aside.replace(self._folder / link)
+
+    def _fresh_score(self, trainer: L.Trainer, batches: int) -> Tensor | None:
+        """The monitored metric, if these weights were measured."""
+        if self.monitor is None or self.monitor not in trainer.callback_metrics:
+            return None
+        measured_at = trainer.callback_metrics.get(f"{self.monitor.rpartition('/')[0]}/rollout_batches")
+        if measured_at is not None and int(measured_at) != batches:
+            return None
+        return trainer.callback_metrics[self.monitor].detach().cpu()
+
+    def _is_better(self, score: Tensor) -> bool:
+        if self.best_model_score is None:
+            return not bool(torch.isnan(score))
+        return bool(score > self.best_model_score if self.mode == "max" else score < self.best_model_score)

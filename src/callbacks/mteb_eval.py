@@ -1,6 +1,7 @@
 """MTEB tasks while training runs."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ class MTEBEvaluation(Watcher):
     """Scores the policy on MTEB tasks at the start, every n rollout batches and at the end.
 
     Logs mteb/<task>, mteb/category/<category> and mteb/average (fractions), and mteb/seconds. The average also stands in
-    `trainer.callback_metrics`, where checkpoints and sweeps find it.
+    `trainer.callback_metrics`, where checkpoints and sweeps find it, beside mteb/rollout_batches, when it was measured.
 
     Args:
         tasks: makes the tasks; called once, when training starts (mteb takes seconds to import).
@@ -39,11 +40,14 @@ class MTEBEvaluation(Watcher):
         self.make_tasks, self.every = tasks, every_n_rollout_batches
         self.rationale, self.temperature = rationale, temperature
         self._tasks: list[Any] = []
-        self._scored_at = -1
+        self._scored_at, self._average = -1, math.nan
 
     def at_start(self, trainer: L.Trainer, module: GRACE) -> None:
         with undisturbed(module):
             self._tasks = self.make_tasks()
+        if self._scored_at >= 0:
+            self._tell(trainer)  # resumed: what the run that was stopped has scored last
+            return
         scores = self.evaluate(trainer, module)
         if scores.failures:
             # What fails on the first try would fail every time, and the average would be one of other tasks.
@@ -71,11 +75,22 @@ class MTEBEvaluation(Watcher):
             log.warning("MTEB tasks failed at rollout batch %d, no average: %s", step, _failures(scores))
         else:
             metrics["mteb/average"] = scores.average
-            # Lightning's own `log` is refused at the start and the end of training; this dict is what it would fill.
-            trainer.callback_metrics["mteb/average"] = torch.tensor(scores.average)
         log_metrics(trainer, metrics | {"mteb/seconds": time.perf_counter() - began}, step)
-        self._scored_at = step
+        self._scored_at, self._average = step, metrics.get("mteb/average", math.nan)
+        self._tell(trainer)
         return scores
+
+    def _tell(self, trainer: L.Trainer) -> None:
+        # Lightning's own `log` is refused at the start and the end of training; this dict is what it would fill
+        if not math.isnan(self._average):
+            trainer.callback_metrics["mteb/average"] = torch.tensor(self._average)
+            trainer.callback_metrics["mteb/rollout_batches"] = torch.tensor(self._scored_at)  # later weights have no score
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scored_at": self._scored_at, "average": self._average}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._scored_at, self._average = state_dict["scored_at"], state_dict["average"]
 
 
 def _failures(scores: EvaluationScores) -> str:

@@ -4,14 +4,18 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import lightning as L
 from torch.utils.data import DataLoader, IterableDataset
 
+from src.datamodules.docstring_datamodule import batches_done
 from src.datamodules.docstrings import Docstring, collect, cut_between_words
 from src.datamodules.grouping import grouped_batches, require_one_batch
+from src.datamodules.loading import load
 
 _CONTROL = re.compile(r"<\||think>")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{2,}")
@@ -54,9 +58,22 @@ def write_rationale(terms: Sequence[str], summary: str) -> str:
 
 
 class DemonstrationStream(IterableDataset[list[Demonstration]]):
-    """Endless batches of `groups` modules with `per_group` docstrings each: a batch mate is often a hard negative."""
+    """Endless batches of `groups` modules with `per_group` docstrings each: a batch mate is often a hard negative.
 
-    def __init__(self, docstrings: Sequence[Docstring], groups: int, per_group: int, terms: int, max_text_chars: int, seed: int) -> None:
+    `done` says at every start how many to leave out, as for TripletStream.
+    """
+
+    def __init__(
+        self,
+        docstrings: Sequence[Docstring],
+        groups: int,
+        per_group: int,
+        terms: int,
+        max_text_chars: int,
+        seed: int,
+        done: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.done = done
         self.idf = inverse_document_frequency(docstrings)
         self.groups, self.per_group, self.terms, self.max_text_chars, self.seed = groups, per_group, terms, max_text_chars, seed
         # a summary that quotes a control token would write it into the rationale as one
@@ -74,6 +91,9 @@ class DemonstrationStream(IterableDataset[list[Demonstration]]):
         )
 
     def __iter__(self) -> Iterator[list[Demonstration]]:
+        return islice(self._batches(), self.done(), None)
+
+    def _batches(self) -> Iterator[list[Demonstration]]:
         rng = random.Random(self.seed)
         while True:
             for docs in grouped_batches(self.docstrings, lambda doc: doc.module, self.groups, self.per_group, rng):
@@ -107,12 +127,12 @@ class DemonstrationDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.train_packages, self.val_packages, self.cache_dir = list(train_packages), list(val_packages), cache_dir
-        self.stream = {"groups": groups, "per_group": per_group, "terms": terms, "max_text_chars": max_text_chars}
+        self.stream: dict[str, Any] = {"groups": groups, "per_group": per_group, "terms": terms, "max_text_chars": max_text_chars}
         self.val_batches, self.seed = val_batches, seed
 
     def train_dataloader(self) -> DataLoader[list[Demonstration]]:
         docs = collect(self.train_packages, self.cache_dir)
-        return DataLoader(DemonstrationStream(docs, **self.stream, seed=self.seed), batch_size=None)
+        return load(DemonstrationStream(docs, **self.stream, seed=self.seed, done=lambda: batches_done(self.trainer)))
 
     def val_dataloader(self) -> DataLoader[list[Demonstration]]:
         docs = collect(self.val_packages, self.cache_dir)

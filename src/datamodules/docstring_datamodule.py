@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from src.datamodules.docstrings import Docstring, collect, cut_between_words
 from src.datamodules.grouping import grouped_batches, require_one_batch
+from src.datamodules.loading import load
 from src.datamodules.records import Triplet
 
 
@@ -100,7 +101,7 @@ class DocstringDataModule(L.LightningDataModule):
         stream = TripletStream(
             self.triplets(self.train_packages, self.seed), self.groups, self.per_group, self.seed, lambda: batches_done(self.trainer)
         )
-        return DataLoader(stream, batch_size=None)
+        return load(stream)
 
     def fixed_triplets(self, count: int) -> list[Triplet]:
         """The same validation triplets at every call, for tables and diagnostics."""

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -216,7 +217,13 @@ def _prepare_all(chunks: Sequence[Chunk], worker: _Worker, processes: int) -> It
         yield from map(worker, range(len(chunks)), chunks)
         return
     with _one_thread_each(), ProcessPoolExecutor(processes, initializer=_start_process, initargs=(worker,)) as pool:
-        yield from pool.map(_in_process, range(len(chunks)), chunks)
+        try:
+            yield from pool.map(_in_process, range(len(chunks)), chunks)
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a process that prepares the data was killed, most often for want of memory; nothing half done was kept. Start again, with "
+                f"a datamodule.num_proc below {processes} if that was it"
+            ) from error
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from src.datamodules.docstring_datamodule import batches_done
 from src.datamodules.files import find_files
+from src.datamodules.loading import load
 from src.datamodules.preparation import Report, load_report, prepare
 from src.datamodules.prepared import Places, PreparedTriplets, TripletBatches, held_out
 from src.datamodules.prompt_limit import PromptLimit
@@ -115,7 +116,7 @@ class PreparedDataModule(L.LightningDataModule):
                 *(len(small), self.batch_size, f"{sum(small):,}"),
             )
         stream = TripletBatches(self.prepared, groups, self.batch_size, self.seed, lambda: batches_done(self.trainer))
-        return DataLoader(stream, batch_size=None)
+        return load(stream)
 
     def fixed_triplets(self, count: int) -> list[Triplet]:
         """Held-out records, the same at every call; fewer than `count` where fewer are held out."""

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import pickle
 import shutil
 from pathlib import Path
 
@@ -12,8 +11,10 @@ from torch import nn
 
 from src.modules.lora import merged
 from src.modules.policy import ENCODER_FOLDER, Policy
+from src.modules.policy_files import policy_of
 from src.modules.sentence_transformers_files import write_sentence_transformers_files
 from src.modules.settings import EncoderSettings
+from src.utils.checkpoint_io import read_checkpoint
 
 CHECKPOINT_SUFFIX = ".ckpt"
 _PREFIX = "policy."  # of the policy's weights in the state dict of a LightningModule
@@ -65,14 +66,14 @@ def _save_model(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
 
 
 def load_policy(path: Path | str, trust_remote_code: bool = False) -> tuple[Policy, EncoderSettings]:
-    """The policy of an exported folder, of the hub, or of a training checkpoint (*.ckpt), with its encoder's settings.
+    """The policy of an exported folder, of the hub, or of a training checkpoint (*.ckpt, a folder or a file), with its encoder's settings.
 
     Without settings (any instruct model) they are the paper's. The weights are float32. `trust_remote_code` lets Python
     files that come with a model run.
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: a checkpoint that GRACE did not write, or whose weights are not those of its policy.
+        ValueError: a checkpoint that is not whole, or that GRACE did not write.
     """
     path = str(path)
     if path.endswith(CHECKPOINT_SUFFIX):
@@ -88,24 +89,15 @@ def load_policy(path: Path | str, trust_remote_code: bool = False) -> tuple[Poli
 
 
 def _load_checkpoint(file: Path, trust_remote_code: bool) -> tuple[Policy, EncoderSettings]:
-    if not file.is_file():
-        raise FileNotFoundError(f"no checkpoint at {file}: training writes them to <output_dir>/checkpoints")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise ValueError(f"{file} cannot be read as a checkpoint of weights: {str(error).splitlines()[0]}") from error
-    if not isinstance(checkpoint, dict) or "grace" not in checkpoint:
+    checkpoint = read_checkpoint(file, mapped=True)
+    grace = checkpoint.get("grace", {})
+    if "policy_files" not in grace:
         raise ValueError(f"{file} is not a checkpoint of GRACE training: it does not say which policy its weights belong to")
-    grace = checkpoint["grace"]
-    if not grace["policy_path"]:
-        raise ValueError(f"{file} was trained from a policy that came from no folder: its tokenizer is lost; use the exported folder")
     settings = EncoderSettings.from_dict(grace["settings"], str(file))
-    lora = LoraConfig(**grace["lora"]) if grace.get("lora") else None
-    how = {"encoder": grace["encoder"], "pooling": settings.pooling, "layer": settings.layer}
-    policy = Policy.load(grace["policy_path"], **how, lora=lora, trust_remote_code=trust_remote_code)
+    lora = LoraConfig(**grace["lora"]) if grace["lora"] else None
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(_PREFIX)}
+    how = (grace["policy_path"], grace["encoder"], settings.pooling, settings.layer, lora, trust_remote_code)
     try:
-        policy.load_state_dict(weights)
+        return policy_of(grace["policy_files"], weights, *how), settings
     except RuntimeError as error:
-        raise ValueError(f"the weights in {file} are not those of the policy at {grace['policy_path']}: {error}") from error
-    return policy, settings
+        raise ValueError(f"the weights in {file} are not those of its own policy: {error}") from error

@@ -23,22 +23,20 @@ from src.modules.judging import Judged, SideReward, by_token, judge
 from src.modules.logprob_gap import LogprobGap
 from src.modules.lora import lora_settings
 from src.modules.policy import Policy
+from src.modules.policy_files import policy_files
 from src.modules.prompt import PromptRenderer
 from src.modules.ranks import Ranks
 from src.modules.reference import Reference
 from src.modules.report import StepReport, step_report
+from src.modules.resuming import use_new_settings
 from src.modules.rewards import Embeddings, Reward
 from src.modules.scorer import Scorer
 from src.modules.scoring import Scored
 from src.modules.settings import EncoderSettings
 from src.modules.sharding import gradient_exchange, shard, whole, whole_norm
 from src.modules.sides import OTHERS, Side, ids_of, standing_in
-from src.modules.update import MinibatchPass, minibatch_gradient
+from src.modules.update import MinibatchPass, NonFiniteError, minibatch_gradient
 from src.utils.timing import timed
-
-
-class NonFiniteError(RuntimeError):
-    """A reward or a gradient is infinite or not a number; the weights are still those of the last good step."""
 
 
 class GRACE(L.LightningModule):
@@ -268,6 +266,7 @@ class GRACE(L.LightningModule):
         encoder = "live" if self.policy.frozen_encoder is None else "frozen"
         checkpoint["grace"] = {
             "policy_path": self.policy.path,
+            "policy_files": policy_files(self.policy),
             "encoder": encoder,
             "lora": lora_settings(self.policy.model),
             "settings": self.settings.to_dict(),
@@ -276,5 +275,6 @@ class GRACE(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        use_new_settings(checkpoint, self.hparams)
         self.rollout_batches = checkpoint["grace"]["rollout_batches"]
         self.buffer.load_state_dict(shared_out(checkpoint["grace"]["held"], self.ranks))

@@ -1,6 +1,6 @@
 """The gradient of one minibatch, micro-batch by micro-batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,23 @@ class MinibatchPass:
     temperature: float
     backward: Callable[[Tensor, bool], None]
     ranks: Ranks
+
+
+class NonFiniteError(RuntimeError):
+    """A reward or a gradient is infinite or not a number; the weights are still those of the last good step."""
+
+
+def require_finite(loss: Tensor, instance_ids: Sequence[str]) -> None:
+    """Refuses the loss of a micro-batch before it reaches a gradient.
+
+    Raises:
+        NonFiniteError: it is infinite or not a number; the records are named.
+    """
+    if not torch.isfinite(loss):
+        raise NonFiniteError(
+            f"the loss of a micro-batch is {float(loss)}, records {', '.join(instance_ids)}; the weights were not changed. Look at these "
+            "records; the last checkpoint is from before"
+        )
 
 
 def minibatch_gradient(
@@ -70,7 +87,11 @@ def minibatch_gradient(
         if experience is None or number >= len(parts):
             how.backward(0.0 * policy(blank(policy.pad_id).to(policy.device))[0].sum(), last)
             continue
-        loss, seen = _one_pass(policy, algorithm, experience, parts[number], weights[parts[number]], how, gap)
+        rows = parts[number]
+        loss, seen = _one_pass(policy, algorithm, experience, rows, weights[rows], how, gap)
+        if ranks.count == 1:  # of several, all stop at the gradient's norm: one that stopped here would leave the others waiting
+            k = experience.keep.shape[1]
+            require_finite(loss.detach(), [experience.instance_ids[group] for group in sorted({int(row) // k for row in rows})])
         how.backward(loss * ranks.count, last)  # as the mean over ranks is taken of what belongs to a sum
         sums["loss"] += float(loss.detach())
         for name, values in seen.items():

@@ -65,6 +65,7 @@ _NEEDLESS_WARNINGS = (
     r".*You have overridden `transfer_batch_to_device`.*",
     r".*module\(s\) in eval mode at the start of training.*",  # as transformers loads them
     r".*Your `IterableDataset` has `__len__` defined.*",  # exact, in one process
+    r".*Checkpoint directory .* exists and is not empty.*",  # of a run that goes on
     r".*your dataloader is not resumable.*",  # it asks the trainer how far it is, and goes on from there
 )
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import Logger, MLFlowLogger
+import yaml
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from src.utils.secrets import without_secrets
@@ -74,17 +75,18 @@ def hardware() -> dict[str, str]:
 def log_run_info(loggers: Sequence[Logger], cfg: DictConfig, root: Path) -> None:
     """Gives every logger the resolved config, without its secrets; MLflow also gets it whole as config.yaml, and the rest as tags.
 
+    A run that goes on keeps the parameters and the config.yaml that it was begun with; its new ones are config_resumed.yaml.
+
     Raises:
         omegaconf.errors.MissingMandatoryValue: a value of the config is still `???`.
     """
+    from src.utils.run_logger import RunLogger
+
     config = without_secrets(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     params = dict(flatten(config))
     tags = git_state(root) | package_versions() | hardware()
     for logger in loggers:
         logger.log_hyperparams(params)
-        if isinstance(logger, MLFlowLogger):
-            from mlflow.entities import RunTag
-
-            client, run_id = logger.experiment, logger.run_id
-            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-            client.log_dict(run_id, config, "config.yaml")
+        if isinstance(logger, RunLogger):
+            logger.log_tags(tags)
+            logger.log_text(yaml.safe_dump(config, sort_keys=False), "config_resumed.yaml" if logger.resumed else "config.yaml")

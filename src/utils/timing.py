@@ -1,19 +1,44 @@
-"""Wall time of the phases of a step."""
+"""The phases of a step: how long each takes, and what to lower where one runs out of memory."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from lightning.pytorch.utilities.memory import is_oom_error
+
+WHAT_TO_LOWER = {
+    "rollout": "rollout.batch_size or module.num_rollouts (for rollout=vllm: rollout.gpu_memory_utilization)",
+    "greedy": "rollout.batch_size",
+    "encode": "module.encode_batch_size or module.micro_batch_tokens",
+    "reference": "module.micro_batch_tokens",
+    "update": "module.micro_batch_tokens, or set policy.gradient_checkpointing=true",
+}
+"""Settings that the memory of each phase goes by."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """A phase of a step found no memory."""
 
 
 @contextmanager
 def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Adds the wall time of a phase; waits for a GPU's queue, or its work would be counted in a later phase."""
+    """Adds the wall time of a phase; waits for a GPU's queue, or its work would be counted in a later phase.
+
+    Raises:
+        OutOfMemoryError: the phase ran out of memory, of the GPU or of the machine; names the setting to lower.
+    """
     start = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    try:
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and not is_oom_error(error):
+            raise
+        raise OutOfMemoryError(
+            f"out of memory in the {phase} phase of a rollout batch: lower {WHAT_TO_LOWER[phase]}, and go on with ckpt_path=last"
+        ) from error
     seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
 
 

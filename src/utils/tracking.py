@@ -8,22 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import MLFlowLogger
 from matplotlib.figure import Figure
 
+from src.utils.run_logger import RunLogger
 
-def mlflow_logger(tracking_uri: str, artifact_location: str, **settings: Any) -> MLFlowLogger:
+
+def mlflow_logger(tracking_uri: str, artifact_location: str, **settings: Any) -> RunLogger:
     """A logger whose artifacts lie at `artifact_location` if its store is a local SQLite file.
 
     Any other store has a place of its own for them; a folder named here would keep them on this machine.
     """
     local = tracking_uri.startswith("sqlite:")
-    return MLFlowLogger(tracking_uri=tracking_uri, artifact_location=artifact_location if local else None, **settings)
+    return RunLogger(tracking_uri=tracking_uri, artifact_location=artifact_location if local else None, **settings)
 
 
-def mlflow_loggers(trainer: L.Trainer) -> list[MLFlowLogger]:
+def mlflow_loggers(trainer: L.Trainer) -> list[RunLogger]:
     """The MLflow loggers of a trainer; none on other ranks than 0."""
-    return [logger for logger in trainer.loggers if isinstance(logger, MLFlowLogger)] if trainer.is_global_zero else []
+    return [logger for logger in trainer.loggers if isinstance(logger, RunLogger)] if trainer.is_global_zero else []
 
 
 def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
@@ -36,19 +37,19 @@ def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> 
 def log_table(trainer: L.Trainer, columns: Mapping[str, Sequence[Any]], file: str) -> None:
     """A table as an MLflow artifact, e.g. `rationales/step_100.json`."""
     for logger in mlflow_loggers(trainer):
-        logger.experiment.log_table(logger.run_id, {name: list(values) for name, values in columns.items()}, file)
+        logger.log_table(columns, file)
 
 
 def log_text(trainer: L.Trainer, text: str, file: str) -> None:
     """A text file as an MLflow artifact."""
     for logger in mlflow_loggers(trainer):
-        logger.experiment.log_text(logger.run_id, text, file)
+        logger.log_text(text, file)
 
 
 def log_figure(trainer: L.Trainer, figure: Figure, file: str) -> None:
     """A figure as an MLflow artifact."""
     for logger in mlflow_loggers(trainer):
-        logger.experiment.log_figure(logger.run_id, figure, file, save_kwargs={"dpi": figure.dpi})
+        logger.log_figure(figure, file)
 
 
 def write_text(path: Path, text: str) -> None:

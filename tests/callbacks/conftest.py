@@ -6,15 +6,18 @@ from pathlib import Path
 
 import lightning as L
 import pytest
-from lightning.pytorch.loggers import Logger, MLFlowLogger
+from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
+from src.callbacks.watcher import as_grace
 from src.datamodules.records import Triplet
 from src.modules import advantages, losses, rewards
 from src.modules.grace import GRACE, Algorithm
 from src.modules.policy import Policy
 from src.modules.rollout_hf import HFRollouts
 from src.modules.tiny_policy import TINY_INSTRUCTION
+from src.utils.checkpoint_io import FolderCheckpoints
+from src.utils.run_logger import RunLogger
 from tests.conftest import SENTENCES
 
 
@@ -36,6 +39,17 @@ class FewTriplets(L.LightningDataModule):
 
     def fixed_triplets(self, count: int) -> list[Triplet]:
         return triplets(count)
+
+
+class Interrupt(L.Callback):
+    """Ends training before rollout batch `at`."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int) -> None:
+        if as_grace(pl_module).rollout_batches == self.at:
+            raise RuntimeError("interrupted")
 
 
 @pytest.fixture
@@ -76,6 +90,7 @@ def fit(
         log_every_n_steps=1,
         logger=logger or False,
         callbacks=list(callbacks),
+        plugins=[FolderCheckpoints()],
         default_root_dir=folder,
         enable_model_summary=False,
         enable_checkpointing=any(isinstance(c, L.pytorch.callbacks.Checkpoint) for c in callbacks),
@@ -86,6 +101,6 @@ def fit(
 
 
 @pytest.fixture
-def mlflow_logger(tracking_uri: str, tmp_path: Path) -> MLFlowLogger:
+def mlflow_logger(tracking_uri: str, tmp_path: Path) -> RunLogger:
     """A run of its own in the session's store; its artifacts go below tmp_path."""
-    return MLFlowLogger(tmp_path.name, tracking_uri=tracking_uri, artifact_location=f"file://{tmp_path}/mlartifacts")
+    return RunLogger(tmp_path.name, tracking_uri=tracking_uri, artifact_location=f"file://{tmp_path}/mlartifacts")

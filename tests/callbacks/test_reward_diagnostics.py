@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.loggers import MLFlowLogger
 
 from src.callbacks.reward_diagnostics import RewardDiagnostics, diagnose, within_group_std
 from src.callbacks.throughput import Throughput, peak_memory, speeds
@@ -12,6 +11,7 @@ from src.modules.grace import GRACE
 from src.modules.policy import Policy
 from src.modules.report import StepReport
 from src.modules.rewards import Reward
+from src.utils.run_logger import RunLogger
 from tests.callbacks.conftest import fit, make_module
 
 
@@ -61,7 +61,7 @@ def test_speeds() -> None:
     assert 0.01 < peak_memory(torch.device("cpu"))["memory/peak_rss_gib"] < 1000
 
 
-def test_fit_logs_one_step_a_rollout_batch_and_draws(module: GRACE, mlflow_logger: MLFlowLogger, tmp_path: Path) -> None:
+def test_fit_logs_one_step_a_rollout_batch_and_draws(module: GRACE, mlflow_logger: RunLogger, tmp_path: Path) -> None:
     callbacks = [RewardDiagnostics(str(tmp_path / "out" / "terms.png")), Throughput()]
     fit(module, callbacks, tmp_path, batches=3, logger=mlflow_logger)
     client, run_id = mlflow_logger.experiment, mlflow_logger.run_id

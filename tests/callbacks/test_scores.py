@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import mlflow
 import pytest
-from lightning.pytorch.loggers import MLFlowLogger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src.callbacks.checkpoint import RolloutCheckpoint
@@ -20,7 +20,8 @@ from src.datamodules.offline_tasks import offline_tasks
 from src.modules.grace import GRACE
 from src.modules.policy import Policy
 from src.modules.settings import EncoderSettings
-from tests.callbacks.conftest import fit, make_module
+from src.utils.run_logger import RunLogger
+from tests.callbacks.conftest import Interrupt, fit, make_module
 
 TINY = OfflineSize(documents=40, queries=12, per_module=6, candidates=4, per_label=4)
 
@@ -32,9 +33,7 @@ def retrieval(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], list[Any
     return lambda: offline_tasks(["networkx"], cache, TINY)[:1]
 
 
-def test_mteb_at_start_every_n_and_end(
-    module: GRACE, retrieval: Callable[[], list[Any]], mlflow_logger: MLFlowLogger, tmp_path: Path
-) -> None:
+def test_mteb_at_start_every_n_and_end(module: GRACE, retrieval: Callable[[], list[Any]], mlflow_logger: RunLogger, tmp_path: Path) -> None:
     checkpoint = RolloutCheckpoint(str(tmp_path / "c"), every_n_rollout_batches=2, monitor="mteb/average")
     trainer = fit(module, [MTEBEvaluation(retrieval, every_n_rollout_batches=2), checkpoint], tmp_path, batches=3, logger=mlflow_logger)
     client, run_id = mlflow_logger.experiment, mlflow_logger.run_id
@@ -44,6 +43,27 @@ def test_mteb_at_start_every_n_and_end(
     assert float(trainer.callback_metrics["mteb/average"]) == pytest.approx(logged[-1].value)
     assert checkpoint.best_model_score == pytest.approx(max(metric.value for metric in logged[1:]))
     assert client.get_metric_history(run_id, "mteb/category/Retrieval")[-1].value == pytest.approx(logged[-1].value)
+
+
+def test_mteb_of_a_resumed_run_does_not_score_the_start_again_and_knows_the_last_score(
+    tiny_policy_folder: Path, retrieval: Callable[[], list[Any]], mlflow_logger: RunLogger, tmp_path: Path
+) -> None:
+    def callbacks() -> list[Any]:
+        return [MTEBEvaluation(retrieval, every_n_rollout_batches=2), RolloutCheckpoint(str(tmp_path / "c"), every_n_rollout_batches=3)]
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        fit(make_module(Policy.load(str(tiny_policy_folder))), [*callbacks(), Interrupt(at=3)], tmp_path, batches=4, logger=mlflow_logger)
+    last = str((tmp_path / "c" / "last.ckpt").resolve())
+
+    class Told(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            self.told = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("mteb/")}
+
+    told, module = Told(), make_module(Policy.load(str(tiny_policy_folder)))
+    fit(module, [*callbacks(), told], tmp_path, batches=4, logger=mlflow_logger, ckpt_path=last)
+    logged = mlflow_logger.experiment.get_metric_history(mlflow_logger.run_id, "mteb/average")
+    assert [metric.step for metric in logged] == [0, 2, 4]
+    assert told.told == {"mteb/average": pytest.approx(logged[1].value), "mteb/rollout_batches": 2}
 
 
 def test_mteb_stops_at_the_start_where_a_task_fails(module: GRACE, retrieval: Callable[[], list[Any]], tmp_path: Path) -> None:
@@ -57,7 +77,7 @@ def test_mteb_stops_at_the_start_where_a_task_fails(module: GRACE, retrieval: Ca
 
 
 def test_final_report(
-    module: GRACE, retrieval: Callable[[], list[Any]], mlflow_logger: MLFlowLogger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    module: GRACE, retrieval: Callable[[], list[Any]], mlflow_logger: RunLogger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     callbacks = [RationaleTable(str(out / "rationales.md"), texts=2), FinalReport(str(out), retrieval)]

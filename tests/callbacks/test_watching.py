@@ -9,7 +9,6 @@ import lightning as L
 import mlflow
 import pytest
 import torch
-from lightning.pytorch.loggers import MLFlowLogger
 
 from src.callbacks.checkpoint import RolloutCheckpoint
 from src.callbacks.probe import embed_sides, fixed_triplets, undisturbed
@@ -23,7 +22,9 @@ from src.modules import rewards
 from src.modules.grace import GRACE, NonFiniteError
 from src.modules.policy import Policy
 from src.modules.rewards import Embeddings, Reward
-from tests.callbacks.conftest import fit, make_module, triplets
+from src.utils.checkpoint_io import read_checkpoint
+from src.utils.run_logger import RunLogger
+from tests.callbacks.conftest import Interrupt, fit, make_module, triplets
 
 
 class Recorder(L.Callback):
@@ -36,7 +37,7 @@ class Recorder(L.Callback):
         self.weights.append(torch.cat([p.detach().flatten().clone() for p in pl_module.parameters()]))
 
 
-def test_rationale_table(module: GRACE, mlflow_logger: MLFlowLogger, tmp_path: Path) -> None:
+def test_rationale_table(module: GRACE, mlflow_logger: RunLogger, tmp_path: Path) -> None:
     callback = RationaleTable(str(tmp_path / "rationales.md"), texts=3, every_n_rollout_batches=2)
     fit(module, [callback], tmp_path, batches=3, logger=mlflow_logger)
     client, run_id = mlflow_logger.experiment, mlflow_logger.run_id
@@ -84,7 +85,7 @@ def test_similarities_by_kind_of_pair() -> None:
     assert "hard negative" not in similarities(Embeddings(query, positive, torch.zeros(2, 0, 2)))
 
 
-def test_similarity_histograms(module: GRACE, mlflow_logger: MLFlowLogger, tmp_path: Path) -> None:
+def test_similarity_histograms(module: GRACE, mlflow_logger: RunLogger, tmp_path: Path) -> None:
     callback = SimilarityHistograms(str(tmp_path / "out" / "similarities.png"), records=4)
     fit(module, [callback], tmp_path, batches=2, logger=mlflow_logger)
     client, run_id = mlflow_logger.experiment, mlflow_logger.run_id
@@ -96,7 +97,7 @@ def test_similarity_histograms(module: GRACE, mlflow_logger: MLFlowLogger, tmp_p
     assert resumed.before == callback.before
 
 
-def test_kl_is_zero_at_the_start_and_grows(module: GRACE, mlflow_logger: MLFlowLogger, tmp_path: Path) -> None:
+def test_kl_is_zero_at_the_start_and_grows(module: GRACE, mlflow_logger: RunLogger, tmp_path: Path) -> None:
     kl = StartingPolicyKL(texts=6, every_n_rollout_batches=1, batch_size=4)
     fit(module, [RewardDiagnostics(), kl], tmp_path, batches=3, logger=mlflow_logger)
     logged = mlflow_logger.experiment.get_metric_history(mlflow_logger.run_id, "kl/from_start")
@@ -144,17 +145,6 @@ def test_undisturbed_restores_mode_and_randomness(module: GRACE) -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
-class Interrupt(L.Callback):
-    """Ends training before rollout batch `at`."""
-
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int) -> None:
-        if as_grace(pl_module).rollout_batches == self.at:
-            raise RuntimeError("interrupted")
-
-
 def test_checkpoints_hold_what_a_resumed_run_needs(tiny_policy_folder: Path, tmp_path: Path) -> None:
     def callbacks() -> list[L.Callback]:
         return [
@@ -168,26 +158,12 @@ def test_checkpoints_hold_what_a_resumed_run_needs(tiny_policy_folder: Path, tmp
     whole, again = callbacks(), callbacks()
     with pytest.raises(RuntimeError, match="interrupted"):
         fit(first, [*whole, Interrupt(at=3)], tmp_path, batches=5)
-    assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert sorted(file.name for file in (tmp_path / "checkpoints").iterdir()) == ["batch_2.ckpt", "last.ckpt"]
     fit(resumed, again, tmp_path, batches=5, ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
     assert resumed.rollout_batches == 5  # 2 from the checkpoint and 3 more
     assert again[2].before == whole[2].before  # type: ignore[attr-defined]
     assert torch.equal(again[1]._start, whole[1]._start)  # type: ignore[attr-defined]
     assert again[0].history["total"].steps == [1, 2, 3, 4, 5]  # type: ignore[attr-defined]
-
-
-def test_best_checkpoint_follows_the_metric(module: GRACE, tmp_path: Path) -> None:
-    class Metric(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
-            batches = as_grace(pl_module).rollout_batches
-            trainer.callback_metrics["mteb/average"] = torch.tensor({1: 0.2, 2: 0.5, 3: 0.3}[batches])
-
-    checkpoint = RolloutCheckpoint(str(tmp_path / "c"), every_n_rollout_batches=1, monitor="mteb/average")
-    fit(module, [Metric(), checkpoint], tmp_path, batches=3)
-    assert sorted(file.name for file in (tmp_path / "c").iterdir()) == ["best.ckpt", "last.ckpt"]
-    best = torch.load(tmp_path / "c" / "best.ckpt", weights_only=True)
-    assert best["grace"]["rollout_batches"] == 2
-    assert checkpoint.best_model_score == pytest.approx(0.5)
 
 
 def test_last_checkpoint_is_from_before_a_bad_batch(module: GRACE, tmp_path: Path) -> None:
@@ -200,7 +176,7 @@ def test_last_checkpoint_is_from_before_a_bad_batch(module: GRACE, tmp_path: Pat
     module.reward = poisoned
     with pytest.raises(NonFiniteError, match="batch 2, records t0, t1"):
         fit(module, [RolloutCheckpoint(str(tmp_path / "c"), every_n_rollout_batches=1)], tmp_path, batches=3)
-    last = torch.load(tmp_path / "c" / "last.ckpt", weights_only=True)
+    last = read_checkpoint(tmp_path / "c" / "last.ckpt")
     assert last["grace"]["rollout_batches"] == 2
     assert all(torch.isfinite(weight).all() for weight in last["state_dict"].values())
 

@@ -130,3 +130,9 @@ def test_too_few_docstrings_for_a_batch_are_refused_and_do_not_hang() -> None:
     docs = [Docstring(f"m:{i}", "m", "m", "a summary of some words", "a body of some words") for i in range(5)]
     with pytest.raises(ValueError, match="do not fill one batch"):
         DemonstrationStream(docs, groups=3, per_group=2, terms=2, max_text_chars=100, seed=0)
+
+
+def test_a_resumed_run_goes_on_at_its_place_with_the_same_terms() -> None:
+    whole = list(itertools.islice(stream(), 6))
+    later = DemonstrationStream(corpus(), groups=2, per_group=3, terms=3, max_text_chars=60, seed=0, done=lambda: 4)
+    assert list(itertools.islice(later, 2)) == whole[4:]

@@ -1,4 +1,7 @@
 import json
+import os
+import signal
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from src.datamodules.files import DataFile
 from src.datamodules.preparation import SHOWN, Report, in_batches, load_report, prepare, scan
 from src.datamodules.prepared import PreparedTriplets
 from src.datamodules.prompt_limit import PromptLimit
-from src.datamodules.reading import SentenceReader, TripletReader, json_rows
+from src.datamodules.reading import BadRecord, Chunk, SentenceReader, TripletReader, json_rows
 from src.datamodules.records import Triplet
 from src.modules.prompt import PromptRenderer
 from tests.builders import SENTENCES, small_tokenizer
@@ -147,3 +150,22 @@ def test_batches_are_bounded_by_number_and_by_size():
 def test_a_missing_tokenizer_is_one_clear_line(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no tokenizer at '.*': give policy\.path"):
         PromptLimit.load(str(tmp_path / "none"), "Name the terms.", 60)
+
+
+class KilledByOne(SentenceReader):
+    """A reader whose process is killed in its second chunk, as the system kills one that takes too much memory."""
+
+    def read(self, chunk: Chunk) -> Iterator[Triplet | BadRecord]:
+        if chunk.start > 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(chunk)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_process_that_is_killed_is_one_line_and_leaves_nothing_half_done(tmp_path: Path) -> None:
+    file = sentences(tmp_path, 300)
+    with pytest.raises(RuntimeError, match=r"^a process that prepares the data was killed.* datamodule.num_proc below 2 ") as caught:
+        prepare([file], KilledByOne(), limit(), tmp_path / "cache", num_proc=2)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+    assert len(rows(prepare([file], SentenceReader(), limit(), tmp_path / "cache", num_proc=2))) > 0

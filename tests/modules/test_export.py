@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import lightning as L
@@ -10,9 +11,12 @@ from src.modules.export import export, load_policy
 from src.modules.grace import GRACE, Algorithm
 from src.modules.losses import ppo_clip
 from src.modules.policy import Policy
+from src.modules.policy_files import policy_of
+from src.modules.prompt import PromptRenderer
 from src.modules.rewards import paper
-from src.modules.rollout_hf import HFRollouts
+from src.modules.rollout_hf import HFRollouts, end_tokens
 from src.modules.settings import EncoderSettings
+from src.utils.checkpoint_io import FolderCheckpoints
 
 SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=64, max_new_tokens=5)
 
@@ -87,8 +91,10 @@ def trained(policy: Policy) -> GRACE:
     )
 
 
-def checkpoint_of(module: GRACE, file: Path) -> Path:
-    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+def checkpoint_of(module: GRACE, file: Path, *plugins: FolderCheckpoints) -> Path:
+    trainer = L.Trainer(
+        plugins=plugins, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+    )
     trainer.strategy.connect(module)
     trainer.save_checkpoint(file, weights_only=True)
     return file
@@ -113,13 +119,34 @@ def test_what_is_missing_or_foreign_is_named(tiny_policy: Policy, tmp_path: Path
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=r"other.ckpt is not a checkpoint of GRACE training"):
         load_policy(tmp_path / "other.ckpt")
-    fresh = Policy(type(tiny_policy.model)(tiny_policy.model.config), tiny_policy.tokenizer)
-    fresh.path = ""  # as a model has it that was never read from a folder
-    with pytest.raises(ValueError, match=r"came from no folder"):
-        load_policy(checkpoint_of(trained(fresh), tmp_path / "fresh.ckpt"))
+
+
+@pytest.mark.parametrize("encoder", ["live", "frozen"])
+def test_a_checkpoint_needs_no_other_folder(tiny_policy_folder: Path, tmp_path: Path, encoder: str) -> None:
+    start = shutil.copytree(tiny_policy_folder, tmp_path / "start")
+    policy = moved(Policy.load(str(start), encoder=encoder))  # type: ignore[arg-type]
+    policy.model.generation_config.eos_token_id = [7, policy.tokenizer.eos_token_id]
+    checkpoint = checkpoint_of(trained(policy), tmp_path / "last.ckpt", FolderCheckpoints())
+    shutil.rmtree(start)
+    loaded, settings = load_policy(shutil.move(checkpoint, tmp_path / "elsewhere.ckpt"))
+    assert settings == SETTINGS
+    assert same_weights(loaded, policy)
+    assert torch.equal(end_tokens(loaded), end_tokens(policy))
+    prompts = PromptRenderer(policy.tokenizer, SETTINGS.instruction, 96)(["some text"])
+    again = PromptRenderer(loaded.tokenizer, SETTINGS.instruction, 96)(["some text"])
+    assert torch.equal(prompts.ids[0], again.ids[0])
+    both = [HFRollouts(6).generate(one, prompts, n=2, seed=3).embeddings for one in (policy.eval(), loaded)]
+    torch.testing.assert_close(both[0], both[1], atol=0, rtol=0)
 
 
 def test_weights_of_another_policy_are_refused(tiny_policy: Policy, tmp_path: Path) -> None:
-    del tiny_policy.model.base_model.layers[1]
-    with pytest.raises(ValueError, match=r"the weights in .*last.ckpt are not those of the policy at"):
-        load_policy(checkpoint_of(trained(tiny_policy), tmp_path / "last.ckpt"))
+    module = trained(tiny_policy)
+    del tiny_policy.model.base_model.layers[1]  # its config still says two
+    with pytest.raises(ValueError, match=r"the weights in .*last.ckpt are not those of its own policy"):
+        load_policy(checkpoint_of(module, tmp_path / "last.ckpt"))
+
+
+def test_a_file_name_that_leads_out_of_the_checkpoint_is_refused(tiny_policy: Policy) -> None:
+    files = {"../escaped": torch.zeros(1, dtype=torch.uint8)}
+    with pytest.raises(ValueError, match="leads out of its folder"):
+        policy_of(files, {}, "", "live", "mean", -1, None)

@@ -18,6 +18,7 @@ from src.modules.rewards import Embeddings, Reward, document, listwise, paper
 from src.modules.rollout_hf import HFRollouts
 from src.modules.scoring import unrelated_similarity
 from src.modules.sequences import Rollouts
+from src.utils.timing import OutOfMemoryError
 from tests.builders import SENTENCES, small_policy
 
 TRIPLETS = [
@@ -239,13 +240,44 @@ def test_a_reward_that_is_not_finite_stops_with_step_term_and_record(value):
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_change():
     def explode(*args: Tensor) -> Any:
         result = ppo_clip(*args)
-        return type(result)(result.loss * torch.inf, result.clipped, result.kl)
+        flat = (result.loss * 0.0).sqrt()  # 0, and its derivative is not a number
+        return type(result)(result.loss + flat, result.clipped, result.kl)
 
     module = make(algorithm={"loss": explode})
     before = weights(module)
     with pytest.raises(NonFiniteError, match=r"gradient norm is nan in rollout batch 0, records file\.jsonl:0, file"):
         fit(module, [TRIPLETS])
     assert all(torch.equal(a, b) for a, b in zip(before, weights(module), strict=True))
+
+
+class BrokenLogprobs(HFRollouts):
+    """An engine that returns log-probs that are not numbers for the rationales of one record."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Rollouts:
+        rollouts = super().generate(*args, **kwargs)
+        if kwargs["n"] == 1:
+            return rollouts
+        logprobs = rollouts.logprobs.clone()
+        logprobs[2 * kwargs["n"] : 3 * kwargs["n"]] = torch.nan
+        return replace(rollouts, logprobs=logprobs)
+
+
+def test_a_micro_batch_whose_loss_is_not_a_number_stops_before_the_weights_change_and_its_record_is_named():
+    module = make(algorithm={"importance_cap": 3.0}, micro_batch_tokens=1)
+    module.engine = BrokenLogprobs(6)
+    before = weights(module)
+    with pytest.raises(NonFiniteError, match=r"the loss of a micro-batch is nan, records file\.jsonl:2; the weights were not changed"):
+        fit(module, [TRIPLETS])
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(module), strict=True))
+
+
+def test_memory_that_runs_out_in_an_update_is_one_line_with_the_setting_to_lower():
+    def greedy_for_memory(*args: Tensor) -> Any:
+        return ppo_clip(*args), torch.empty(1 << 58, dtype=torch.uint8)  # a real allocation, and more than any machine has
+
+    with pytest.raises(OutOfMemoryError, match=r"^out of memory in the update phase .*: lower module.micro_batch_tokens, .*$") as caught:
+        fit(make(algorithm={"loss": greedy_for_memory}), [TRIPLETS])
+    assert "\n" not in str(caught.value)
 
 
 def test_unrelated_similarity_is_the_mean_over_pairs_of_different_instances():

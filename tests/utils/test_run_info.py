@@ -4,11 +4,11 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
-from lightning.pytorch.loggers import MLFlowLogger
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from src.utils.run_info import flatten, git_state, hardware, log_run_info, package_versions
+from src.utils.run_logger import RunLogger
 
 
 def test_flatten() -> None:
@@ -45,7 +45,7 @@ def test_versions_and_hardware() -> None:
 
 
 def test_a_run_holds_its_config_and_no_password(tracking_uri: str, tmp_path: Path) -> None:
-    logger = MLFlowLogger("run_info", tracking_uri=tracking_uri, artifact_location=f"file://{tmp_path}/artifacts")
+    logger = RunLogger("run_info", tracking_uri=tracking_uri, artifact_location=f"file://{tmp_path}/artifacts")
     cfg = OmegaConf.create({"paths": {"tracking_uri": "http://me:pw@host", "root": "/r", "out": "${.root}/out"}, "seed": 3})
     log_run_info([logger], cfg, tmp_path)
     run = logger.experiment.get_run(logger.run_id)

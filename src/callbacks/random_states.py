@@ -1,0 +1,48 @@
+"""Random states in checkpoints, so that a resumed run draws what it would have drawn."""
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+
+
+def random_states() -> dict[str, Any]:
+    """The states of Python, numpy, torch and every GPU of this process, in types that weights-only loading reads."""
+    states = _collect_rng_states()
+    name, keys, *rest = states["numpy"]
+    return states | {"numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest)}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Undoes `random_states`."""
+    name, keys, *rest = states["numpy"]
+    _set_rng_states(states | {"numpy": (name, keys.numpy().astype(np.uint32), *rest)})
+
+
+class RandomStates(L.Callback):
+    """Saves the random states of every rank with each checkpoint, and sets them before the first batch of a resumed run.
+
+    Before that batch rather than earlier: what happens at the start of a process (data loaders, evaluations) may draw too.
+    A rank that the saved run did not have keeps the states of its seed.
+    """
+
+    def __init__(self) -> None:
+        self._saved: list[dict[str, Any]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        own = random_states()
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return {"ranks": [own]}
+        ranks: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(ranks, own)
+        return {"ranks": ranks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = state_dict["ranks"]
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank < len(self._saved):
+            set_random_states(self._saved[trainer.global_rank])
+        self._saved = []

@@ -1,0 +1,155 @@
+"""Checkpoints on the disk: what comes back, what is refused, and what a full disk or a killed process leaves."""
+
+import os
+import pickle
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from src.utils.checkpoint_io import CheckpointError, FolderCheckpoints, read_checkpoint, tidy, whole_checkpoints
+
+IO = FolderCheckpoints()
+
+
+def checkpoint(seed: int = 0, size: int = 50) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(size, size, generator=generator)
+    state = {
+        "a": matrix,
+        "tied": matrix,
+        "half": matrix.to(torch.bfloat16),
+        "view": matrix[:, :3],
+        "turned": matrix.T,
+        "none": torch.empty(0),
+    }
+    return {
+        "state_dict": state,
+        "optimizer_states": [{"state": {0: {"exp_avg": matrix * 2}}}],
+        "seed": seed,
+        "about": {"rollout_batches": 7},
+    }
+
+
+def test_what_was_saved_comes_back_tied_weights_and_views_too(tmp_path: Path) -> None:
+    saved = checkpoint()
+    IO.save_checkpoint(saved, tmp_path / "new" / "batch_7.ckpt")
+    loaded = IO.load_checkpoint(tmp_path / "new" / "batch_7.ckpt")
+    assert loaded["state_dict"].keys() == saved["state_dict"].keys()
+    assert all(loaded["state_dict"][name].equal(tensor) for name, tensor in saved["state_dict"].items())
+    assert loaded["optimizer_states"][0]["state"][0]["exp_avg"].equal(saved["optimizer_states"][0]["state"][0]["exp_avg"])
+    assert loaded["seed"] == 0
+    assert set(load_file(tmp_path / "new" / "batch_7.ckpt" / "weights.safetensors")) == {"a", "half", "view", "turned", "none"}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["batch_7.ckpt"]  # nothing left of writing it aside
+
+
+def test_a_checkpoint_in_the_same_place_is_replaced_and_a_single_file_is_read(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        IO.save_checkpoint(checkpoint(seed), tmp_path / "batch_7.ckpt")
+    assert IO.load_checkpoint(tmp_path / "batch_7.ckpt")["seed"] == 1
+    torch.save(checkpoint(2), tmp_path / "single.ckpt")
+    assert read_checkpoint(tmp_path / "single.ckpt")["seed"] == 2
+    IO.remove_checkpoint(tmp_path / "batch_7.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["single.ckpt"]
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 10)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-20] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.pt", "checkpoint.json"])
+@pytest.mark.parametrize(
+    ("damage", "told"), [(cut, r"has \d+ bytes of|broken"), (flip, r"checksum differs|broken"), (Path.unlink, "is missing")], ids=str
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(tmp_path: Path, name: str, damage: Any, told: str) -> None:
+    for batches in (10, 20, 30):
+        IO.save_checkpoint(checkpoint(batches), tmp_path / f"batch_{batches}.ckpt")
+        os.utime(tmp_path / f"batch_{batches}.ckpt", (batches, batches))
+    damage(tmp_path / "batch_30.ckpt" / name)
+    if name == "checkpoint.json" and damage is flip:
+        return  # a changed number there is one that no file agrees with, or is of no account
+    with pytest.raises(CheckpointError, match=rf"batch_30.ckpt cannot be read as a checkpoint: {name}.*({told})") as caught:
+        IO.load_checkpoint(tmp_path / "batch_30.ckpt")
+    assert str(caught.value).endswith(f"{tmp_path}/batch_20.ckpt is whole: go on with ckpt_path={tmp_path}/batch_20.ckpt")
+    assert "\n" not in str(caught.value)
+    assert IO.load_checkpoint(tmp_path / "batch_20.ckpt")["seed"] == 20
+
+
+def test_without_another_it_says_so_and_nothing_is_offered_that_is_broken_too(tmp_path: Path) -> None:
+    for batches in (10, 20):
+        IO.save_checkpoint(checkpoint(batches), tmp_path / f"batch_{batches}.ckpt")
+        cut(tmp_path / f"batch_{batches}.ckpt" / "state.pt")
+    with pytest.raises(CheckpointError, match="there is no other whole checkpoint beside it"):
+        IO.load_checkpoint(tmp_path / "batch_20.ckpt")
+    (tmp_path / "old.ckpt").write_bytes(b"no checkpoint")
+    with pytest.raises(CheckpointError, match=r"old.ckpt cannot be read as a checkpoint"):
+        read_checkpoint(tmp_path / "old.ckpt")
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return os.mkdir, (os.environ["BOMB"],)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
+    torch.save({"state_dict": {}, "bomb": Bomb()}, tmp_path / "single.ckpt", pickle_module=pickle)
+    with pytest.raises(CheckpointError, match=r"single\.ckpt cannot be read"):
+        read_checkpoint(tmp_path / "single.ckpt")
+    IO.save_checkpoint({**checkpoint(), "bomb": Bomb()}, tmp_path / "folder.ckpt")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_checkpoint(tmp_path / "folder.ckpt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_file_larger_than_is_allowed_leaves_the_others_whole(tmp_path: Path) -> None:
+    """A real quota: no file of this process may grow beyond 100 kB, as a disk that is full would have it."""
+    IO.save_checkpoint(checkpoint(1), tmp_path / "batch_1.ckpt")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"no room to write .*batch_2.ckpt .*checkpoints that were there before are whole"):
+            IO.save_checkpoint(checkpoint(2, size=300), tmp_path / "batch_2.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["batch_1.ckpt"]
+    assert IO.load_checkpoint(tmp_path / "batch_1.ckpt")["seed"] == 1
+
+
+def test_a_process_killed_while_it_saves_leaves_whole_checkpoints(tmp_path: Path) -> None:
+    big = checkpoint(size=400)
+    for attempt in range(8):
+        child = os.fork()
+        if child == 0:
+            for count in range(1000):
+                IO.save_checkpoint(big, tmp_path / f"batch_{attempt}_{count}.ckpt")
+                IO.remove_checkpoint(tmp_path / f"batch_{attempt}_{count - 1}.ckpt")
+            os._exit(0)
+        time.sleep(0.15 + 0.07 * attempt)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    found = list(tmp_path.glob("*.ckpt"))
+    assert len(found) >= 1
+    assert set(whole_checkpoints(tmp_path)) == set(found)
+
+
+def test_what_a_killed_process_left_is_cleared_and_what_it_was_replacing_is_put_back(tmp_path: Path) -> None:
+    IO.save_checkpoint(checkpoint(1), tmp_path / "batch_1.ckpt")
+    (tmp_path / "batch_1.ckpt").rename(tmp_path / ".batch_1.ckpt.77.replaced")  # killed between the two renames
+    (tmp_path / ".batch_1.ckpt.77.partial").mkdir()
+    (tmp_path / ".batch_0.ckpt.77.removed").mkdir()
+    (tmp_path / ".last.ckpt.77.link").symlink_to("batch_1.ckpt")
+    tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["batch_1.ckpt"]
+    assert IO.load_checkpoint(tmp_path / "batch_1.ckpt")["seed"] == 1
