@@ -83,7 +83,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(updates):
 
 @pytest.mark.parametrize("truncation", ["relative", "mask"])
 def test_the_gradient_is_that_of_advantage_weighted_log_probabilities_from_transformers_itself(truncation):
-    settings = {"algorithm": {"truncation": truncation}, "max_new_tokens": 30, "seed": 7}
+    settings = {"algorithm": {"truncation": truncation}, "max_new_tokens": 30, "seed": 9}
     watch = fit(make(**settings), [TRIPLETS])
     start = make(**settings)  # the same weights, seed and rollouts
     scored = start.scorer({}).score(TRIPLETS)
@@ -123,7 +123,7 @@ def test_log_probs_and_embeddings_are_those_of_separate_rows_whether_the_engine_
 
 
 def test_rollouts_that_are_left_out_of_the_loss_are_not_computed(monkeypatch):
-    module = make(algorithm={"truncation": "mask"}, max_new_tokens=30, seed=7)
+    module = make(algorithm={"truncation": "mask"}, max_new_tokens=30, seed=9)
     seen = []
     hidden_states = module.policy.hidden_states
     monkeypatch.setattr(module.policy, "hidden_states", lambda part, groups: seen.append(part.finished) or hidden_states(part, groups))
