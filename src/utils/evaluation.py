@@ -41,7 +41,7 @@ class EvaluationScores:
     categories: dict[str, float]
     average: float
     failures: dict[str, str] = field(default_factory=dict)
-    without_data: frozenset[str] = frozenset()
+    without_data: tuple[str, ...] = ()
 
     def flat(self, prefix: str = "") -> dict[str, float]:
         """Names and numbers for a logger: `<prefix>task/<name>`, `<prefix>category/<name>`, `<prefix>average`."""
@@ -174,5 +174,5 @@ def _summary(tasks: Sequence["AbsTask"], runs: Mapping[str, _Run]) -> Evaluation
         categories={kind: fmean(values) for kind, values in categories.items()},
         average=fmean(scores.values()) if scores else float("nan"),
         failures={name: run.failure for name, run in runs.items() if run.failure is not None},
-        without_data=frozenset(name for name, run in runs.items() if run.without_data),
+        without_data=tuple(name for name, run in runs.items() if run.without_data),
     )

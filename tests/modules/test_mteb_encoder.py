@@ -89,7 +89,7 @@ def test_a_failing_task_is_named_and_the_others_go_on(tiny_policy: Policy, tasks
     broken = Fails(tiny_policy, SETTINGS, HFRollouts(4), rationale=False)
     scores = run_tasks(broken, tasks[:2], None, "tiny")  # type: ignore[arg-type]
     assert scores.failures == {"DocstringRetrieval": "no such luck", "DocstringReranking": "no such luck"}
-    assert scores.without_data == frozenset()
+    assert scores.without_data == ()
     assert np.isnan(scores.average)
     assert scores.flat() == {}
 
