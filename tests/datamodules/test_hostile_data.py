@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from src.datamodules import preparation
 from src.datamodules.files import DataFile, find_files, inside
 from src.datamodules.mteb_mirror import copy_folder
+from src.datamodules.own_tasks import read_description
 from src.datamodules.preparation import load_report, prepare, scan
 from src.datamodules.prepared import PreparedTriplets
 from src.datamodules.prompt_limit import PromptLimit
@@ -96,7 +97,7 @@ def copied(root: Path) -> Path:
 
 def test_a_data_sets_own_script_is_not_run(tmp_path: Path, ran: Path) -> None:
     folder = copied(tmp_path)
-    (folder / "banking77.py").write_text(f"from pathlib import Path\nPath({str(ran)!r}).touch()\n")
+    (folder / f"{folder.name}.py").write_text(f"from pathlib import Path\nPath({str(ran)!r}).touch()\n")
     (task,) = named_tasks(["Banking77Classification"], tmp_path)
     assert task.metadata.dataset["path"] == str(folder)
     with pytest.raises(Exception, match=r"scripts are no longer supported|no data|Couldn't find|No \(supported\) data"):
@@ -119,6 +120,8 @@ def test_yaml_is_read_without_objects(tmp_path: Path, ran: Path) -> None:
     file.write_text(f"a: {EVIL_YAML.format(ran)}\n")
     with pytest.raises(yaml.constructor.ConstructorError):
         OmegaConf.load(file)
+    with pytest.raises(ValueError, match=r"evil\.yaml is not YAML"):
+        read_description(file)
     assert not ran.exists()
     yaml.unsafe_load(file.read_text())
     assert ran.exists()  # it would have worked
