@@ -164,7 +164,8 @@ def test_a_run_writes_no_secret_anywhere(tiny_policy_folder: Path, tmp_path: Pat
     assert yaml.safe_load(saved.read_text())["store"] == {"uri": "http://me:***@host", "api_key": "***"}
 
 
-@pytest.mark.parametrize("uri", ["ftp://me:{}@nowhere", pytest.param("http://me:{}@127.0.0.1:9", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("uri", ["ftp://me:{}@nowhere", "http://me:{}@127.0.0.1:9"], ids=["no such store", "closed port"])
 def test_a_store_that_fails_is_named_without_its_password(uri: str, tiny_policy_folder: Path, tmp_path: Path) -> None:
     code, everything = run(tmp_path, "train.py", f"paths.tracking_uri={uri.format(PASSWORD)}", *small(tiny_policy_folder, tmp_path))
     assert code != 0
