@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,9 @@ def with_code(folder: Path, ran: Path, model_type: str) -> None:
         (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
 
 
-def test_a_models_own_code_runs_only_where_a_setting_says_so(folder: Path, ran: Path) -> None:
+def test_a_models_own_code_runs_only_where_a_setting_says_so(folder: Path, ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder.parent / "modules"))  # not in the home
+    monkeypatch.setattr(sys, "path", list(sys.path))
     with_code(folder, ran, "own")
     for load in (Policy.load, load_policy):
         with pytest.raises(ValueError, match=r"brings Python code of its own.*trust_remote_code=true") as caught:
