@@ -100,6 +100,7 @@ def evaluate(cfg: DictConfig) -> dict[str, EvaluationScores]:
     try:
         paths = {row.path for row in rows} | ({cfg.base} if cfg.abilities.tasks else set())
         policies = {path: load_policy(path, cfg.trust_remote_code) for path in paths}
+        rows = [row.settled(policies[row.path][1].rationale) for row in rows]
         tasks = load_tasks(cfg)
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
@@ -107,7 +108,7 @@ def evaluate(cfg: DictConfig) -> dict[str, EvaluationScores]:
     unavailable: dict[str, str] = {}
     for row in rows:
         log.info("%s: %d tasks", row.name, len(tasks))
-        encoder = make_encoder(cfg, *policies[row.path], rationale=row.rationale)
+        encoder = make_encoder(cfg, *policies[row.path], rationale=bool(row.rationale))
         with torch.autocast(encoder.policy.device.type, dtype=torch.bfloat16, enabled=cfg.bf16):
             scored = run_tasks(
                 *(encoder, tasks, Path(cfg.results_dir), row.model_name),

@@ -324,3 +324,15 @@ def max_of_selected(hidden: Tensor, mask: Tensor) -> Tensor:
             row = torch.maximum(row, state)
         rows.append(row)
     return torch.stack(rows)
+
+
+# ---- contrastive learning
+
+
+def info_nce_oracle(queries: Tensor, candidates: list[list[Tensor]], own: list[int], temperature: float) -> Tensor:
+    """-log(exp(cos(q_i, d_own)/tau) / sum_j exp(cos(q_i, d_j)/tau)), mean over i, each query with its own list of candidates."""
+    losses = []
+    for query, documents, place in zip(queries, candidates, own, strict=True):
+        scores = [(_dot(query, d) / (query.norm() * d.norm()) / temperature).exp() for d in documents]
+        losses.append(-(scores[place] / torch.stack(scores).sum()).log())
+    return torch.stack(losses).mean()

@@ -88,6 +88,23 @@ def test_the_published_settings(experiment: str, compose: Compose) -> None:
     assert cfg.reward._target_ == f"src.modules.rewards.{'paper' if data == 'sup' else 'unsupervised'}"
 
 
+BASELINE_SMALL = ["logger=none", "callbacks=contrastive_minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=2"]
+
+
+@pytest.mark.parametrize("data", ["sup", "unsup"])
+@pytest.mark.parametrize("lora", [[], ["policy/lora=all_linear"]])
+def test_a_baseline_needs_no_more_than_that(data: str, lora: list[str], compose: Compose, stand_in, own_data) -> None:
+    name = {"sup": "baseline_cl_sup", "unsup": "baseline_simcse_unsup"}[data]
+    cfg = compose(f"experiment={name}", f"datamodule.path={own_data[data]}", "datamodule.batch_size=4", *BASELINE_SMALL, *lora)
+    assert (cfg.policy.gradient_checkpointing, cfg.trainer.precision, cfg.module.temperature) == (True, "bf16-mixed", 0.05)
+    cfg.policy.path = str(stand_in(f"qwen1.5b_{data}"))
+    cfg.paths.cache_dir = f"{cfg.paths.output_dir}/cache"
+    cfg.optimized_metric = "update/loss"
+    loss = train(cfg)
+    assert loss is not None
+    assert 0 < loss < 10
+
+
 def test_lengths_of_rationales_are_one_setting(compose: Compose) -> None:
     assert compose("experiment=qwen3b_sup", "rollout.max_new_tokens=256", "reward=listwise").rollout.max_new_tokens == 256
 

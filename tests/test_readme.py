@@ -25,6 +25,14 @@ SMALL = [
 ]
 
 
+BASELINE = {
+    "callbacks=minimal": "callbacks=contrastive_minimal",
+    "module.num_rollouts=2": None,
+    "datamodule.seed=0": "datamodule.batch_size=8",
+}
+"""What stands in for the settings above where nothing is rolled out."""
+
+
 def commands(program: str) -> list[str]:
     """The command lines of the README's shell blocks that begin with `program`, without comments."""
     blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
@@ -57,9 +65,14 @@ def test_train_commands(command: str, compose: Compose, triplets: Path) -> None:
         if any(override.startswith("debug=") for override in own):  # brings settings for callbacks that `minimal` leaves out
             assert compose(*own).trainer.limit_train_batches == 2  # and is run by tests/test_train.py
             continue
+        metric = "reward/total/mean"
+        if "baseline" in own[0]:
+            small, metric = [other for override in small if (other := BASELINE.get(override, override))], "update/loss"
+        if "tiny_baseline" in own[0]:
+            small.remove("datamodule.batch_size=8")  # of docstrings a batch is groups of them
         cfg = compose(*own, *small)
         cfg.packages.train = ["urllib3"]
-        cfg.optimized_metric = "reward/total/mean"
+        cfg.optimized_metric = metric
         assert train(cfg) is not None
 
 

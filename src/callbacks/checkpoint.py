@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from src.callbacks.probe import is_due
-from src.callbacks.watcher import as_grace
-from src.modules.grace import GRACE
+from src.callbacks.watcher import as_policy_module
+from src.modules.policy_module import PolicyModule
 from src.utils.checkpoint_io import ABOUT, remove, tidy
 from src.utils.tracking import log_metrics
 
@@ -59,11 +59,11 @@ class RolloutCheckpoint(ModelCheckpoint):
             tidy(self._folder)
         origin = Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else None
         if origin is not None and origin.parent == self._folder.resolve():
-            self._go_on(trainer, as_grace(pl_module), origin)
+            self._go_on(trainer, as_policy_module(pl_module), origin)
         self._not_logged_yet = {}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        module = as_grace(pl_module)
+        module = as_policy_module(pl_module)
         if is_due(module, self.every):
             pending = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
             logged_soon = trainer._logger_connector.should_update_logs and "step" in pending  # see RewardDiagnostics
@@ -73,14 +73,14 @@ class RolloutCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException):  # raised between two rollout batches; others may come in the middle of one
-            self.save(trainer, as_grace(pl_module))
+            self.save(trainer, as_policy_module(pl_module))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.save(trainer, as_grace(pl_module))
+        self.save(trainer, as_policy_module(pl_module))
 
     # ---- what
 
-    def save(self, trainer: L.Trainer, module: GRACE) -> None:
+    def save(self, trainer: L.Trainer, module: PolicyModule) -> None:
         """Saves, unless this state was saved already."""
         batches = module.rollout_batches
         if trainer.state.fn != TrainerFn.FITTING or batches == self._saved_at:
@@ -103,7 +103,7 @@ class RolloutCheckpoint(ModelCheckpoint):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[ABOUT] = {
-            "rollout_batches": as_grace(pl_module).rollout_batches,
+            "rollout_batches": as_policy_module(pl_module).rollout_batches,
             "optimizer_steps": trainer.global_step,
             "epoch": trainer.current_epoch,
             "monitor": self.monitor,
@@ -126,7 +126,7 @@ class RolloutCheckpoint(ModelCheckpoint):
     def _folder(self) -> Path:
         return Path(str(self.dirpath))
 
-    def _go_on(self, trainer: L.Trainer, module: GRACE, origin: Path) -> None:
+    def _go_on(self, trainer: L.Trainer, module: PolicyModule, origin: Path) -> None:
         """Makes the checkpoint that is gone on from the last one, and logs what its process may have had no time to log."""
         self._saved_at = module.rollout_batches
         if trainer.is_global_zero:

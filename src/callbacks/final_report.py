@@ -15,15 +15,15 @@ from rich.table import Table
 from src.callbacks.probe import undisturbed
 from src.callbacks.rationale_table import RationaleTable
 from src.callbacks.watcher import Watcher
-from src.modules.grace import GRACE
+from src.modules.policy_module import PolicyModule
 from src.utils.evaluation import run_tasks
 from src.utils.plots import scores_figure
 from src.utils.tracking import log_figure, log_metrics, log_table, log_text, mlflow_loggers, write_text
 
 log = logging.getLogger(__name__)
 
-BASE, REASONING, TRAINED = "Base", "Base + reasoning", "GRACE"
-"""The rows: starting weights without a rationale, starting weights with one, trained weights with one."""
+BASE, REASONING = "Base", "Base + reasoning"
+"""The first rows: starting weights without rationales, and with them. The last is the trained policy, by its method's name."""
 
 _PLACES = {
     "report.md": "this report",
@@ -39,6 +39,9 @@ _SHORT = {"Retrieval": "Retr", "Reranking": "Rerank", "Clustering": "Clust", "Pa
 
 class FinalReport(Watcher):
     """Scores the starting policy when training starts and the trained one when it ends, on tasks that nothing else sees.
+
+    A policy that is trained with rationales is scored with them, and its start without and with them; one that is trained
+    without is scored without, and so is its start.
 
     Prints the table, some rationales before and after, and where everything is; writes report.md and test_scores.png;
     logs test/<row>/<task>, test/<row>/average, the table and the figure.
@@ -56,23 +59,25 @@ class FinalReport(Watcher):
         self.rows: dict[str, dict[str, float]] = {}  # row -> category or average -> score
         self._tasks: list[Any] = []
 
-    def at_start(self, trainer: L.Trainer, module: GRACE) -> None:
+    def at_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
         with undisturbed(module):
             self._tasks = self.make_tasks()
         if self.rows:
             return  # resumed: the checkpoint brought what the starting policy scored
-        log.info("scoring the starting policy on %d held-out tasks, without and with rationales", len(self._tasks))
+        with_them = module.settings.rationale
+        log.info("scoring the starting policy on %d held-out tasks, without%s rationales", len(self._tasks), " and with" * with_them)
         self.score(trainer, module, BASE, rationale=False)
-        self.score(trainer, module, REASONING, rationale=True)
+        if with_them:
+            self.score(trainer, module, REASONING, rationale=True)
 
-    def at_end(self, trainer: L.Trainer, module: GRACE) -> None:
+    def at_end(self, trainer: L.Trainer, module: PolicyModule) -> None:
         log.info("scoring the trained policy on %d held-out tasks", len(self._tasks))
-        self.score(trainer, module, TRAINED, rationale=True)
+        self.score(trainer, module, module.title, rationale=module.settings.rationale)
         if trainer.is_global_zero:
             self.write(trainer, module)
             self.show(trainer)
 
-    def score(self, trainer: L.Trainer, module: GRACE, row: str, rationale: bool) -> None:
+    def score(self, trainer: L.Trainer, module: PolicyModule, row: str, rationale: bool) -> None:
         """Adds a row and logs it.
 
         Raises:
@@ -92,13 +97,14 @@ class FinalReport(Watcher):
         metrics = {f"test/{_slug(row)}/{task}": score for task, score in (scores.tasks | {"average": scores.average}).items()}
         log_metrics(trainer, metrics, module.rollout_batches)
 
-    def write(self, trainer: L.Trainer, module: GRACE) -> None:
+    def write(self, trainer: L.Trainer, module: PolicyModule) -> None:
         """report.md, test_scores.png, and the same in MLflow."""
-        figure = scores_figure(self.rows, f"Held-out tasks, after {module.rollout_batches} rollout batches")
+        title = f"Held-out tasks after {module.rollout_batches} {module.unit}es"
+        figure = scores_figure(self.rows, title)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.output_dir / "test_scores.png")
         log_figure(trainer, figure, "figures/test_scores.png")
-        report = markdown(self.rows, module.rollout_batches)
+        report = markdown(self.rows, title, self.output_dir)
         write_text(self.output_dir / "report.md", report)
         log_text(trainer, report, "report.md")
         columns = {name: [scores[name] for scores in self.rows.values()] for name in next(iter(self.rows.values()))}
@@ -122,14 +128,14 @@ class FinalReport(Watcher):
         return found + [("MLflow run (make ui)", str(logger.run_id)) for logger in mlflow_loggers(trainer)]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": {row: scores for row, scores in self.rows.items() if row != TRAINED}}
+        return {"rows": {row: scores for row, scores in self.rows.items() if row in (BASE, REASONING)}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = dict(state_dict["rows"])
 
 
 def _slug(row: str) -> str:
-    return {BASE: "base", REASONING: "base_reasoning", TRAINED: "grace"}[row]
+    return row.lower().replace(" + ", "_")
 
 
 def score_table(rows: dict[str, dict[str, float]]) -> Table:
@@ -159,19 +165,18 @@ def _cell(text: str, limit: int = 240) -> str:
     return escape(text if len(text) <= limit else text[: limit - 1] + "…")  # rich reads square brackets as markup
 
 
-def markdown(rows: dict[str, dict[str, float]], steps: int) -> str:
-    """The table and the figures as a page."""
+def markdown(rows: dict[str, dict[str, float]], title: str, folder: Path) -> str:
+    """The table as a page, with the figures and the rationales that lie in `folder`."""
     columns = list(next(iter(rows.values())))
-    lines = [f"# Held-out tasks after {steps} rollout batches", "", "Main score of each category, %.", ""]
+    lines = [f"# {title}", "", "Main score of each category, %.", ""]
     lines += ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     lines += [f"| {row} | " + " | ".join(f"{100 * scores[c]:.2f}" for c in columns) + " |" for row, scores in rows.items()]
-    lines += [
-        "",
-        "![scores](test_scores.png)",
-        "",
-        "![reward terms](reward_terms.png)",
-        "",
-        "Rationales: [before and after](rationales.md)",
-        "",
-    ]
-    return "\n".join(lines)
+    beside = {
+        "test_scores.png": "![scores]({})",
+        "reward_terms.png": "![reward terms]({})",
+        "rationales.md": "Rationales: [before and after]({})",
+    }
+    for file, link in beside.items():
+        if (folder / file).exists():
+            lines += ["", link.format(file)]
+    return "\n".join(lines) + "\n"

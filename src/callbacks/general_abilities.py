@@ -10,7 +10,7 @@ import lightning as L
 from rich.console import Console
 
 from src.callbacks.watcher import Watcher
-from src.modules.grace import GRACE
+from src.modules.policy_module import PolicyModule
 from src.utils.abilities import AbilityScore, Change, ability_markdown, ability_metrics, ability_table, compare, run_abilities
 from src.utils.tracking import log_metrics, log_text, write_text
 
@@ -44,12 +44,12 @@ class GeneralAbilities(Watcher):
         self.before: dict[str, AbilityScore] = {}
         self.changes: dict[str, Change] = {}
 
-    def at_start(self, trainer: L.Trainer, module: GRACE) -> None:
+    def at_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
         if not self.before:  # else resumed: the checkpoint brought what the starting policy scored
             log.info("scoring the starting policy's general abilities")
             self.before = run_abilities(module.policy, **self.asked)
 
-    def at_end(self, trainer: L.Trainer, module: GRACE) -> None:
+    def at_end(self, trainer: L.Trainer, module: PolicyModule) -> None:
         log.info("scoring the trained policy's general abilities")
         after = run_abilities(module.policy, **self.asked)
         self.changes = {task: compare(score, after[task], self.tolerance) for task, score in self.before.items()}

@@ -6,7 +6,7 @@ from pathlib import Path
 import lightning as L
 
 from src.callbacks.watcher import Watcher
-from src.modules.grace import GRACE
+from src.modules.policy_module import PolicyModule
 from src.utils.run_report import FILE, write_report
 from src.utils.tracking import mlflow_loggers
 
@@ -26,7 +26,7 @@ class HTMLReport(Watcher):
     def __init__(self, output_dir: str) -> None:
         self.file = Path(output_dir) / FILE
 
-    def at_end(self, trainer: L.Trainer, module: GRACE) -> None:
+    def at_end(self, trainer: L.Trainer, module: PolicyModule) -> None:
         loggers = mlflow_loggers(trainer)
         if trainer.is_global_zero and not loggers:
             log.info("no %s: it is made of what a run logs to MLflow, and this one logs nothing there", FILE)

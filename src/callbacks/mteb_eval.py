@@ -11,7 +11,7 @@ import torch
 
 from src.callbacks.probe import is_due, undisturbed
 from src.callbacks.watcher import Watcher
-from src.modules.grace import GRACE
+from src.modules.policy_module import PolicyModule
 from src.utils.evaluation import EvaluationScores, run_tasks
 from src.utils.tracking import log_metrics
 
@@ -27,14 +27,14 @@ class MTEBEvaluation(Watcher):
     Args:
         tasks: makes the tasks; called once, when training starts (mteb takes seconds to import).
         every_n_rollout_batches: how often; 0 for the start and the end only.
-        rationale, temperature: how texts are encoded.
+        rationale, temperature: how texts are encoded; None: with rationales if the policy is trained with them.
     """
 
     def __init__(
         self,
         tasks: Callable[[], list[Any]],
         every_n_rollout_batches: int = 20,
-        rationale: bool = True,
+        rationale: bool | None = None,
         temperature: float = 0.0,
     ) -> None:
         self.make_tasks, self.every = tasks, every_n_rollout_batches
@@ -42,7 +42,7 @@ class MTEBEvaluation(Watcher):
         self._tasks: list[Any] = []
         self._scored_at, self._average = -1, math.nan
 
-    def at_start(self, trainer: L.Trainer, module: GRACE) -> None:
+    def at_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
         with undisturbed(module):
             self._tasks = self.make_tasks()
         if self._scored_at >= 0:
@@ -53,15 +53,15 @@ class MTEBEvaluation(Watcher):
             # What fails on the first try would fail every time, and the average would be one of other tasks.
             raise RuntimeError(f"MTEB tasks fail: {_failures(scores)}; take them out of callbacks.mteb.tasks or provide what is missing")
 
-    def after_batch(self, trainer: L.Trainer, module: GRACE) -> None:
+    def after_batch(self, trainer: L.Trainer, module: PolicyModule) -> None:
         if is_due(module, self.every):
             self.evaluate(trainer, module)
 
-    def at_end(self, trainer: L.Trainer, module: GRACE) -> None:
+    def at_end(self, trainer: L.Trainer, module: PolicyModule) -> None:
         if self._scored_at != module.rollout_batches:
             self.evaluate(trainer, module)
 
-    def evaluate(self, trainer: L.Trainer, module: GRACE) -> EvaluationScores:
+    def evaluate(self, trainer: L.Trainer, module: PolicyModule) -> EvaluationScores:
         """Runs and logs the tasks. A failed task is warned about and leaves the average out: it would mean something else."""
         step = module.rollout_batches
         began = time.perf_counter()
@@ -72,7 +72,7 @@ class MTEBEvaluation(Watcher):
         metrics = {f"mteb/{task}": score for task, score in scores.tasks.items()}
         metrics |= {f"mteb/category/{category}": score for category, score in scores.categories.items()}
         if scores.failures:
-            log.warning("MTEB tasks failed at rollout batch %d, no average: %s", step, _failures(scores))
+            log.warning("MTEB tasks failed at batch %d, no average: %s", step, _failures(scores))
         else:
             metrics["mteb/average"] = scores.average
         log_metrics(trainer, metrics | {"mteb/seconds": time.perf_counter() - began}, step)

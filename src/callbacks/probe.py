@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 from src.datamodules.records import Triplet
 from src.modules.encoder import evaluation_mode
 from src.modules.grace import GRACE
+from src.modules.policy_module import PolicyModule
 from src.modules.rewards import Embeddings
 from src.modules.scoring import encode_others, negatives_an_instance
 from src.modules.sequences import Rollouts
@@ -19,7 +20,7 @@ from src.modules.sides import texts_of
 
 
 @contextmanager
-def undisturbed(module: GRACE) -> Iterator[None]:
+def undisturbed(module: PolicyModule) -> Iterator[None]:
     """No gradients, the policy in eval mode and whole, and afterwards every random state and mode as it was before.
 
     Every rank looks on, as a policy may be cut over them; rank zero alone tells of it.
@@ -49,7 +50,7 @@ def fixed_texts(trainer: L.Trainer, count: int) -> list[str]:
     return texts_of(fixed_triplets(trainer, count), "positive")
 
 
-def sample(module: GRACE, texts: list[str], temperature: float, seed: int = 0, n: int = 1) -> Rollouts:
+def sample(module: PolicyModule, texts: list[str], temperature: float, seed: int = 0, n: int = 1) -> Rollouts:
     """n rationales for each text from the policy as it is now, through the same renderer and engine as in training."""
     return module.engine.generate(module.policy, module.renderer(texts), n=n, temperature=temperature, seed=seed)
 
@@ -68,6 +69,6 @@ def embed_sides(module: GRACE, triplets: Sequence[Triplet], n: int, seed: int = 
     return Embeddings(others[:b], unit_vectors(module, positive).unflatten(0, (b, n)), others[b:].unflatten(0, (b, m)))
 
 
-def is_due(module: GRACE, every_n_rollout_batches: int) -> bool:
+def is_due(module: PolicyModule, every_n_rollout_batches: int) -> bool:
     """Whether a callback that acts every n rollout batches acts after the one just done."""
     return every_n_rollout_batches > 0 and module.rollout_batches % every_n_rollout_batches == 0

@@ -9,15 +9,15 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from src.callbacks.watcher import as_grace, last_report
-from src.modules.grace import GRACE
+from src.callbacks.watcher import as_policy_module, last_report
+from src.modules.policy_module import PolicyModule
 from src.utils.timing import clock
 
 log = logging.getLogger(__name__)
 
 
 class RolloutProgress(TQDMProgressBar):
-    """A bar over rollout batches with reward, sampled tokens a second and time left.
+    """A bar over batches with their headline (reward, or loss, and tokens a second) and time left.
 
     Where the output is no terminal it writes the same as lines through logging instead, at most one every
     `seconds_between_lines`, and one for the first and the last batch of an epoch.
@@ -36,7 +36,7 @@ class RolloutProgress(TQDMProgressBar):
         if self.to_terminal:
             super().enable()
 
-    def batches_to_do(self, trainer: L.Trainer, module: GRACE, done: int) -> float:
+    def batches_to_do(self, trainer: L.Trainer, module: PolicyModule, done: int) -> float:
         """Rollout batches of this epoch, `done` included; fewer than the loader has where max_steps ends it sooner.
 
         inf where neither says.
@@ -49,26 +49,21 @@ class RolloutProgress(TQDMProgressBar):
         return total
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
-        report = last_report(as_grace(pl_module))
-        seconds = report.seconds.get("rollout", 0.0)
-        return {
-            "reward": f"{float(report.reward.total.mean()):.3f}",
-            "tokens/s": f"{report.rollout_tokens / seconds:.0f}" if seconds else "?",
-        }
+        return {**last_report(as_policy_module(pl_module)).headline()}
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         super().on_train_epoch_start(trainer)
         self._began = time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        total = self.batches_to_do(trainer, as_grace(pl_module), batch_idx + 1)
+        total = self.batches_to_do(trainer, as_policy_module(pl_module), batch_idx + 1)
         if self.to_terminal:
             self.train_progress_bar.total = total if math.isfinite(total) else None
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         elif trainer.is_global_zero:
-            self._write_line(trainer, as_grace(pl_module), batch_idx + 1, total)
+            self._write_line(trainer, as_policy_module(pl_module), batch_idx + 1, total)
 
-    def _write_line(self, trainer: L.Trainer, module: GRACE, done: int, total: float) -> None:
+    def _write_line(self, trainer: L.Trainer, module: PolicyModule, done: int, total: float) -> None:
         now = time.monotonic()
         if done not in (1, total) and now - self._last_line < self.seconds_between_lines:
             return
@@ -78,11 +73,11 @@ class RolloutProgress(TQDMProgressBar):
         left = clock(taken / done * (total - done)) if math.isfinite(total) else "?"
         of = f"/{total:.0f}" if math.isfinite(total) else ""
         log.info(
-            "rollout batch %d%s  reward %s  %s tokens/s  %s gone, %s left",
+            "%s %d%s  %s  %s gone, %s left",
+            module.unit,
             done,
             of,
-            metrics["reward"],
-            metrics["tokens/s"],
+            "  ".join(f"{name} {value}" for name, value in metrics.items()),
             clock(taken),
             left,
         )

@@ -11,9 +11,10 @@ import lightning as L
 import torch
 
 from src.callbacks.probe import embed_sides, fixed_triplets, is_due, sample, undisturbed, unit_vectors
-from src.callbacks.watcher import Watcher
+from src.callbacks.watcher import Watcher, as_grace
 from src.datamodules.records import Triplet
 from src.modules.grace import GRACE
+from src.modules.policy_module import PolicyModule
 from src.modules.sequences import Rollouts
 from src.modules.sides import texts_of
 from src.utils.tracking import log_table, log_text, write_text
@@ -99,20 +100,20 @@ class RationaleTable(Watcher):
         self._triplets: list[Triplet] = []
         self._written_at = -1
 
-    def at_start(self, trainer: L.Trainer, module: GRACE) -> None:
+    def at_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
         self._triplets = fixed_triplets(trainer, self.texts)
         if len(self._triplets) == 1:
             log.warning("one record is held out: its rationales are logged without reward terms, which compare texts of a batch")
         if not self.before:  # else resumed: the checkpoint brought what the starting policy wrote
-            self.before = self.write(trainer, module)
+            self.before = self.write(trainer, as_grace(module))
 
-    def after_batch(self, trainer: L.Trainer, module: GRACE) -> None:
+    def after_batch(self, trainer: L.Trainer, module: PolicyModule) -> None:
         if is_due(module, self.every):
-            self.after = self.write(trainer, module)
+            self.after = self.write(trainer, as_grace(module))
 
-    def at_end(self, trainer: L.Trainer, module: GRACE) -> None:
+    def at_end(self, trainer: L.Trainer, module: PolicyModule) -> None:
         if self._written_at != module.rollout_batches:
-            self.after = self.write(trainer, module)
+            self.after = self.write(trainer, as_grace(module))
         if trainer.is_global_zero and self.after:
             markdown = before_and_after(self.before, self.after, module.rollout_batches)
             write_text(self.path, markdown)

@@ -3,13 +3,14 @@
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from torch import Tensor
 
 from src.callbacks.watcher import Watcher, last_report
 from src.modules.grace import GRACE
+from src.modules.policy_module import PolicyModule
 from src.modules.report import StepReport
 from src.utils.plots import TermHistory, reward_terms_figure
 from src.utils.tracking import log_figure
@@ -62,10 +63,15 @@ class RewardDiagnostics(Watcher):
         self.weights: dict[str, float] = {}
         self._warned: set[str] = set()
 
-    def after_batch(self, trainer: L.Trainer, module: GRACE) -> None:
-        metrics = diagnose(last_report(module))
-        self._remember(last_report(module), metrics, module.rollout_batches)
-        self._warn(last_report(module), metrics)
+    def at_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
+        if not isinstance(module, GRACE):
+            raise TypeError(f"callbacks.reward_diagnostics: {type(module).__name__} has no rewards to watch; choose callbacks=contrastive")
+
+    def after_batch(self, trainer: L.Trainer, module: PolicyModule) -> None:
+        report = cast(StepReport, last_report(module))
+        metrics = diagnose(report)
+        self._remember(report, metrics, module.rollout_batches)
+        self._warn(report, metrics)
         # Lightning sends all that is logged in this hook in one call, at the step that is named here. The report is that of
         # all ranks, so there is nothing left to reduce.
         module.log_dict(metrics | {"step": float(module.rollout_batches)}, on_step=True, on_epoch=False)
@@ -93,7 +99,7 @@ class RewardDiagnostics(Watcher):
                     _NO_SPREAD,
                 )
 
-    def at_end(self, trainer: L.Trainer, module: GRACE) -> None:
+    def at_end(self, trainer: L.Trainer, module: PolicyModule) -> None:
         if self.figure_path is None or not self.history or not trainer.is_global_zero:
             return
         figure = reward_terms_figure(self.history, self.weights)

@@ -7,8 +7,9 @@ import lightning as L
 import torch
 
 from src.callbacks.probe import embed_sides, fixed_triplets, undisturbed
-from src.callbacks.watcher import Watcher
+from src.callbacks.watcher import Watcher, as_grace
 from src.modules.grace import GRACE
+from src.modules.policy_module import PolicyModule
 from src.modules.rewards import Embeddings
 from src.utils.plots import Similarities, similarities_figure
 from src.utils.tracking import log_figure, log_table
@@ -45,12 +46,12 @@ class SimilarityHistograms(Watcher):
         self.records, self.seed = records, seed
         self.before: Similarities = {}
 
-    def at_start(self, trainer: L.Trainer, module: GRACE) -> None:
+    def at_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
         if not self.before:  # else resumed: the checkpoint brought them
-            self.before = self.measure(trainer, module)
+            self.before = self.measure(trainer, as_grace(module))
 
-    def at_end(self, trainer: L.Trainer, module: GRACE) -> None:
-        after = self.measure(trainer, module)
+    def at_end(self, trainer: L.Trainer, module: PolicyModule) -> None:
+        after = self.measure(trainer, as_grace(module))
         if self.figure_path is None or not trainer.is_global_zero:
             return
         figure = similarities_figure({"before training": self.before, f"after {module.rollout_batches} rollout batches": after})

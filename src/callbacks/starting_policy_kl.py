@@ -8,8 +8,8 @@ from torch import Tensor
 
 from src.callbacks.probe import fixed_texts, is_due, sample, undisturbed
 from src.callbacks.watcher import Watcher
-from src.modules.grace import GRACE
 from src.modules.policy import Policy
+from src.modules.policy_module import PolicyModule
 from src.modules.sequences import Rollouts
 
 
@@ -41,18 +41,18 @@ class StartingPolicyKL(Watcher):
         self._rollouts: Rollouts | None = None
         self._start: Tensor | None = None
 
-    def at_start(self, trainer: L.Trainer, module: GRACE) -> None:
+    def at_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
         if self._rollouts is not None:
             return  # resumed: the checkpoint brought what the starting policy wrote
         with undisturbed(module):
             self._rollouts = sample(module, fixed_texts(trainer, self.texts), temperature=1.0, seed=self.seed).to("cpu")
             self._start = score(module.policy, self._rollouts, self.batch_size)
 
-    def after_batch(self, trainer: L.Trainer, module: GRACE) -> None:
+    def after_batch(self, trainer: L.Trainer, module: PolicyModule) -> None:
         if is_due(module, self.every):
             module.log("kl/from_start", self.divergence(module), on_step=True, on_epoch=False)
 
-    def divergence(self, module: GRACE) -> float:
+    def divergence(self, module: PolicyModule) -> float:
         """The estimate now, in nats a token.
 
         Raises:

@@ -9,8 +9,8 @@ import lightning as L
 import torch
 
 from src.callbacks.watcher import Watcher, last_report
-from src.modules.grace import GRACE
-from src.modules.report import StepReport
+from src.modules.batch_report import BatchReport
+from src.modules.policy_module import PolicyModule
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
@@ -23,8 +23,8 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return memory
 
 
-def speeds(report: StepReport) -> dict[str, float]:
-    """Tokens a second of sampling and of updating, and the seconds of each phase of one rollout batch."""
+def speeds(report: BatchReport) -> dict[str, float]:
+    """Tokens a second of sampling and of updating, and the seconds of each phase of one batch."""
     metrics = {f"seconds/{phase}": seconds for phase, seconds in report.seconds.items()}
     for phase, tokens in (("rollout", report.rollout_tokens), ("update", report.update_tokens)):
         if report.seconds.get(phase):
@@ -33,7 +33,7 @@ def speeds(report: StepReport) -> dict[str, float]:
 
 
 class Throughput(Watcher):
-    """Logs `speeds`, `peak_memory` and the seconds of the whole rollout batch, evaluations between batches left out.
+    """Logs `speeds`, `peak_memory` and the seconds of the whole batch, evaluations between batches left out.
 
     Memory is that of the rank that takes the most.
     """
@@ -44,7 +44,7 @@ class Throughput(Watcher):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         self._began = time.perf_counter()
 
-    def after_batch(self, trainer: L.Trainer, module: GRACE) -> None:
+    def after_batch(self, trainer: L.Trainer, module: PolicyModule) -> None:
         memory = peak_memory(module.device)
         metrics = speeds(last_report(module)) | dict(zip(memory, module.ranks.largest(*memory.values()), strict=True))
         metrics["seconds/batch"] = time.perf_counter() - self._began

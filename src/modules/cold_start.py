@@ -10,31 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from src.datamodules.demonstrations import Demonstration
+from src.modules.info_nce import mean_reciprocal_rank, symmetric_info_nce
 from src.modules.policy import Policy
 from src.modules.pooling import pool
 from src.modules.prompt import PromptRenderer
 from src.modules.sequences import Rollouts, join
 from src.modules.settings import EncoderSettings
-
-
-def info_nce(queries: Tensor, documents: Tensor, temperature: float) -> Tensor:
-    """Symmetric InfoNCE with in-batch negatives (van den Oord et al., arXiv 1807.03748).
-
-    Args:
-        queries, documents: [B, D]; row i of one belongs to row i of the other. Normalised here.
-
-    Returns:
-        Scalar.
-    """
-    similarity = F.normalize(queries, dim=-1) @ F.normalize(documents, dim=-1).T / temperature
-    target = torch.arange(len(queries), device=queries.device)
-    return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
-
-
-def mean_reciprocal_rank(queries: Tensor, documents: Tensor) -> Tensor:
-    """Scalar: mean of 1 / rank of document i for query i by cosine; queries and documents are [B, D]."""
-    similarity = F.normalize(queries, dim=-1) @ F.normalize(documents, dim=-1).T
-    return (1.0 / (similarity >= similarity.diagonal().unsqueeze(1)).sum(dim=1)).mean()
 
 
 class ColdStartModule(L.LightningModule):
@@ -139,8 +120,8 @@ class ColdStartModule(L.LightningModule):
             "text": language[1][0],
             "query_rationale": language[0][1],
             "document_rationale": language[1][1],
-            "nce": info_nce(query, document, self.hparams["temperature"]),
-            "nce_rationale": info_nce(query_r, document_r, self.hparams["temperature"]),
+            "nce": symmetric_info_nce(query, document, self.hparams["temperature"]),
+            "nce_rationale": symmetric_info_nce(query_r, document_r, self.hparams["temperature"]),
             "mrr": mean_reciprocal_rank(query.detach(), document.detach()),
         }
 

@@ -16,7 +16,7 @@ from src.modules.export import load_policy
 from src.modules.policy import Policy
 from src.modules.prompt import PromptRenderer, Prompts
 from src.modules.rollout_hf import HFRollouts
-from src.modules.sequences import Rollouts, join
+from src.modules.sequences import Rollouts, without_rationales
 from src.modules.settings import EncoderSettings
 
 
@@ -204,9 +204,7 @@ class RationaleEncoder:
     def _rollouts(self, prompts: Prompts, rationale: bool, seeds: Tensor) -> Rollouts:
         if rationale:
             return self.engine.generate(self.policy, prompts, n=1, temperature=self.temperature, seed=seeds)
-        nothing = [torch.empty(0, dtype=torch.long)] * len(prompts)
-        finished = torch.ones(len(prompts), dtype=torch.bool)
-        return join(prompts, nothing, finished, self.policy.pad_id).to(self.policy.device)
+        return without_rationales(prompts, self.policy.pad_id).to(self.policy.device)
 
 
 def _own_seeds(texts: Sequence[str], seed: int) -> Tensor:

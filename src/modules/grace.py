@@ -3,43 +3,36 @@
 batch -> rollouts -> embeddings, log-probs -> reward terms -> advantages -> loss -> steps
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from src.datamodules.records import Triplet
 from src.modules.algorithm import Algorithm
 from src.modules.dynamic_sampling import GroupBuffer, shared_out
-from src.modules.encoder import RationaleEncoder, RolloutEngine
+from src.modules.encoder import RolloutEngine
 from src.modules.experience import Experience, concatenate, interleaving
 from src.modules.judging import Judged, SideReward, by_token, judge
 from src.modules.logprob_gap import LogprobGap
-from src.modules.lora import lora_settings
+from src.modules.non_finite import NonFiniteError
 from src.modules.policy import Policy
-from src.modules.policy_files import policy_files
-from src.modules.prompt import PromptRenderer
-from src.modules.ranks import Ranks
+from src.modules.policy_module import PolicyModule
 from src.modules.reference import Reference
-from src.modules.report import StepReport, step_report
-from src.modules.resuming import use_new_settings
+from src.modules.report import step_report
 from src.modules.rewards import Embeddings, Reward
 from src.modules.scorer import Scorer
 from src.modules.scoring import Scored
-from src.modules.settings import EncoderSettings
-from src.modules.sharding import gradient_exchange, shard, whole, whole_norm
+from src.modules.sharding import gradient_exchange, shard, whole
 from src.modules.sides import OTHERS, Side, ids_of, standing_in
-from src.modules.update import MinibatchPass, NonFiniteError, minibatch_gradient
+from src.modules.update import MinibatchPass, minibatch_gradient
 from src.utils.timing import timed
 
 
-class GRACE(L.LightningModule):
+class GRACE(PolicyModule):
     """Trains a policy by the contrastive rewards of its rationales (Sun et al., arXiv 2510.04506).
 
     One `training_step` is one rollout batch: K rationales for each positive, one for each query and negative, rewards,
@@ -66,6 +59,8 @@ class GRACE(L.LightningModule):
         ValueError: num_rollouts < 2, as a group of one has no baseline; a temperature, a side or a size without sense.
     """
 
+    unit = "rollout batch"
+
     def __init__(
         self,
         policy: Policy,
@@ -87,7 +82,7 @@ class GRACE(L.LightningModule):
         max_gradient_norm: float = 1.0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(policy, engine, instruction, max_prompt_tokens, template_kwargs, rationale=True)
         if num_rollouts < 2:
             raise ValueError(f"module.num_rollouts={num_rollouts}: a group of one rollout has no baseline to be better than; use 2 or more")
         if positive_temperature <= 0 or other_temperature < 0:
@@ -104,43 +99,15 @@ class GRACE(L.LightningModule):
                 raise ValueError(f"module.{name}={value}: it must be at least 1")
         also_learn_from = tuple(map(str, also_learn_from))  # type: ignore[arg-type]  # plain, to be kept in checkpoints
         self.save_hyperparameters(ignore=["policy", "engine", "reward", "algorithm", "template_kwargs"])
-        self.automatic_optimization = False
-        self.policy, self.engine, self.reward, self.algorithm = policy, engine, reward, algorithm
-        self.settings = EncoderSettings(
-            instruction=instruction,
-            max_prompt_tokens=max_prompt_tokens,
-            max_new_tokens=engine.max_new_tokens,
-            pooling=policy.pooling,
-            layer=policy.layer,
-            template_kwargs=dict(template_kwargs or {}),
-        )
-        self.renderer = PromptRenderer(policy.tokenizer, instruction, max_prompt_tokens, self.settings.template_kwargs)
+        self.reward, self.algorithm = reward, algorithm
         self.reference = Reference(policy) if algorithm.kl_weight else None
         self.buffer = GroupBuffer(algorithm.min_group_std, algorithm.max_extra_batches)
-        self.rollout_batches = 0
-        self.report: StepReport | None = None
-
-    def encoder(self, rationale: bool = True, temperature: float = 0.0) -> RationaleEncoder:
-        """The policy as it is now, as an encoder of texts."""
-        return RationaleEncoder(self.policy, self.settings, self.engine, rationale=rationale, temperature=temperature)
 
     def setup(self, stage: str) -> None:
-        """Refuses what would train wrongly in silence.
-
-        Raises:
-            ValueError: float16 arithmetic (its gradients are scaled where they are clipped here).
-        """
-        if self.trainer.precision.startswith("16"):
-            raise ValueError(
-                f"trainer.precision={self.trainer.precision}: use bf16-mixed or 32-true, float16 would overflow its loss scale"
-            )
+        """Refuses what would train wrongly in silence, as PolicyModule does; several processes train together."""
+        super().setup(stage)
         if self.ranks.count > 1:  # adapters were drawn alike; dropout, where there is any, is not to be
             torch.manual_seed(hash((self.hparams["seed"], self.global_rank)) % 2**31)
-
-    @property
-    def ranks(self) -> Ranks:
-        """The processes that train together."""
-        return Ranks.of(self)
 
     def configure_model(self) -> None:
         """Cuts the policy's weights over the processes, under a strategy for that."""
@@ -212,7 +179,7 @@ class GRACE(L.LightningModule):
             if not ranks.total(0 if part is None else part.tokens)[0]:  # all masked out (truncated), or still gathered
                 continue
             stats = minibatch_gradient(self.policy, self.algorithm, part, how, gap if steps == 0 else None)
-            stats["gradient_norm"] = self._step(() if part is None else part.instance_ids)
+            stats["gradient_norm"] = self.take_step(() if part is None else part.instance_ids)
             sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
             steps += 1
         groups_learned = ranks.total(owned)[0]
@@ -221,23 +188,6 @@ class GRACE(L.LightningModule):
     def _backward(self, loss: Tensor, last: bool) -> None:
         with gradient_exchange(self.policy, self.trainer.strategy, now=last):
             self.manual_backward(loss)
-
-    def _step(self, instance_ids: Sequence[str]) -> float:
-        """Clips, checks and applies the gradient; returns its norm before clipping."""
-        optimizer = self.optimizers()
-        gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-        norm = whole_norm(gradients)
-        if not math.isfinite(norm):  # on every rank, as gradients are exchanged
-            records = [name for names in self.ranks.objects(list(instance_ids)) for name in names]
-            raise NonFiniteError(
-                f"gradient norm is {norm} in rollout batch {self.rollout_batches}, records {', '.join(records)}; "
-                "the weights were not changed. Lower module.learning_rate, or look at these records"
-            )
-        self.clip_gradients(optimizer, self.hparams["max_gradient_norm"], "norm")  # type: ignore[arg-type]
-        optimizer.step()  # type: ignore[union-attr]
-        optimizer.zero_grad()  # type: ignore[union-attr]
-        self.lr_schedulers().step()  # type: ignore[union-attr]
-        return norm
 
     def _require_finite(self, terms: dict[str, Tensor], instance_ids: Sequence[str]) -> None:
         for name, term in terms.items():
@@ -250,31 +200,10 @@ class GRACE(L.LightningModule):
 
     # ---- Lightning
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        h = self.hparams
-        trained = [p for p in self.policy.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=h["learning_rate"], weight_decay=h["weight_decay"])
-        warmup = max(1, h["warmup_steps"])
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
-
-    def transfer_batch_to_device(self, batch: list[Triplet], device: torch.device, dataloader_idx: int) -> list[Triplet]:
-        """Batches are text: nothing to move."""
-        return batch
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        encoder = "live" if self.policy.frozen_encoder is None else "frozen"
-        checkpoint["grace"] = {
-            "policy_path": self.policy.path,
-            "policy_files": policy_files(self.policy),
-            "encoder": encoder,
-            "lora": lora_settings(self.policy.model),
-            "settings": self.settings.to_dict(),
-            "rollout_batches": self.rollout_batches,
-            "held": self.ranks.objects(self.buffer.state_dict()),
-        }
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["grace"]["held"] = self.ranks.objects(self.buffer.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        use_new_settings(checkpoint, self.hparams)
-        self.rollout_batches = checkpoint["grace"]["rollout_batches"]
+        super().on_load_checkpoint(checkpoint)
         self.buffer.load_state_dict(shared_out(checkpoint["grace"]["held"], self.ranks))

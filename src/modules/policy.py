@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from src.modules.attention import attending_by, recomputing_alike
+from src.modules.dropout import set_attention_dropout
 from src.modules.logprobs import selected_logprobs
 from src.modules.lora import add_lora
 from src.modules.pooling import PoolingName, pool
@@ -72,6 +73,7 @@ class Policy(nn.Module):
         lora: LoraConfig | None = None,
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
+        attention_dropout: float | None = None,
     ) -> "Policy":
         """Reads a policy from a folder or from the hub, in float32.
 
@@ -87,6 +89,7 @@ class Policy(nn.Module):
             lora: adapters to train in place of the weights themselves; see `add_lora`.
             gradient_checkpointing: computes the states within a layer again in the backward pass, in place of keeping them.
             trust_remote_code: lets Python files that come with the model run.
+            attention_dropout: share of the attention's weights dropped in training; None for the model's own, which is mostly 0.
 
         Raises:
             FileNotFoundError: no such folder, and no such model in reach; or weights that are a pickle.
@@ -103,6 +106,8 @@ class Policy(nn.Module):
             ) from error
         policy = cls(model, tokenizer, encoder, pooling, layer)
         model.get_input_embeddings().requires_grad_(train_embeddings)
+        if attention_dropout is not None:
+            set_attention_dropout(model, attention_dropout)
         if lora is not None:
             add_lora(model, lora)
         if gradient_checkpointing:

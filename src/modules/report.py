@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from src.modules.batch_report import speed
 from src.modules.judging import Judged
 from src.modules.logprob_gap import LogprobGap
 from src.modules.ranks import Ranks
@@ -53,6 +54,10 @@ class StepReport:
     rollout_tokens: int
     update_tokens: int
     instance_ids: list[str]
+
+    def headline(self) -> dict[str, str]:
+        """Mean reward, and sampled tokens a second."""
+        return {"reward": f"{float(self.reward.total.mean()):.3f}", "tokens/s": speed(self.rollout_tokens, self.seconds.get("rollout"))}
 
 
 def step_report(

@@ -119,3 +119,9 @@ def blank(pad_id: int) -> Rollouts:
     """One rollout of two tokens that mean nothing, for a pass that is made for its own sake."""
     one = torch.ones(1, dtype=torch.long)
     return Rollouts(torch.full((1, 2), pad_id), 0 * one, one, 2 * one, torch.ones(1, dtype=torch.bool))
+
+
+def without_rationales(prompts: Prompts, pad_id: int) -> Rollouts:
+    """Prompts alone, as rollouts whose rationales are empty and finished."""
+    nothing = [torch.empty(0, dtype=torch.long)] * len(prompts)
+    return join(prompts, nothing, torch.ones(len(prompts), dtype=torch.bool), pad_id)

@@ -39,6 +39,7 @@ class EncoderSettings:
         layer: whose states: -1, the last layer's, or -2, those of the one before.
         template_kwargs: passed to the chat template.
         query_instruction: the system message for queries, where they are told apart from documents; None: the same.
+        rationale: whether its embeddings were trained with rationales, and so are to be made with them.
 
     Raises:
         ValueError: a length below one, or a pooling or a layer that does not exist.
@@ -51,6 +52,7 @@ class EncoderSettings:
     layer: int = -1
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     query_instruction: str | None = None
+    rationale: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_prompt_tokens", "max_new_tokens"):

@@ -1,6 +1,6 @@
 """The gradient of one minibatch, micro-batch by micro-batch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from src.modules.algorithm import Algorithm
 from src.modules.experience import Experience
 from src.modules.kl import k3
 from src.modules.logprob_gap import LogprobGap
+from src.modules.non_finite import require_finite
 from src.modules.policy import Policy
 from src.modules.ranks import Ranks
 from src.modules.scoring import micro_batches
@@ -30,23 +31,6 @@ class MinibatchPass:
     temperature: float
     backward: Callable[[Tensor, bool], None]
     ranks: Ranks
-
-
-class NonFiniteError(RuntimeError):
-    """A reward or a gradient is infinite or not a number; the weights are still those of the last good step."""
-
-
-def require_finite(loss: Tensor, instance_ids: Sequence[str]) -> None:
-    """Refuses the loss of a micro-batch before it reaches a gradient.
-
-    Raises:
-        NonFiniteError: it is infinite or not a number; the records are named.
-    """
-    if not torch.isfinite(loss):
-        raise NonFiniteError(
-            f"the loss of a micro-batch is {float(loss)}, records {', '.join(instance_ids)}; the weights were not changed. Look at these "
-            "records; the last checkpoint is from before"
-        )
 
 
 def minibatch_gradient(

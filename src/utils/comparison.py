@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.table import Table
@@ -20,13 +20,20 @@ class Contender:
         name: of the row and of its MLflow run.
         model_name: in MTEB's result files.
         path: a training checkpoint, an exported folder or a hub name.
-        rationale: whether it writes rationales.
+        rationale: whether it writes rationales; None: if it was trained with them.
     """
 
     name: str
     model_name: str
     path: str
-    rationale: bool
+    rationale: bool | None
+
+    def settled(self, trained_with: bool) -> "Contender":
+        """The same with what the model's own settings say filled in, and told by the name where it is not the usual."""
+        if self.rationale is not None:
+            return self
+        name = self.name if trained_with else f"{self.name}, without rationales"
+        return replace(self, name=name, rationale=trained_with)
 
 
 def latest_export(output_root: Path | str) -> Path | None:
@@ -48,17 +55,18 @@ def model_name(path: str) -> str:
     return "grace/" + re.sub(r"[^\w.-]+", "-", "_".join(own)).removesuffix(".ckpt")
 
 
-def contenders(model: str | None, rationale: bool, base: str, output_root: Path | str, name: str | None = None) -> list[Contender]:
+def contenders(model: str | None, rationale: bool | None, base: str, output_root: Path | str, name: str | None = None) -> list[Contender]:
     """The one that `model` names; or, without it, the starting policy without and with rationales and the latest trained one.
 
+    `rationale` says whether the named or the trained one writes rationales; None leaves it to what it was trained for.
     `name` is what `model` is called in MTEB's result files.
     """
     if model is not None:
-        row = f"{Path(model).name}, {'with' if rationale else 'without'} rationales"
-        return [Contender(row, name or model_name(model), model, rationale)]
+        how = "" if rationale is None else f", {'with' if rationale else 'without'} rationales"
+        return [Contender(f"{Path(model).name}{how}", name or model_name(model), model, rationale)]
     rows = [Contender(row, model_name(base), base, rationale=row == REASONING) for row in (BASE, REASONING)]
     trained = latest_export(output_root)
-    return rows + ([Contender(TRAINED, model_name(str(trained)), str(trained), rationale=True)] if trained else [])
+    return rows + ([Contender(TRAINED, model_name(str(trained)), str(trained), rationale)] if trained else [])
 
 
 def comparison_table(rows: Mapping[str, EvaluationScores], title: str) -> Table:

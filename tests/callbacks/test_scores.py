@@ -107,8 +107,12 @@ def test_final_report_of_a_resumed_run_keeps_the_starting_rows(
     assert {row: resumed.rows[row] for row in ("Base", "Base + reasoning")} == callback.state_dict()["rows"]
 
 
-def test_markdown_has_percent() -> None:
-    assert "| Base | 12.35 | 50.00 |" in markdown({"Base": {"Retrieval": 0.12345, "average": 0.5}}, steps=7)
+def test_markdown_has_percent_and_links_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "test_scores.png").touch()
+    page = markdown({"Base": {"Retrieval": 0.12345, "average": 0.5}}, "Tasks", tmp_path)
+    assert "| Base | 12.35 | 50.00 |" in page
+    assert "(test_scores.png)" in page
+    assert "rationales.md" not in page
 
 
 def test_export_is_loaded_by_transformers(module: GRACE, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from src.callbacks.rationale_table import RationaleTable, write_rationales
 from src.callbacks.reward_diagnostics import RewardDiagnostics
 from src.callbacks.similarities import SimilarityHistograms, similarities
 from src.callbacks.starting_policy_kl import StartingPolicyKL, score
-from src.callbacks.watcher import as_grace, last_report
+from src.callbacks.watcher import as_policy_module, last_report
 from src.modules import rewards
 from src.modules.grace import GRACE, NonFiniteError
 from src.modules.policy import Policy
@@ -207,8 +207,8 @@ def test_clock() -> None:
 
 def test_other_modules_are_refused_in_one_line(module: GRACE) -> None:
     with pytest.raises(TypeError, match="module=grace, not LightningModule"):
-        as_grace(L.LightningModule())
-    with pytest.raises(RuntimeError, match="no rollout batch"):
+        as_policy_module(L.LightningModule())
+    with pytest.raises(RuntimeError, match="no batch"):
         last_report(module)
 
 

@@ -1,12 +1,11 @@
 from pathlib import Path
 
 import lightning as L
-import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from src.datamodules.demonstrations import Demonstration, write_rationale
-from src.modules.cold_start import ColdStartModule, info_nce, mean_reciprocal_rank
+from src.modules.cold_start import ColdStartModule
 from tests.builders import SENTENCES, small_policy
 
 
@@ -17,24 +16,6 @@ def demonstrations() -> list[Demonstration]:
 
 def module(**settings: float) -> ColdStartModule:
     return ColdStartModule(small_policy(), "Name the terms.", max_prompt_tokens=96, max_rationale_tokens=40, **settings)  # type: ignore[arg-type]
-
-
-def test_info_nce_is_the_mean_of_both_directions() -> None:
-    generator = torch.Generator().manual_seed(0)
-    queries, documents = torch.randn(2, 4, 6, generator=generator)
-    total = 0.0
-    for i in range(4):
-        for left, right in ((queries, documents), (documents, queries)):
-            similarities = torch.stack([torch.cosine_similarity(left[i], other, dim=0) for other in right]) / 0.05
-            total += float(similarities.logsumexp(0) - similarities[i]) / 8
-    assert float(info_nce(queries, documents, 0.05)) == pytest.approx(total, rel=1e-4)
-
-
-def test_mean_reciprocal_rank_of_known_ranks() -> None:
-    queries = torch.eye(3)
-    documents = torch.tensor([[1.0, 0, 0], [0.9, 1, 0], [0, 0.9, 1]])  # the second query prefers its own, so does every other
-    assert float(mean_reciprocal_rank(queries, documents)) == 1.0
-    assert float(mean_reciprocal_rank(queries, documents[[1, 0, 2]])) == pytest.approx((1 / 2 + 1 / 3 + 1) / 3)
 
 
 def test_sequences_hold_the_rationale_and_its_end() -> None:

@@ -41,6 +41,14 @@ def test_the_name_in_mtebs_files_is_the_hubs_or_the_end_of_the_path() -> None:
     assert model_name("/x/outputs/tiny_sup/2026-11-21/checkpoints/last.ckpt") == "grace/2026-11-21_last"
 
 
+def test_a_model_is_read_as_it_was_trained_unless_told_otherwise(tmp_path: Path) -> None:
+    (row,) = contenders("some/m", None, "weights", tmp_path)
+    assert row.settled(True) == replace(row, name="m", rationale=True)
+    assert row.settled(False) == replace(row, name="m, without rationales", rationale=False)
+    (told,) = contenders("some/m", True, "weights", tmp_path)
+    assert told.settled(False) == told == replace(row, name="m, with rationales", rationale=True)
+
+
 def test_the_table_shows_tasks_categories_and_what_failed() -> None:
     whole = EvaluationScores({"A": 0.5, "B": 0.25}, {"Retrieval": 0.375}, 0.375)
     half = EvaluationScores({"A": 0.125}, {"Retrieval": 0.125}, 0.125, failures={"B": "no data"})

@@ -1,0 +1,86 @@
+"""The baselines as a user runs them: trained by train.py, gone on with, and read by evaluate.py."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+
+import evaluate
+from src.modules.export import export, load_policy
+from src.modules.policy import Policy
+from src.modules.settings import EncoderSettings
+from src.modules.tiny_policy import TINY_INSTRUCTION
+from tests.conftest import Compose
+from tests.test_train import places, run_train
+from train import train
+
+__all__ = ["places"]  # a fixture
+
+NAMES = {"tiny_baseline_cl_sup": "CL", "tiny_baseline_simcse_unsup": "SimCSE"}
+FEW = {"tiny_baseline_cl_sup": [], "tiny_baseline_simcse_unsup": ["datamodule.batch_size=3"]}
+"""To the fixtures' tokenizer most docstrings are too long."""
+
+
+@pytest.mark.parametrize("experiment", NAMES)
+def test_a_tiny_baseline_trains_goes_on_and_is_evaluated(
+    experiment: str, places: list[str], tracking_uri: str, tmp_path: Path, compose: Compose
+) -> None:
+    title, small = NAMES[experiment], [f"experiment={experiment}", "debug=fast_baseline", "module.micro_batch_tokens=600"]
+    small += [*FEW[experiment], *places]
+    done = run_train(*small, "callbacks.mteb=null", "callbacks.checkpoint.monitor=null")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for expected in ("Base", title, f"{tmp_path}/out/report.md", "batch 2/2  loss "):
+        assert expected in done.stdout, done.stdout[-3000:]
+    for unexpected in ("reasoning", "Rationales", "rollout batch", "reward"):
+        assert unexpected not in done.stdout
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "after 2 batches" in report
+    assert "reward_terms.png" not in report
+    assert "rationales.md" not in report
+
+    client = MlflowClient(tracking_uri)
+    (run,) = client.search_runs([client.get_experiment_by_name(tmp_path.name).experiment_id])  # type: ignore[union-attr]
+    assert run.info.status == "FINISHED"
+    for metric in ("update/loss", "contrastive/accuracy", "kl/from_start", "throughput/update_tokens_per_second"):
+        assert [entry.step for entry in client.get_metric_history(run.info.run_id, metric)] == [1, 2], metric
+    assert {"test/base/average", f"test/{title.lower()}/average"} <= set(run.data.metrics)
+    assert "test/base_reasoning/average" not in run.data.metrics
+
+    exported, own = load_policy(tmp_path / "out" / "export")
+    last = tmp_path / "out" / "checkpoints" / "last.ckpt"
+    stored = load_policy(last)[0].state_dict()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in exported.state_dict().items())
+    assert not own.rationale
+
+    settings = [setting for setting in small if not setting.startswith(("debug=", "hydra."))]
+    more = ["callbacks=contrastive_minimal", "logger=none", "trainer.limit_train_batches=2", "trainer.max_epochs=2"]
+    cfg = compose(*settings, *more, f"ckpt_path={last}", "trainer.accelerator=cpu")
+    train(cfg)
+    checkpoint = torch.load(Path(cfg.paths.output_dir) / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["grace"]["rollout_batches"] == 4
+
+
+def test_its_export_is_read_without_rationales(compose: Compose, tiny_policy: Policy, tmp_path: Path) -> None:
+    export(tiny_policy, EncoderSettings(TINY_INSTRUCTION, 96, 8, rationale=False), tmp_path / "runs" / "cl" / "now" / "export")
+    small = ["size=small", "packages.test=[networkx]", "~logger", "max_new_tokens=1"]
+    base = [f"base={tiny_policy.path}", f"paths.output_root={tmp_path}/runs"]
+    beside = evaluate.evaluate(compose(*base, *small, config_name="evaluate"))
+    assert list(beside) == ["Base", "Base + reasoning", "Trained, without rationales"]
+    assert beside["Trained, without rationales"].tasks == beside["Base"].tasks  # the same weights
+
+
+def test_simcse_without_dropout_ends_in_one_line(places: list[str]) -> None:
+    small = ["callbacks=contrastive_minimal", "logger=none", "policy.attention_dropout=null"]
+    done = run_train("experiment=tiny_baseline_simcse_unsup", *small, *places)
+    assert done.returncode == 1
+    assert "ValueError: module.pairs=dropout: both views of a text are the same" in done.stderr
+
+
+def test_callbacks_that_watch_rewards_are_refused(compose: Compose, places: list[str]) -> None:
+    own = [setting for setting in places if not setting.startswith("hydra.")]
+    cfg = compose("experiment=tiny_baseline_cl_sup", "callbacks=minimal", "logger=none", "trainer.accelerator=cpu", *own)
+    with pytest.raises(
+        TypeError, match=r"^callbacks.reward_diagnostics: Contrastive has no rewards to watch; choose callbacks=contrastive$"
+    ):
+        train(cfg)
