@@ -1,7 +1,5 @@
 """The HTML report of a real run in a real MLflow store, as a browser shows it."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from src.utils.run_data import read_run
 from src.utils.run_report import main, render, write_report
 from tests.browser import chromium
 from tests.callbacks.conftest import fit, make_module
-from tests.conftest import ROOT, SENTENCES
+from tests.conftest import SENTENCES
 
 TERMS = ["positive", "negative", "consistency", "hard", "total"]
 HOSTILE = (
@@ -107,12 +105,10 @@ def test_a_run_that_has_logged_nothing_yet_has_a_page(tracking_uri: str, tmp_pat
 
 
 def test_the_command_writes_it_and_names_a_run_that_is_not_there(
-    run: tuple[MlflowClient, str, Path], tracking_uri: str, tmp_path: Path
+    run: tuple[MlflowClient, str, Path], tracking_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    command = [sys.executable, "-m", "src.utils.run_report", run[1], "--tracking-uri", tracking_uri, "--folder", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"wrote {tmp_path}/report.html" in done.stderr
+    main([run[1], "--tracking-uri", tracking_uri, "--folder", str(tmp_path)])
+    assert f"wrote {tmp_path}/report.html" in caplog.text
     assert "<section>" in (tmp_path / "report.html").read_text()
     with pytest.raises(SystemExit, match=r"^run_report: no run 'nope' in sqlite") as caught:
         main(["nope", "--tracking-uri", tracking_uri])
