@@ -13,7 +13,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig
 
 from src.utils.instantiate import instantiate_all
+from src.utils.plan import PlanError, show
 from src.utils.preemption import preemptible
+from src.utils.processes import prepare
 from src.utils.quiet import quiet_lightning
 from src.utils.run_folder import alone_in, register_resolver, starting_point
 from src.utils.run_info import log_run_info
@@ -30,6 +32,12 @@ def train(cfg: DictConfig) -> float | None:
         KeyError: no callback or module logged that metric.
         SystemExit: a signal stopped the run, and a checkpoint was saved.
     """
+    if cfg.dry_run:
+        try:
+            show(cfg)
+        except (PlanError, FileNotFoundError) as error:
+            raise SystemExit(f"train.py: {error}") from error
+        return None
     folder = Path(cfg.paths.output_dir)
     with alone_in(folder), preemptible():
         return fit(cfg, starting_point(cfg.ckpt_path, folder))
@@ -45,6 +53,7 @@ def fit(cfg: DictConfig, checkpoint: str | None) -> float | None:
     callbacks = instantiate_all(cfg.get("callbacks"), "callbacks")
     keeps = any(isinstance(callback, Checkpoint) for callback in callbacks)  # without one Lightning would bring its own
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, enable_checkpointing=keeps)
+    prepare(trainer)
     if trainer.is_global_zero:
         log_run_info(loggers, cfg, root=Path(cfg.paths.root))
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)  # a checkpoint runs no code

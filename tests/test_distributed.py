@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from tests.conftest import ROOT
 from tests.two_processes import BATCH, SCENARIOS, fit
@@ -63,6 +64,7 @@ def test_rewards_advantages_and_weights_are_those_of_one_process(kind: str, name
     assert moved > 3e-4  # thirty times what they may differ by
     for key, weight in theirs["weights"].items():
         close(ours["weights"][key], weight)
+    close(ours["embeddings"], theirs["embeddings"], scale=10)  # of length 6 or so, not normalised
 
 
 def test_ranks_had_different_numbers_of_passes_and_of_tokens(one: dict[str, dict[str, Any]]) -> None:
@@ -85,6 +87,16 @@ def test_what_is_not_finite_on_one_rank_stops_all_with_the_same_line(kind: str, 
         assert lines[0].endswith("the same weights: True")
 
 
+def test_batches_that_cannot_be_shared_out_stop_all(two: Path) -> None:
+    for name, expected in {
+        "different": "the processes were given different batches, and each takes its share of one itself",
+        "uneven": "a batch of 5 instances cannot be shared out evenly over 2 processes: change trainer.devices",
+    }.items():
+        lines = [(two / f"ddp {name} {rank}.txt").read_text() for rank in (0, 1)]
+        assert lines[0] == lines[1]
+        assert lines[0].startswith(expected)
+
+
 def test_a_run_of_several_processes_goes_on_from_its_checkpoint(two: Path) -> None:
     ddp, fsdp = (of_two(two, kind)["gone on with"] for kind in KINDS)
     assert len(ddp["batches"]) == len(fsdp["batches"]) == 1
@@ -92,3 +104,12 @@ def test_a_run_of_several_processes_goes_on_from_its_checkpoint(two: Path) -> No
     for key, weight in ddp["weights"].items():
         if "k_proj.bias" not in key:  # attention does not depend on it: its gradient is rounding, of which AdamW makes full steps
             torch.testing.assert_close(fsdp["weights"][key], weight, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_holds_the_trained_weights(kind: str, two: Path) -> None:
+    trained = of_two(two, kind)["gone on with"]["weights"]
+    exported = AutoModelForCausalLM.from_pretrained(two / f"{kind}_export", dtype=torch.float32)
+    for name, weight in exported.named_parameters():
+        assert torch.equal(weight, trained[f"model.{name}"])
+    assert sorted(file.name for file in two.iterdir() if ".tmp" in file.name or ".old" in file.name) == []  # one rank wrote

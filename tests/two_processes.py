@@ -17,6 +17,8 @@ from peft import LoraConfig
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
+from src.callbacks.export import Export
+from src.callbacks.probe import undisturbed
 from src.datamodules.records import Triplet
 from src.modules.advantages import reinforce_pp_baseline, remax
 from src.modules.grace import GRACE, NonFiniteError
@@ -131,7 +133,8 @@ class Watch(L.Callback):
         )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        with whole(pl_module.policy):
+        with undisturbed(pl_module):
+            self.seen["embeddings"] = torch.from_numpy(pl_module.encoder().encode(SENTENCES))
             self.seen["weights"] = {name: p.detach().clone() for name, p in pl_module.policy.named_parameters()}
 
 
@@ -150,25 +153,25 @@ def trainer_of(strategy: Any, devices: int, callbacks: list[L.Callback], batches
     )
 
 
-def loader() -> Any:
-    """Two batches of eight."""
-    return DataLoader([BATCH, BATCH[::-1]], batch_size=None)  # type: ignore[arg-type]
+def loader(*batches: list[Triplet]) -> Any:
+    """Two batches of eight, or others."""
+    return DataLoader(batches or (BATCH, BATCH[::-1]), batch_size=None)  # type: ignore[arg-type]
 
 
-def fit(module: GRACE, strategy: Any = "auto", devices: int = 1) -> dict[str, Any]:
+def fit(module: GRACE, strategy: Any = "auto", devices: int = 1, batches: Any = None) -> dict[str, Any]:
     """What two batches come to."""
     module.configure_optimizers = functools.partial(sgd, module)  # type: ignore[method-assign]
     watch = Watch()
-    trainer_of(strategy, devices, [watch]).fit(module, loader())
+    trainer_of(strategy, devices, [watch]).fit(module, batches or loader())
     return watch.seen
 
 
-def error_of(module: GRACE, strategy: Any, devices: int) -> str:
+def error_of(module: GRACE, strategy: Any, devices: int, batches: Any = None) -> str:
     """What stops a run, and whether it left the weights alone."""
     before = {name: p.detach().clone() for name, p in module.policy.named_parameters()}
     try:
-        fit(module, strategy, devices)
-    except NonFiniteError as error:
+        fit(module, strategy, devices, batches)
+    except (NonFiniteError, ValueError) as error:
         with whole(module.policy):
             same = all(torch.equal(before[name], p) for name, p in module.policy.named_parameters())
         return f"{error}\nthe same weights: {same}"
@@ -182,9 +185,9 @@ def go_on(strategy: Callable[[], Any], folder: Path) -> dict[str, Any]:
     trainer.fit(first, loader())
     trainer.save_checkpoint(folder / "one.ckpt")
     watch = Watch()
-    resumed = trainer_of(strategy(), 2, [watch])
+    resumed = trainer_of(strategy(), 2, [watch, Export(str(folder.with_name(f"{folder.name}_export")))])
     resumed.fit_loop.max_epochs = 2
-    resumed.fit(again, DataLoader([BATCH[::-1]], batch_size=None), ckpt_path=folder / "one.ckpt")  # type: ignore[arg-type]
+    resumed.fit(again, loader(BATCH[::-1]), ckpt_path=folder / "one.ckpt", weights_only=True)
     return watch.seen
 
 
@@ -198,6 +201,10 @@ def main(folder: Path, rank: int) -> None:
             torch.save(results, folder / f"{kind}.pt")
         for name, module in BROKEN.items():
             (folder / f"{kind} {name} {rank}.txt").write_text(error_of(module(), strategy(), 2))
+    others = loader(BATCH[rank : rank + 4]), loader(BATCH[:5])
+    for name, batches in zip(("different", "uneven"), others, strict=True):
+        error = error_of(module_with(reward=document), strategies["ddp"](), 2, batches)
+        (folder / f"ddp {name} {rank}.txt").write_text(error)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,8 @@ class GRACE(PolicyModule):
     def training_step(self, batch: list[Triplet], batch_idx: int) -> None:
         seconds: dict[str, float] = {}
         ranks = self.ranks
-        share = ranks.share(batch)  # every rank is given the whole batch, and rolls out a part of it
+        ranks.require_same(ids_of(batch, "positive"))
+        share = ranks.share(batch)  # of the whole batch, which every rank is given
         self.policy.eval()
         with torch.no_grad(), whole(self.policy):
             scorer = self.scorer(seconds)

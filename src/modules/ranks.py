@@ -4,6 +4,7 @@ Rewards compare texts of the whole batch, so every rank computes them for all of
 and keeps those of its own rollouts. One process with B instances and N with B / N each then do the same.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -69,6 +70,20 @@ class Ranks:
         return self.own(torch.arange(rows * self.count), instances)
 
     # ---- what the others have
+
+    def require_same(self, names: Sequence[str]) -> None:
+        """Compares a batch's record ids with the other ranks'.
+
+        Raises:
+            ValueError: on all ranks, where one has others.
+        """
+        value = float(zlib.crc32("\n".join(names).encode()))
+        high, low = self.largest(value, -value)
+        if high != -low:
+            raise ValueError(
+                "the processes were given different batches, and each takes its share of one itself: let the datamodule give every process "
+                "the same, and leave trainer.use_distributed_sampler=false"
+            )
 
     def gather(self, rows: Tensor, instances: int) -> Tensor:
         """[count * n, ...]: the rows of the whole batch, in its order; the arguments are as of `own`, `rows` [n, ...]."""

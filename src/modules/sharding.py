@@ -96,6 +96,7 @@ def plain_copy(policy: Policy) -> Policy:
     lora = lora_settings(policy.model)
     if lora is not None:
         add_lora(model, LoraConfig(**lora))
+    model.tie_weights()
     model.load_state_dict(dict(policy.model.named_parameters(remove_duplicate=False)))
     plain = Policy(model, policy.tokenizer, "live", policy.pooling, policy.layer)
     plain.frozen_encoder = copy.deepcopy(policy.frozen_encoder)

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import (
@@ -13,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -42,7 +42,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The whole state with parameters by number, as any optimiser has it, on rank zero; nothing on the others."""
         own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        named = get_optimizer_state_dict(self._module, own, options=_WHOLE)
+        named: Any = get_optimizer_state_dict(self._module, own, options=_WHOLE)
         if not self.is_global_zero:
             return {}
         number = {name: i for i, name in enumerate(self._names(own))}
@@ -62,7 +62,7 @@ class ShardedStrategy(ModelParallelStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             names = self._names(optimizer)
             groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
-            named = {"state": {names[i]: own for i, own in state["state"].items()}, "param_groups": groups}
+            named: Any = {"state": {names[i]: own for i, own in state["state"].items()}, "param_groups": groups}
             set_optimizer_state_dict(self._module, optimizer, named, options=StateDictOptions(full_state_dict=True))
 
     @property
