@@ -58,9 +58,10 @@ def test_a_run_that_goes_on_is_the_same_run_and_holds_everything_once(logger: Ca
 
 def test_a_message_that_is_sent_twice_is_one_point(logger: Callable[[], RunLogger]) -> None:
     ours = logger()
+    client, run_id = ours.experiment, str(ours.run_id)
     for _ in range(2):
         ours._deliver({"call": "log_batch", "metrics": [["loss", 0.5, 1_700_000_000_000, 3]]})
-    assert steps(ours.experiment, str(ours.run_id), "loss") == [3]
+    assert steps(client, run_id, "loss") == [3]
 
 
 def test_a_run_that_mlflow_does_not_know_is_one_line(logger: Callable[[], RunLogger], tmp_path: Path) -> None:
