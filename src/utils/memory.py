@@ -137,7 +137,7 @@ def activations(shape: Shape, half: bool, tokens: int, prompt: int, rationale: i
 
     A prompt's keys and values are copied for each of its rationales, so many short ones take more than few long ones.
     """
-    each = (4 if half else 8) * shape.heads * shape.head_dim
+    each = (4 if half else 12) * shape.heads * shape.head_dim  # in float32 a copy more than the two
     return tokens * per_token(shape, half) + each * max(_attended(tokens, prompt, r, rollouts) for r in range(1, rationale + 1))
 
 

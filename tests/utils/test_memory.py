@@ -102,7 +102,7 @@ def _at_full_length(shape: Shape, half: bool, tokens: int) -> float:
     shorter = activations(shape, half, tokens, P, R, K) - activations(shape, half, tokens, P, 1, K)
     assert shorter >= 0
     attended = G * (P + K * (P + R))
-    return activations(shape, half, tokens, 10**9, 1, K) + (4 if half else 8) * shape.heads * shape.head_dim * attended
+    return activations(shape, half, tokens, 10**9, 1, K) + (4 if half else 12) * shape.heads * shape.head_dim * attended
 
 
 def test_checkpointing_keeps_one_state_a_layer() -> None:
