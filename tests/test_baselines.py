@@ -11,6 +11,7 @@ from src.modules.export import export, load_policy
 from src.modules.policy import Policy
 from src.modules.settings import EncoderSettings
 from src.modules.tiny_policy import TINY_INSTRUCTION
+from src.utils.checkpoint_io import read_checkpoint
 from tests.conftest import Compose
 from tests.test_train import places, run_train
 from train import train
@@ -57,7 +58,7 @@ def test_a_tiny_baseline_trains_goes_on_and_is_evaluated(
     more = ["callbacks=contrastive_minimal", "logger=none", "trainer.limit_train_batches=2", "trainer.max_epochs=2"]
     cfg = compose(*settings, *more, f"ckpt_path={last}", "trainer.accelerator=cpu")
     train(cfg)
-    checkpoint = torch.load(Path(cfg.paths.output_dir) / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint = read_checkpoint(Path(cfg.paths.output_dir) / "checkpoints" / "last.ckpt")
     assert checkpoint["grace"]["rollout_batches"] == 4
 
 

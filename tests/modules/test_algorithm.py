@@ -66,7 +66,8 @@ def loss_of(algorithm: Algorithm, case: oracles.Case) -> torch.Tensor:
 
 
 def test_every_algorithm_has_an_oracle() -> None:
-    assert {file.stem for file in (ROOT / "configs" / "algorithm").glob("*.yaml")} == {name for name, _ in OBJECTIVES}
+    own = {"grpo_token_credit"}  # no paper's; its parts are tested in test_credit.py
+    assert {file.stem for file in (ROOT / "configs" / "algorithm").glob("*.yaml")} - own == {name for name, _ in OBJECTIVES}
 
 
 @pytest.mark.parametrize(("name", "overrides"), OBJECTIVES)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.loggers import MLFlowLogger
 from mlflow.tracking import MlflowClient
 
 from src.callbacks.html_report import HTMLReport
@@ -12,6 +11,7 @@ from src.callbacks.reward_diagnostics import RewardDiagnostics
 from src.callbacks.similarities import SimilarityHistograms
 from src.modules.policy import Policy
 from src.utils.run_data import read_run
+from src.utils.run_logger import RunLogger
 from src.utils.run_report import main, render, write_report
 from tests.browser import chromium
 from tests.callbacks.conftest import fit, make_module
@@ -28,7 +28,7 @@ HOSTILE = (
 def run(tiny_policy_folder: Path, tracking_uri: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[MlflowClient, str, Path]:
     """A run of three rollout batches that wrote its report, the store that has it, and its folder."""
     folder = tmp_path_factory.mktemp("reported")
-    logger = MLFlowLogger(folder.name, tracking_uri=tracking_uri, artifact_location=f"file://{folder}/mlartifacts")
+    logger = RunLogger(folder.name, tracking_uri=tracking_uri, artifact_location=f"file://{folder}/mlartifacts")
     logger.log_hyperparams({"reward._target_": "src.modules.rewards.document", "note": "<b>bold</b>"})
     callbacks = [RewardDiagnostics(), RationaleTable(str(folder / "r.md"), texts=3, every_n_rollout_batches=2)]
     fit(
