@@ -66,10 +66,13 @@ def read_run(client: MlflowClient, run_id: str) -> RunData:
 
     Raises:
         ValueError: no such run in that store.
+        mlflow.exceptions.MlflowException, requests.RequestException: the store does not answer.
     """
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         raise ValueError(f"no run {run_id!r} in {client.tracking_uri}: {error.message}") from error
     histories = {name: client.get_metric_history(run_id, name) for name in sorted(run.data.metrics)}
     curves = {name: sorted((point.step, point.value) for point in history) for name, history in histories.items()}

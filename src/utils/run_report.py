@@ -7,12 +7,15 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import requests
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from src.utils.plots import Curve, TermHistory, curves_figure, reward_terms_figure, similarities_figure
 from src.utils.run_data import RunData, read_run
+from src.utils.secrets import redact
 from src.utils.tracking import write_text
 
 log = logging.getLogger(__name__)
@@ -96,17 +99,6 @@ def render(run: RunData) -> str:
     )
 
 
-def write_report(client: MlflowClient, run_id: str, file: Path) -> Path:
-    """Writes the report of a run, and keeps it as the run's artifact report.html.
-
-    Raises:
-        ValueError: no such run.
-    """
-    write_text(file, render(read_run(client, run_id)))
-    client.log_artifact(run_id, str(file))
-    return file
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Writes the HTML report of a run, whether it is done or not.")
@@ -116,10 +108,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)
+    client = MlflowClient(options.tracking_uri)
     try:
-        log.info("wrote %s", write_report(MlflowClient(options.tracking_uri), options.run_id, options.folder / FILE))
-    except ValueError as error:
-        raise SystemExit(f"run_report: {error}") from error
+        page = render(read_run(client, options.run_id))
+        client.log_text(options.run_id, page, FILE)
+    except (ValueError, MlflowException, requests.RequestException) as error:
+        raise SystemExit(f"run_report: {redact(str(error).splitlines()[0])}") from error
+    write_text(options.folder / FILE, page)
+    log.info("wrote %s", options.folder / FILE)
 
 
 if __name__ == "__main__":

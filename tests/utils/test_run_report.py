@@ -11,8 +11,8 @@ from src.callbacks.reward_diagnostics import RewardDiagnostics
 from src.callbacks.similarities import SimilarityHistograms
 from src.modules.policy import Policy
 from src.utils.run_data import read_run
-from src.utils.run_logger import RunLogger
-from src.utils.run_report import main, render, write_report
+from src.utils.run_logger import RUN, RunLogger
+from src.utils.run_report import main, render
 from tests.browser import chromium
 from tests.callbacks.conftest import fit, make_module
 from tests.conftest import SENTENCES
@@ -65,7 +65,8 @@ def test_a_browser_shows_it_alone_and_runs_nothing_that_a_policy_wrote(run: tupl
     hostile = {"step": [9], "text": [text], "rationale": [HOSTILE], "length": [8], "finished": [False], **{term: [0.5] for term in TERMS}}
     client.log_table(run_id, hostile, "rationales/step_9.json")
     client.log_table(run_id, {"policy": ["Base"], "Retrieval": [0.25]}, "report/test_scores.json")
-    file = write_report(client, run_id, tmp_path / "report.html")
+    file = tmp_path / "report.html"
+    file.write_text(render(read_run(client, run_id)), encoding="utf-8")
     requests, trouble = [], []
     with chromium() as browser:
         page = browser.new_page(viewport={"width": 1100, "height": 800})
@@ -102,6 +103,19 @@ def test_a_run_that_has_logged_nothing_yet_has_a_page(tracking_uri: str, tmp_pat
     page = render(read_run(client, client.create_run(experiment).info.run_id))
     assert "no metrics yet" in page
     assert "has logged none" in page
+
+
+def test_where_mlflow_does_not_answer_training_ends_and_says_how_to_have_the_report(
+    tiny_policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / RUN).write_text('{"run_id": "0123456789abcdef0123456789abcdef", "experiment_id": "1"}')
+    logger = RunLogger("gone", folder=str(tmp_path / "run"), tracking_uri="http://127.0.0.1:9")  # begun by a server that is away
+    fit(make_module(tiny_policy), [RewardDiagnostics(), HTMLReport(str(tmp_path / "out"))], tmp_path, batches=1, logger=logger)
+    assert "no report.html yet: python -m src.utils.run_report 0123456789abcdef0123456789abcdef" in caplog.text
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match=r"^run_report: .*127\.0\.0\.1"):
+        main(["0123456789abcdef0123456789abcdef", "--tracking-uri", "http://127.0.0.1:9", "--folder", str(tmp_path)])
 
 
 def test_the_command_writes_it_and_names_a_run_that_is_not_there(
