@@ -5,12 +5,17 @@ import json
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from src.modules.encoder import RationaleEncoder
+from src.modules.lora import lora_settings
 from src.modules.policy import Policy
+from src.modules.rollout_hf import end_tokens
 
 _FORMAT = 1  # raise when a change of the code moves embeddings
 _MOVE_NOTHING = ("batch_size", "gpu_memory_utilization", "cpu_kv_cache_gib", "sleep", "tensor_parallel")  # settings of engines
+_NAMES_ONLY = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}  # of configs: where from, not what
+_LEFT_BY_CALLS = {"truncation", "padding"}  # of tokenizers: what the last call asked for
 
 
 def weights_digest(policy: Policy) -> str:
@@ -29,15 +34,48 @@ def settings_of(encoder: RationaleEncoder) -> dict[str, Any]:
     """
     policy, engine = encoder.policy, encoder.engine
     settings: dict[str, Any] = encoder.settings.to_dict() | {"format": _FORMAT, "rationale": encoder.rationale}
-    settings |= {"chat_template": policy.tokenizer.chat_template, "vocabulary": policy.tokenizer.get_vocab()}
+    settings |= {"model": _config_of(policy.model.config), "lora": lora_settings(policy.model)}
+    if policy.frozen_encoder is not None:
+        settings["frozen_encoder"] = _config_of(policy.frozen_encoder.config)  # type: ignore[arg-type]
+    settings |= {"tokenizer": _tokenizer_of(policy.tokenizer), "chat_template": policy.tokenizer.chat_template, "frames": frames(encoder)}
     device = policy.device.type
     settings["arithmetic"] = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "as loaded"
     if encoder.rationale:
-        settings["temperature"] = encoder.temperature
+        settings |= {"temperature": encoder.temperature, "end_tokens": end_tokens(policy).tolist()}
         settings |= {"seed": encoder.seed} if encoder.temperature > 0 else {}
         settings |= {f"engine.{key}": value for key, value in vars(engine).items() if key not in _MOVE_NOTHING and _is_plain(value)}
         settings["engine"] = type(engine).__qualname__
     return settings
+
+
+def frames(encoder: RationaleEncoder) -> dict[str, tuple[list[int], int]]:
+    """By side the ids of the chat around no text, and how many of them stand before it.
+
+    They say more than the chat template, which may write today's date.
+    """
+    renderers = encoder._renderers  # those that are in use: made now, they might show another date
+    sides = {side or "none": renderer([""]) for side, renderer in renderers.items()}
+    return {side: (frame.ids[0].tolist(), int(frame.prefix_lengths[0])) for side, frame in sides.items()}
+
+
+def _config_of(config: PretrainedConfig) -> Any:
+    """What a model computes (epsilons, rotary frequencies, ...), without where it came from."""
+    return _without(json.loads(config.to_json_string(use_diff=False)), _NAMES_ONLY)
+
+
+def _without(value: Any, keys: set[str]) -> Any:
+    """The same without these keys, in the configs within it too."""
+    if isinstance(value, dict):
+        return {key: _without(part, keys) for key, part in value.items() if key not in keys}
+    return [_without(part, keys) for part in value] if isinstance(value, list) else value
+
+
+def _tokenizer_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """How text becomes ids: vocabulary, merges, normaliser and all."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # one in Python has none
+    if backend is None:
+        return {"class": type(tokenizer).__qualname__, "vocabulary": tokenizer.get_vocab()}
+    return {key: part for key, part in json.loads(backend.to_str()).items() if key not in _LEFT_BY_CALLS}
 
 
 def _is_plain(value: Any) -> bool:
