@@ -85,6 +85,42 @@ def test_the_encoder_used_longest_ago_makes_room(tmp_path: Path) -> None:
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= gib * 2**30
 
 
+USER = """
+import sys, numpy as np
+from pathlib import Path
+from src.utils.embedding_cache import EmbeddingCache
+with EmbeddingCache(Path(sys.argv[1]), "used", 16) as cache:
+    for text in ("1", "2"):
+        cache.put([text], np.full((1, 16), int(text), dtype=np.float32))
+        print(len(cache), flush=True)
+        sys.stdin.readline()
+"""
+
+
+def test_what_another_process_uses_makes_no_room(tmp_path: Path) -> None:
+    texts = [str(i) for i in range(1000)]
+    gib = 100_000 / 2**30  # for less than is put
+    with EmbeddingCache(tmp_path, "unused", D) as cache:
+        cache.put(["1"], vectors_of(["1"]))
+    command, environment = [sys.executable, "-c", USER, str(tmp_path)], {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as user:
+        assert user.stdin is not None
+        assert user.stdout is not None
+        assert user.stdout.readline() == b"1\n"
+        os.utime(tmp_path / "used.sqlite", (1, 1))  # the one used longest ago
+        with EmbeddingCache(tmp_path, "new", D, gib) as cache:
+            cache.put(texts, vectors_of(texts))
+        assert {file.stem for file in tmp_path.glob("*.sqlite")} == {"used", "new"}
+        user.stdin.write(b"\n")
+        user.stdin.flush()
+        assert user.stdout.readline() == b"2\n"
+        user.stdin.close()
+        assert user.wait() == 0
+    with EmbeddingCache(tmp_path, "new", D, gib) as cache:
+        cache.put(texts, vectors_of(texts))
+    assert {file.name for file in tmp_path.iterdir()} == {"new.sqlite", "new.sqlite.lock"}
+
+
 def test_a_full_cache_keeps_what_it_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     texts = [str(i) for i in range(3000)]
     with EmbeddingCache(tmp_path, "a", D, max_gib=150_000 / 2**30) as cache:
