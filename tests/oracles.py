@@ -96,30 +96,33 @@ def unsupervised_oracle(anchor: Tensor, positive: Tensor, lambda1: float, lambda
 
 
 def listwise_oracle(
-    query: Tensor, positive: Tensor, negative: Tensor, to_query: float, to_document: float, lambda1: float, temperature: float
+    query: Tensor, positive: Tensor, negative: Tensor, to_query: float, to_document: float, lambda1: float, temperature: float, centre: str
 ) -> Tensor:
     b, k = positive.shape[:2]
 
     documents_of_batch = [positive[j, other] for j in range(b) for other in range(k)]
 
-    def centred(i: int, document: Tensor) -> Tensor:
-        """exp of the document's similarity to query i, less its mean over the queries and that query's over the documents."""
-        similarities = [_dot(query[j], document) / temperature for j in range(b)]
-        popular = sum(_dot(query[i], other) / temperature for other in documents_of_batch) / len(documents_of_batch)
-        return (similarities[i] - sum(similarities) / b - popular).exp()
+    def weight(i: int, document: Tensor) -> Tensor:
+        """exp of the document's similarity to query i over tau, less the means that `centre` names."""
+        value = _dot(query[i], document) / temperature
+        if centre in ("document", "both"):
+            value = value - sum(_dot(query[j], document) / temperature for j in range(b)) / b
+        if centre == "both":
+            value = value - sum(_dot(query[i], other) / temperature for other in documents_of_batch) / len(documents_of_batch)
+        return value.exp()
 
     rows = []
     for i in range(b):
         row = []
         for r in range(k):
-            own = centred(i, positive[i, r])
-            queries = sum(centred(j, positive[i, r]) for j in range(b))
+            own = weight(i, positive[i, r])
+            queries = sum(weight(j, positive[i, r]) for j in range(b))
             documents = own
             for m in range(negative.shape[1]):
-                documents = documents + centred(i, negative[i, m])
+                documents = documents + weight(i, negative[i, m])
             for j in range(b):
                 if j != i:
-                    documents = documents + centred(i, positive[j].mean(dim=0))
+                    documents = documents + weight(i, positive[j].mean(dim=0))
             value = to_query * (own / queries).log() + to_document * (own / documents).log()
             row.append(value + lambda1 * consistency_oracle(positive, i, r))
         rows.append(torch.stack(row))

@@ -21,22 +21,24 @@ def prefix_rewards(reward: Callable[[Tensor], Tensor], prefixes: Tensor) -> Tens
         prefixes: [G, K, R + 1, D] unit vectors after t tokens; where a rationale has fewer, its last.
 
     Returns:
-        [G, K, R + 1] float32.
+        [G, K, R + 1] float32. The value at a rationale's own end is not its reward: the others are cut there as well.
     """
     return torch.stack([reward(prefixes[:, :, t]) for t in range(prefixes.shape[2])], dim=2)
 
 
-def token_returns(prefix_rewards: Tensor, penalty: Tensor, lengths: Tensor, decay: float) -> Tensor:
+def token_returns(prefix_rewards: Tensor, at_end: Tensor, lengths: Tensor, decay: float) -> Tensor:
     """What the reward gained from each token on, later tokens counting less.
 
     G[t] = sum_{l >= 0} decay^l (F[t + l + 1] - F[t + l]), F[t] the reward after t tokens: generalised advantage estimation
-    (Schulman et al., arXiv 1506.02438, eq. 16) with the prefix reward as its value function. decay = 1 is the reward still
-    to come, F[end] - F[t]: F[t] depends on the tokens before t alone, so it is a baseline that leaves the mean of the
-    gradient as it is. Below 1 a token is judged by what follows soon, with far less noise and some bias.
+    (Schulman et al., arXiv 1506.02438, eq. 16) with the prefix reward as its value function; `at_end` makes F[end] what the
+    rationale earned. decay = 1 is the reward still to come, F[end] - F[t]: F[t] depends on no token of the rationale from t
+    on, so it is a baseline that leaves the mean of the gradient as it is. Below 1 a token is judged by what follows soon,
+    with far less noise and some bias; a term of the reward that is one number for a whole group then cancels among
+    rationales of one length alone.
 
     Args:
         prefix_rewards: [B, K, R + 1].
-        penalty: [B, K], what is added to the reward at a rationale's end (for being truncated).
+        at_end: [B, K], what the last token gains besides: the rationale's reward, with any penalty, less F at its length.
         lengths: [B, K] int64, tokens of each rationale, at least 1.
         decay: 0 to 1.
 
@@ -46,9 +48,9 @@ def token_returns(prefix_rewards: Tensor, penalty: Tensor, lengths: Tensor, deca
     steps = prefix_rewards.shape[2] - 1
     positions = torch.arange(steps, device=prefix_rewards.device)
     ends = positions == lengths.unsqueeze(2) - 1
-    gains = (prefix_rewards[:, :, 1:] - prefix_rewards[:, :, :-1]) * (positions < lengths.unsqueeze(2)) + penalty.unsqueeze(2) * ends
+    gains = (prefix_rewards[:, :, 1:] - prefix_rewards[:, :, :-1]) * (positions < lengths.unsqueeze(2)) + at_end.unsqueeze(2) * ends
     returns = torch.zeros_like(gains)
-    ahead = torch.zeros_like(penalty)
+    ahead = torch.zeros_like(at_end)
     for t in range(steps - 1, -1, -1):
         ahead = gains[:, :, t] + decay * ahead
         returns[:, :, t] = ahead

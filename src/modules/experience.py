@@ -19,7 +19,7 @@ class Experience:
         advantages: [B*K, T] float32, 0 outside the rationales.
         keep: [B, K] bool, False on rollouts that are left out of the loss.
         old_logprobs: [B*K, T] float32 of the sampling policy; None where one update makes them those of the update.
-        reference_logprobs: [B*K, T] float32; None where no divergence is in the loss.
+        reference_logprobs: [B*K, T] float32; None where the algorithm has no reference.
         instance_ids: B record ids.
     """
 

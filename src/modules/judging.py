@@ -88,6 +88,8 @@ def by_token(algorithm: Algorithm, reward: SideReward, side: ScoredSide, judged:
         baseline = () if judged.baseline is None else (judged.baseline,)
         return algorithm.advantage(judged.rewards, keep, *baseline).flatten().unsqueeze(1) * side.rollouts.rationale_mask
     lengths = side.rollouts.rationale_lengths.view_as(keep)
-    penalty = judged.rewards - judged.earned
-    returns = token_returns(prefix_rewards(reward, side.prefixes), penalty, lengths, algorithm.credit_decay)
+    after = prefix_rewards(reward, side.prefixes)
+    # with all others cut at its own length a rationale earns something else than with all of them whole
+    at_end = judged.rewards - after.gather(2, lengths.unsqueeze(2)).squeeze(2)
+    returns = token_returns(after, at_end, lengths, algorithm.credit_decay)
     return at_tokens(token_advantages(algorithm.advantage, returns, lengths, keep).flatten(0, 1), side.rollouts)

@@ -163,37 +163,46 @@ def listwise(
     query_weight: float = 1.0,
     consistency_weight: float = 0.0,
     temperature: float = 0.05,
+    centre: Literal["none", "document", "both"] = "both",
 ) -> Reward:
     """This project's reward: the log-probability that texts find their own among the batch's (InfoNCE as a reward).
 
-    With s[j] a document's similarity to query j over tau, less the document's mean over the batch's queries, less the query's
-    mean over the batch's rollouts:
+    With s[j] a document's similarity to query j over tau:
 
     to_query = log softmax_j(s of h_p[i,k])[i]: the rollout finds its query.
     to_document = log of exp(s[i] of h_p[i,k]) over itself + sum_m exp(s[i] of h_n[i,m])
         + sum_{j != i} exp(mean_l s[i] of h_p[j,l]): the query finds the rollout.
 
-    A shift common to all similarities cancels, so a rationale that pulls every text together earns nothing. Nor does a
-    rollout that comes closer to every query alike (a hub; longer rationales do): that the mean is taken off each
-    document's own similarities sees to it. It would win each comparison with the rivals, who do not move, and when all
-    rollouts learn it nothing is won. That each query's mean is taken off does the same for rollouts of queries, where they
-    are learned from.
+    A shift common to all similarities cancels, so a rationale that pulls every text together earns nothing. A rollout that
+    comes closer to every query alike (a hub; longer rationales do) still wins each comparison of `to_document` with the
+    rivals, who do not move, and when all rollouts learn it nothing is won.
+
+    Args:
+        document_weight, query_weight, consistency_weight: of to_query, to_document and consistency.
+        temperature: tau.
+        centre: what is taken off each similarity first. `document`: the document's mean over the batch's queries, so that a
+            hub among documents earns nothing. `both`: also the query's mean over the batch's rollouts, which does the same
+            for rollouts of queries, where they are learned from. `none`: nothing.
 
     Raises:
-        ValueError: B = 1 leaves `to_query` nothing to tell apart.
+        ValueError: B = 1 leaves `to_query` nothing to tell apart; an unknown centre.
     """
+    if centre not in ("none", "document", "both"):
+        raise ValueError(f"reward.centre={centre!r}: it is none, document or both")
     b = len(e.query)
     if b == 1:
         raise ValueError("reward=listwise needs at least 2 instances a batch: a single query is always found; raise datamodule.batch_size")
     similarity = _to_queries(e) / temperature
+    to_negatives = torch.einsum("imd,jd->imj", e.negative, e.query) / temperature
     popular = similarity.mean(dim=(0, 1))  # [B], of each query with all documents
-    similarity = similarity - similarity.mean(dim=2, keepdim=True) - popular
+    if centre != "none":
+        similarity, to_negatives = (s - s.mean(dim=2, keepdim=True) for s in (similarity, to_negatives))
+    if centre == "both":
+        similarity, to_negatives = similarity - popular, to_negatives - popular
     own = _own(similarity)  # [B, K]
     rivals = similarity.mean(dim=1).T  # [B, B]: of query i to document j
     rivals = rivals.masked_fill(~_others(b, rivals.device), -torch.inf)
-    to_negatives = torch.einsum("imd,jd->imj", e.negative, e.query) / temperature
-    hard_negatives = _own(to_negatives - to_negatives.mean(dim=2, keepdim=True) - popular)  # [B, M]
-    against = torch.cat([rivals, hard_negatives], dim=1).logsumexp(dim=1, keepdim=True)  # [B, 1]
+    against = torch.cat([rivals, _own(to_negatives)], dim=1).logsumexp(dim=1, keepdim=True)  # [B, 1]
     terms = {
         "to_query": own - similarity.logsumexp(dim=2),
         "to_document": own - torch.logaddexp(own, against),

@@ -73,12 +73,14 @@ class HFRollouts:
         was_training = policy.training
         policy.eval()
         parts, rows = [], []
-        with decoding(policy.model):
-            for chunk in order.split(max(1, self.batch_size // n)):
-                own = (chunk.unsqueeze(1) * n + torch.arange(n)).flatten()
-                parts.append(self._write(policy, prompts.select(chunk), n, temperature, draws[own], ends, prefixes))
-                rows.append(own)
-        policy.train(was_training)
+        try:
+            with decoding(policy.model):
+                for chunk in order.split(max(1, self.batch_size // n)):
+                    own = (chunk.unsqueeze(1) * n + torch.arange(n)).flatten()
+                    parts.append(self._write(policy, prompts.select(chunk), n, temperature, draws[own], ends, prefixes))
+                    rows.append(own)
+        finally:
+            policy.train(was_training)
         back = torch.cat(rows).argsort()
         written = _Written(*(torch.cat([getattr(part, name) for part in parts])[back] for name in _Written.__dataclass_fields__))
         return self._collect(policy, prompts.repeat(n), written)

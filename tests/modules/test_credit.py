@@ -6,8 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.modules.advantages import grpo
+from src.modules.algorithm import Algorithm
 from src.modules.credit import at_tokens, prefix_rewards, token_advantages, token_returns
+from src.modules.judging import by_token, judge
+from src.modules.losses import ppo_clip
 from src.modules.rewards import Embeddings, document, listwise, paper
+from src.modules.scoring import ScoredSide
 from src.modules.sequences import Rollouts
 from src.modules.sides import standing_in
 
@@ -22,14 +26,14 @@ def drawn(b: int, k: int, r: int, seed: int):
 
 @settings(max_examples=40, deadline=None)
 @given(shapes, st.floats(0, 1), st.floats(-2, 2))
-def test_returns_are_the_decayed_sum_of_gains(shape, decay, penalty):
+def test_returns_are_the_decayed_sum_of_gains(shape, decay, at_end):
     rewards, lengths = drawn(*shape)
-    returns = token_returns(rewards, torch.full(lengths.shape, penalty, dtype=torch.float64), lengths, decay)
+    returns = token_returns(rewards, torch.full(lengths.shape, at_end, dtype=torch.float64), lengths, decay)
     for b in range(rewards.shape[0]):
         for k in range(rewards.shape[1]):
             n = int(lengths[b, k])
             value = rewards[b, k, : n + 1].tolist()
-            value[n] += penalty
+            value[n] += at_end
             for t in range(rewards.shape[2] - 1):
                 wanted = sum(decay ** (s - t) * (value[s + 1] - value[s]) for s in range(t, n))
                 assert returns[b, k, t].item() == pytest.approx(wanted, abs=1e-9)
@@ -98,3 +102,34 @@ def test_values_go_to_their_tokens():
     )
     placed = at_tokens(torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]]), rollouts)
     torch.testing.assert_close(placed, torch.tensor([[0.0, 0.0, 1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 4.0, 0.0]]))
+
+
+@pytest.mark.parametrize("reward", [listwise, document, paper])
+def test_rationales_of_mixed_lengths_are_credited_with_what_they_earned(reward):
+    generator = torch.Generator().manual_seed(1)
+    b, k, r = 3, 4, 6
+    lengths = torch.randint(1, r + 1, (b, k), generator=generator)
+    whole = torch.randn(b, k, r + 1, 8, generator=generator)
+    own = torch.arange(r + 1).minimum(lengths.unsqueeze(2))
+    prefixes = torch.nn.functional.normalize(whole.gather(2, own.unsqueeze(3).expand_as(whole)), dim=-1)
+    e = Embeddings.normalised(torch.randn(b, 8, generator=generator), prefixes[:, :, -1], torch.randn(b, 1, 8, generator=generator))
+    side = ScoredSide(
+        Rollouts(
+            input_ids=torch.zeros(b * k, r + 2, dtype=torch.long),
+            prefix_lengths=torch.ones(b * k, dtype=torch.long),
+            prompt_lengths=torch.full((b * k,), 2),
+            lengths=lengths.flatten() + 2,
+            finished=torch.ones(b * k, dtype=torch.bool),
+        ),
+        e.positive,
+        None,
+        None,
+        prefixes,
+        ("a", "b", "c"),
+    )
+    algorithm = Algorithm(advantage=lambda rewards, keep: rewards, loss=ppo_clip, truncation="none", credit_decay=1.0)
+    value = standing_in(reward, e, "positive")
+    judged = judge(algorithm, value, side)
+    first = by_token(algorithm, value, side, judged)[:, 2].view(b, k)  # the first token's return
+    start = reward(Embeddings(e.query, prefixes[:, :, 0], e.negative)).total
+    torch.testing.assert_close(first, reward(e).total - start)

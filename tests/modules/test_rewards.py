@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,11 +72,12 @@ def test_unsupervised_refuses_negatives():
 
 
 @settings(max_examples=25, deadline=None)
-@given(shapes, st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0.05, 1))
-def test_listwise_is_the_equation(shape, to_query, to_document, lambda1, tau):
+@given(shapes, st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0.05, 1), st.sampled_from(["none", "document", "both"]))
+def test_listwise_is_the_equation(shape, to_query, to_document, lambda1, tau, centre):
+    weights = {"document_weight": to_query, "query_weight": to_document, "consistency_weight": lambda1, "temperature": tau}
     agree(
-        lambda e: listwise(e, document_weight=to_query, query_weight=to_document, consistency_weight=lambda1, temperature=tau),
-        lambda q, p, n: listwise_oracle(q, p, n, to_query, to_document, lambda1, tau),
+        lambda e: listwise(e, centre=centre, **weights),
+        lambda q, p, n: listwise_oracle(q, p, n, to_query, to_document, lambda1, tau, centre),
         random_embeddings(*shape),
     )
 
@@ -98,7 +101,8 @@ def test_negatives_and_hard_term_of_the_paper_cancel_and_those_of_document_do_no
 
 
 @pytest.mark.parametrize("shift", [-0.3, 0.2])
-def test_a_shift_common_to_all_similarities_earns_nothing_listwise(shift):
+@pytest.mark.parametrize("centre", ["none", "document", "both"])
+def test_a_shift_common_to_all_similarities_earns_nothing_listwise(shift, centre):
     e = random_embeddings(4, 3, 2, 8, seed=1)
     # one more coordinate, held by queries on one side and by everything else on the other, adds `shift` to each similarity
     size = abs(shift) ** 0.5
@@ -109,7 +113,7 @@ def test_a_shift_common_to_all_similarities_earns_nothing_listwise(shift):
     sign = 1.0 if shift > 0 else -1.0
     shifted = Embeddings(extended(e.query, size), extended(e.positive, sign * size), extended(e.negative, sign * size))
     torch.testing.assert_close(shifted.query @ shifted.positive[0].T, e.query @ e.positive[0].T + shift)
-    torch.testing.assert_close(listwise(shifted).total, listwise(e).total)
+    torch.testing.assert_close(listwise(shifted, centre=centre).total, listwise(e, centre=centre).total)
     assert (paper(shifted).total - paper(e).total).abs().min() > 1e-3
 
 
@@ -126,7 +130,7 @@ def test_coming_closer_to_every_query_alike_earns_nothing_listwise_and_much_in_t
     # lengths are left as they are: one number is added to the rollout's similarities, and nothing else changes
     before, after = Embeddings(query, positive, negative), Embeddings(query, hub, negative)
     torch.testing.assert_close(listwise(after).total, listwise(before).total)
-    for reward in (paper, document):
+    for reward in (paper, document, partial(listwise, centre="none")):
         assert (reward(after).total - reward(before).total)[0, 0] > 0.1
 
 
@@ -170,3 +174,8 @@ def test_one_rollout_has_no_consistency():
 def test_an_unknown_hard_form_is_refused():
     with pytest.raises(ValueError, match="mean or max"):
         document(random_embeddings(2, 2, 1, 4, seed=0), hard="median")  # type: ignore[arg-type]
+
+
+def test_an_unknown_centre_is_refused():
+    with pytest.raises(ValueError, match="none, document or both"):
+        listwise(random_embeddings(2, 2, 1, 4, seed=0), centre="query")  # type: ignore[arg-type]
