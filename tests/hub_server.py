@@ -1,4 +1,5 @@
-"""A hub on this machine: what `huggingface_hub` asks for when it copies a data set, answered over HTTP from a dict of files."""
+"""A hub on this machine: what `huggingface_hub` asks for when it copies a data set, and transformers when it loads a model,
+answered over HTTP from a dict of files."""
 
 import hashlib
 import json
@@ -9,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlparse
 
 Repositories = dict[tuple[str, str], dict[str, bytes]]
-"""(name, revision) -> path -> content."""
+"""(name, revision) -> path -> content; a data set, or a model whose branch main is at that revision."""
 
 
 class Hub:
@@ -27,7 +28,7 @@ class Hub:
 
 @contextmanager
 def local_hub(repositories: Repositories, held: set[str] = frozenset()) -> Iterator[Hub]:  # type: ignore[assignment]
-    """Serves data sets until the block ends."""
+    """Serves them until the block ends."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -42,16 +43,18 @@ def local_hub(repositories: Repositories, held: set[str] = frozenset()) -> Itera
                 if path == f"/api/datasets/{name}/tree/{revision}":
                     tree = [{"type": "file", "path": p, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for p, c in files.items()]
                     return self.send(json.dumps(tree).encode(), "application/json", revision, with_body)
-                prefix = f"/datasets/{name}/resolve/{revision}/"
-                if path.startswith(prefix) and path.removeprefix(prefix) in files:
+                for prefix in (f"/datasets/{name}/resolve/{revision}/", f"/{name}/resolve/main/", f"/{name}/resolve/{revision}/"):
                     file = path.removeprefix(prefix)
+                    if not path.startswith(prefix) or file not in files:
+                        continue
                     if with_body:
                         hub.asked.append(file)
                         if file in hub.held:
                             hub.release.wait(60)
                     return self.send(files[file], "application/octet-stream", revision, with_body)
+            known = any(f"/{name}/" in path for name, _ in repositories)
             self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
             self.send_header("Content-Length", "0")
             self.end_headers()
             return None

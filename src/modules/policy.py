@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from src.modules.attention import attending_by, recomputing_alike
 from src.modules.dropout import set_attention_dropout
@@ -77,7 +78,7 @@ class Policy(nn.Module):
     ) -> "Policy":
         """Reads a policy from a folder or from the hub, in float32.
 
-        A folder that was exported with a frozen encoder keeps it: `encoder` then has no say.
+        What was exported with a frozen encoder keeps it, on the hub too: `encoder` then has no say.
 
         Args:
             path: a folder, or a name on the hub.
@@ -99,6 +100,7 @@ class Policy(nn.Module):
         try:
             tokenizer = load_tokenizer(path, revision, trust_remote_code)
             model = load_model(path, revision, trust_remote_code, attn_implementation)
+            frozen = _frozen_encoder(path, revision, trust_remote_code)
         except OSError as error:
             raise FileNotFoundError(
                 f"no policy at {path!r}: give policy.path a local folder with config.json, weights and tokenizer, "
@@ -112,9 +114,8 @@ class Policy(nn.Module):
             add_lora(model, lora)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputing_alike(model)})
-        if Path(path, ENCODER_FOLDER).is_dir():
-            frozen = load_model(Path(path, ENCODER_FOLDER), trust_remote_code=trust_remote_code)
-            policy.frozen_encoder = frozen.base_model.eval().requires_grad_(False)
+        if frozen is not None:
+            policy.frozen_encoder = frozen
         return policy
 
     def train(self, mode: bool = True) -> "Policy":
@@ -180,6 +181,16 @@ class Policy(nn.Module):
         )
         zeros = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
         return zeros.index_put((rows, columns), values), zeros.index_put((rows, columns), entropies)
+
+
+def _frozen_encoder(path: str, revision: str | None, trust_remote_code: bool) -> nn.Module | None:
+    """The encoder that was exported beside a policy, in a folder or on the hub; None where there is none."""
+    config = cached_file(path, "config.json", revision=revision, subfolder=ENCODER_FOLDER, _raise_exceptions_for_missing_entries=False)
+    if config is None and not Path(path, ENCODER_FOLDER).is_dir():
+        return None
+    model = load_model(path, revision, trust_remote_code, subfolder=ENCODER_FOLDER)
+    encoder: nn.Module = model.base_model
+    return encoder.eval().requires_grad_(False)
 
 
 def _require_plain_logits(model: PreTrainedModel) -> None:

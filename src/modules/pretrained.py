@@ -28,19 +28,25 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
 
 
 def load_model(
-    path: Path | str, revision: str | None = None, trust_remote_code: bool = False, attn_implementation: str | None = None
+    path: Path | str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    subfolder: str = "",
 ) -> PreTrainedModel:
     """The causal language model of a folder or of the hub, in float32, from safetensors alone; arguments and errors as above.
+
+    Args:
+        subfolder: where it lies in there.
 
     Raises:
         OSError: there is none, or its weights are not in safetensors.
         ValueError: it brings code, and that was not asked for; or its weights cannot be read.
     """
-    settings: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    settings: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "trust_remote_code": trust_remote_code}
+    settings |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code, **settings
-        )
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True, **settings)
     except ValueError as error:
         raise _plain(error, path) from error
     except SafetensorError as error:

@@ -1,4 +1,7 @@
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,7 +9,10 @@ import torch
 
 from src.modules.policy import ENCODER_FOLDER, Policy
 from src.modules.pooling import pool
+from src.modules.pretrained import load_model
 from tests.builders import small_model, small_policy, small_tokenizer, some_rollouts
+from tests.conftest import ROOT
+from tests.hub_server import Hub, local_hub
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +157,41 @@ def test_an_exported_frozen_encoder_is_read_back(saved: Path, tmp_path: Path) ->
     torch.testing.assert_close(policy.embed(rollouts), policy.embed(rollouts, expected))
     torch.testing.assert_close(policy.frozen_encoder(input_ids=rollouts.input_ids).last_hidden_state, expected)
     assert not torch.allclose(policy.hidden_states(rollouts), expected, atol=1e-2)
+
+
+FROM_THE_HUB = """
+import sys, torch
+from src.modules.policy import Policy
+assert Policy.load("someone/live").frozen_encoder is None
+torch.save(Policy.load("someone/frozen").frozen_encoder.state_dict(), sys.argv[1])
+"""
+
+
+def frozen_on_the_hub(hub: Hub, home: Path, offline: bool) -> dict[str, torch.Tensor]:
+    """The weights of the frozen encoder of the hub's someone/frozen, as another process finds them."""
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": str(int(offline)), "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", FROM_THE_HUB, str(home / "found")]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    found: dict[str, torch.Tensor] = torch.load(home / "found", weights_only=True)
+    return found
+
+
+def test_a_frozen_encoder_on_the_hub_is_read_back(saved: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "exported"))
+    small_model(len(small_tokenizer()), seed=7).save_pretrained(folder / ENCODER_FOLDER)
+    (tmp_path / "home").mkdir()
+    models = {("someone/live", "0" * 40): contents(saved), ("someone/frozen", "1" * 40): contents(folder)}
+    expected = load_model(folder / ENCODER_FOLDER).base_model.state_dict()
+    with local_hub(models) as hub:
+        asked = frozen_on_the_hub(hub, tmp_path / "home", offline=False)
+    for weights in (asked, frozen_on_the_hub(hub, tmp_path / "home", offline=True)):  # then from what was copied
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_a_model_that_does_more_to_its_logits_is_refused() -> None:
