@@ -1,10 +1,11 @@
 """Scores policies on MTEB tasks: `python evaluate.py`, `python evaluate.py model=<checkpoint, folder, hub name> benchmark=mteb_eng_v1`."""
 
+import inspect
 import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import hydra
 import lightning as L
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from src.datamodules.offline_tasks import offline_tasks
@@ -24,36 +25,52 @@ from src.modules.encoder import RationaleEncoder
 from src.modules.export import load_policy
 from src.modules.policy import Policy
 from src.modules.settings import EncoderSettings
-from src.utils.abilities import ability_markdown, ability_metrics, ability_table, compare, run_abilities
+from src.utils.abilities import ability_markdown, ability_metrics, ability_table, check_abilities, compare, run_abilities
 from src.utils.benchmarks import named_tasks
 from src.utils.comparison import Contender, comparison_table, contenders
 from src.utils.evaluation import EvaluationScores, run_tasks
 from src.utils.run_info import log_run_info
 from src.utils.secrets import keep_secrets
+from src.utils.starting_policy import starting_policy
 from src.utils.timing import clock
 from src.utils.tracking import write_text
 
 log = logging.getLogger(__name__)
 
+SHIPPED = "experiments/tiny_policy/weights"
+"""The base where none is named, in the project's folder."""
+
+
+def device_of(cfg: DictConfig) -> str:
+    """Where policies work."""
+    if cfg.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(cfg.device)
+
 
 def make_encoder(cfg: DictConfig, policy: Policy, settings: EncoderSettings, rationale: bool) -> RationaleEncoder:
     """The encoder of a policy as the config wants it, on its device."""
-    told = ("query_instruction", "max_new_tokens", "pooling", "layer")
-    settings = replace(settings, **{name: cfg[name] for name in told if cfg[name] is not None})
+    told = ("instruction", "query_instruction", "max_prompt_tokens", "template_kwargs", "max_new_tokens", "pooling", "layer")
+    asked: Any = OmegaConf.to_container(cfg, resolve=True)
+    settings = replace(settings, **{name: asked[name] for name in told if asked[name] is not None})
     policy.pooling, policy.layer = settings.pooling, settings.layer
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    engine = instantiate(cfg.engine)(max_new_tokens=settings.max_new_tokens)
+    make_engine, lengths = instantiate(cfg.engine), {"max_new_tokens": settings.max_new_tokens}
+    if "max_prompt_tokens" in inspect.signature(make_engine.func).parameters:  # an engine that is set up for them
+        lengths["max_prompt_tokens"] = settings.max_prompt_tokens
+    engine = make_engine(**lengths)
     options = {"temperature": cfg.temperature, "seed": cfg.seed, "batch_size": cfg.batch_size}
-    return RationaleEncoder(policy.to(device), settings, engine, rationale=rationale, **options)
+    return RationaleEncoder(policy.to(device_of(cfg)), settings, engine, rationale=rationale, **options)
 
 
 def load_tasks(cfg: DictConfig) -> list[Any]:
     """The MTEB tasks that the config names.
 
     Raises:
-        FileNotFoundError, ValueError: see `named_tasks` and `offline_tasks`; or both test and validation are named.
+        FileNotFoundError, ValueError: see `named_tasks` and `offline_tasks`; or both test and validation are named, or nothing is.
     """
     names = [cfg.benchmark] if isinstance(cfg.benchmark, str) else list(cfg.benchmark)
+    if not names:
+        raise ValueError("benchmark names no task: it is test, validation, a benchmark of MTEB, a task, or a list of them")
     offline = [name for name in dict.fromkeys(names) if name in ("test", "validation")]
     if len(offline) > 1:
         raise ValueError("benchmark names test and validation: their tasks have the same names, so score them one after the other")
@@ -75,14 +92,39 @@ def log_row(cfg: DictConfig, row: Contender, scores: EvaluationScores) -> None:
     logger.finalize("success" if not scores.failures else "failed")
 
 
-def report_abilities(cfg: DictConfig, policies: Mapping[str, tuple[Policy, EncoderSettings]], console: Console) -> None:
+def load_policies(cfg: DictConfig, rows: Sequence[Contender], base: str) -> tuple[dict[str, tuple[Policy, EncoderSettings]], str]:
+    """The rows' policies by path and, where abilities are asked for, the one that they are compared with; and its path.
+
+    That is `base`, but for a `model` without one what its training began with.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_policy`, `check_abilities` and `starting_policy`.
+        ModuleNotFoundError: see `check_abilities`.
+    """
+    asked = cfg.abilities
+    if asked.tasks:
+        check_abilities(asked.tasks, asked.packages, asked.cache_dir, asked.count)
+    policies = {path: load_policy(path, cfg.trust_remote_code) for path in {row.path for row in rows}}
+    if not asked.tasks:
+        return policies, base
+    if cfg.model is not None and cfg.base is None:
+        base = starting_policy(cfg.model, policies[cfg.model][0])
+    if base not in policies:
+        try:
+            policies[base] = load_policy(base, cfg.trust_remote_code)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"abilities are compared with a base, and {error}; base= names another") from error
+    return policies, base
+
+
+def report_abilities(cfg: DictConfig, policies: Mapping[str, tuple[Policy, EncoderSettings]], base: str, console: Console) -> None:
     """What each policy kept of the general abilities of `base`: a table, a page in the run's folder, an MLflow run."""
-    device = policies[cfg.base][0].device
-    before = run_abilities(policies[cfg.base][0], **cfg.abilities)
-    for path in policies.keys() - {cfg.base}:
+    device = device_of(cfg)
+    before = run_abilities(policies[base][0].to(device), **cfg.abilities)
+    for path in policies.keys() - {base}:
         after = run_abilities(policies[path][0].to(device), **cfg.abilities)
         changes = {task: compare(score, after[task], cfg.abilities_tolerance) for task, score in before.items()}
-        console.print(ability_table(changes, f"General abilities of {Path(path).name} beside {Path(cfg.base).name}"))
+        console.print(ability_table(changes, f"General abilities of {Path(path).name} beside {Path(base).name}"))
         write_text(Path(cfg.paths.output_dir) / f"abilities_{Path(path).name}.md", ability_markdown(changes))
         if cfg.get("logger"):
             logger = instantiate(cfg.logger, run_name=f"{cfg.name}: abilities of {Path(path).name}")
@@ -96,19 +138,20 @@ def evaluate(cfg: DictConfig) -> dict[str, EvaluationScores]:
     console = Console()
     L.seed_everything(cfg.seed, verbose=False)
     began = time.monotonic()
-    rows = contenders(cfg.model, cfg.rationale, cfg.base, cfg.paths.output_root, cfg.model_name)
+    base = str(cfg.base or Path(cfg.paths.root, SHIPPED))
+    rows = contenders(cfg.model, cfg.rationale, base, cfg.paths.output_root, cfg.model_name)
     try:
-        paths = {row.path for row in rows} | ({cfg.base} if cfg.abilities.tasks else set())
-        policies = {path: load_policy(path, cfg.trust_remote_code) for path in paths}
+        policies, base = load_policies(cfg, rows, base)
         rows = [row.settled(policies[row.path][1].rationale) for row in rows]
+        encoders = {row.name: make_encoder(cfg, *policies[row.path], rationale=bool(row.rationale)) for row in rows}
         tasks = load_tasks(cfg)
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
     scores: dict[str, EvaluationScores] = {}
     unavailable: dict[str, str] = {}
     for row in rows:
         log.info("%s: %d tasks", row.name, len(tasks))
-        encoder = make_encoder(cfg, *policies[row.path], rationale=bool(row.rationale))
+        encoder = encoders[row.name]
         with torch.autocast(encoder.policy.device.type, dtype=torch.bfloat16, enabled=cfg.bf16):
             scored = run_tasks(
                 *(encoder, tasks, Path(cfg.results_dir), row.model_name),
@@ -122,7 +165,7 @@ def evaluate(cfg: DictConfig) -> dict[str, EvaluationScores]:
         log_row(cfg, row, scored)
     console.print(comparison_table(scores, f"Main scores in %: {cfg.benchmark}"))
     if cfg.abilities.tasks:
-        report_abilities(cfg, policies, console)
+        report_abilities(cfg, policies, base, console)
     for row in rows:
         console.print(f"{row.name}: {row.path}", soft_wrap=True, highlight=False, markup=False)
     if cfg.model is None and len(rows) < 3:

@@ -1,5 +1,6 @@
 """General abilities through lm-eval, and whether training kept them."""
 
+import functools
 import importlib.util
 import logging
 import math
@@ -111,25 +112,47 @@ def run_abilities(
         FileNotFoundError: no such task, or its data is out of reach.
         ValueError: a task whose first metric is no number a question.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ModuleNotFoundError("general abilities are measured by lm-eval, which is not installed: pip install -e '.[abilities]'")
-    offline = tasks == "offline"
-    names = list(OFFLINE_TASKS) if offline else [tasks] if isinstance(tasks, str) else list(tasks)
-    folder = ability_folder(packages, cache_dir, count) if offline else None
+    names, folder = check_abilities(tasks, packages, cache_dir, count)
     with isolate_rng(), _quiet(), evaluation_mode(policy):
         found = _evaluate(policy, names, folder, count, batch_size)
     return {name: _score(name, found) for name in names}
 
 
+def check_abilities(
+    tasks: str | Sequence[str], packages: Sequence[str], cache_dir: Path | str, count: int = 200
+) -> tuple[list[str], Path | None]:
+    """Finds out before any model is read whether the tasks can be asked; arguments and errors are those of `run_abilities`.
+
+    Whether the data of tasks from the hub is in reach is known only when they are asked.
+
+    Returns:
+        The names of the tasks, and the folder of the offline ones.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ModuleNotFoundError("general abilities are measured by lm-eval, which is not installed: pip install -e '.[abilities]'")
+    offline = tasks == "offline"
+    names = list(OFFLINE_TASKS) if offline else [tasks] if isinstance(tasks, str) else list(tasks)
+    folder = ability_folder(packages, cache_dir, count) if offline else None
+    with isolate_rng(), _quiet():
+        unknown = [name for name in names if name not in _task_manager(folder).all_tasks]
+    if unknown:
+        raise FileNotFoundError(f"lm-eval has no task or group named {', '.join(unknown)}: `lm-eval ls tasks` lists them")
+    return names, folder
+
+
+@functools.cache
+def _task_manager(folder: Path | None) -> Any:
+    """lm-eval's index of the tasks of a folder, or of its own: some 10,000 files, read once a process."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
+
+
 def _evaluate(policy: Policy, names: Sequence[str], folder: Path | None, count: int, batch_size: int) -> Mapping[str, Any]:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-        raise FileNotFoundError(f"lm-eval has no task or group named {', '.join(unknown)}: `lm-eval ls tasks` lists them")
+    manager = _task_manager(folder)
     model = HFLM(pretrained=policy.model, tokenizer=policy.tokenizer, batch_size=batch_size)
     try:
         found: Mapping[str, Any] = lm_eval.simple_evaluate(model, tasks=list(names), task_manager=manager, limit=count, bootstrap_iters=0)
