@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from rich.console import Console
 
+from src.callbacks.probe import undisturbed
 from src.callbacks.watcher import Watcher
 from src.modules.policy_module import PolicyModule
 from src.utils.abilities import AbilityScore, Change, ability_markdown, ability_metrics, ability_table, compare, run_abilities
@@ -47,11 +48,13 @@ class GeneralAbilities(Watcher):
     def at_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
         if not self.before:  # else resumed: the checkpoint brought what the starting policy scored
             log.info("scoring the starting policy's general abilities")
-            self.before = run_abilities(module.policy, **self.asked)
+            with undisturbed(module):
+                self.before = run_abilities(module.policy, **self.asked)
 
     def at_end(self, trainer: L.Trainer, module: PolicyModule) -> None:
         log.info("scoring the trained policy's general abilities")
-        after = run_abilities(module.policy, **self.asked)
+        with undisturbed(module):
+            after = run_abilities(module.policy, **self.asked)
         self.changes = {task: compare(score, after[task], self.tolerance) for task, score in self.before.items()}
         log_metrics(trainer, ability_metrics(self.changes), module.rollout_batches)
         if trainer.is_global_zero:

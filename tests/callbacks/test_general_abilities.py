@@ -1,11 +1,16 @@
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.loggers import MLFlowLogger
 
 from src.callbacks.general_abilities import GeneralAbilities
 from src.modules.grace import GRACE
-from src.utils.abilities import AbilityScore
+from src.modules.policy import Policy
+from src.modules.sharding import is_cut, shard
+from src.utils.abilities import AbilityScore, run_abilities
 from tests.callbacks.conftest import fit
 from tests.conftest import ROOT, Compose
 
@@ -26,6 +31,23 @@ def test_before_and_after_are_logged_with_an_interval(module: GRACE, mlflow_logg
         assert {f"abilities/{task}/before", f"abilities/{task}/after"} <= set(metrics)
         assert task in (tmp_path / "abilities.md").read_text()
     assert "report/abilities.md" in {file.path for file in mlflow_logger.experiment.list_artifacts(mlflow_logger.run_id, "report")}
+
+
+def test_a_policy_whose_weights_are_cut_is_scored_whole(module: GRACE, tiny_policy_folder: Path, tmp_path: Path) -> None:
+    watcher, trainer = callback(tmp_path), SimpleNamespace(loggers=[], is_global_zero=False)
+    expected = run_abilities(Policy.load(str(tiny_policy_folder)), **watcher.asked)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        shard(module.policy, torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        assert is_cut(module.policy)
+        looked_on: Any = trainer
+        watcher.at_start(looked_on, module)
+        watcher.at_end(looked_on, module)
+        assert is_cut(module.policy)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert watcher.before == expected
+    assert {task: change.gain for task, change in watcher.changes.items()} == dict.fromkeys(expected, 0.0)
 
 
 def test_a_resumed_run_compares_with_its_first_start(module: GRACE, tmp_path: Path) -> None:
