@@ -84,11 +84,11 @@ def clustering(files: Files, columns: Columns) -> Any:
 
 
 def retrieval(files: Files, columns: Columns) -> Any:
-    """BEIR's form: corpus (id or _id, title if there is one, text), queries (id or _id, text), qrels (query-id, corpus-id, score)."""
-    corpus = [
-        {"id": line.name("_id", "id"), "title": str(line.values.get("title") or ""), "text": line.text("text")}
-        for line in read_lines(files["corpus"], columns)
-    ]
+    """BEIR's form: corpus (id or _id, title if there is one, text), queries (id or _id, text), qrels (query-id, corpus-id, score).
+
+    A title may stand without a text. Scores are whole numbers, for so MTEB's evaluators grade relevance.
+    """
+    corpus = [{"id": line.name("_id", "id")} | _document(line) for line in read_lines(files["corpus"], columns)]
     queries = [{"id": line.name("_id", "id"), "text": line.text("text")} for line in read_lines(files["queries"], columns)]
     ids = {role: _unique([row["id"] for row in rows], files[role]) for role, rows in (("corpus", corpus), ("queries", queries))}
     relevant: dict[str, dict[str, int]] = {}
@@ -97,9 +97,23 @@ def retrieval(files: Files, columns: Columns) -> Any:
         for role, name in (("queries", query), ("corpus", document)):
             if name not in ids[role]:
                 raise ValueError(f"{line.where}: {name!r} is not in {files[role]}")
-        relevant.setdefault(query, {})[document] = int(line.number("score"))
+        relevant.setdefault(query, {})[document] = _grade(line)
     asked = [row for row in queries if any(score > 0 for score in relevant.get(row["id"], {}).values())]
     return _searched(_split(corpus, files["corpus"]), _split(asked, files["queries"], 1), relevant, None)
+
+
+def _document(line: Line) -> Row:
+    title, text = line.values.get("title"), line.value("text")
+    title = line.text("title") if isinstance(title, str) and title.strip() else str(title or "").strip()
+    no_text = text is None or (isinstance(text, str) and not text.strip())
+    return {"title": title, "text": "" if no_text and title else line.text("text")}
+
+
+def _grade(line: Line) -> int:
+    score = line.number("score")
+    if not score.is_integer():
+        raise ValueError(f"{line.where}: score must be a whole number, not {line.value('score')!r}: grade 0.5 and 1 as 1 and 2")
+    return int(score)
 
 
 def _unique(ids: list[str], file: Path) -> set[str]:

@@ -71,6 +71,21 @@ def test_retrieval_gives_the_ndcg_of_a_loop_and_reads_titles(folder: Path, encod
     assert scores.tasks["MyRetrieval"] == pytest.approx(np.mean(gains), abs=1e-5)
 
 
+def test_a_document_may_be_a_title_or_a_text(encoder: RationaleEncoder, tmp_path: Path) -> None:
+    """And grades are told apart, of whole numbers written as 2.0 too."""
+    documents = [("graphs", TEXTS[0]), ("", TEXTS[1]), (TEXTS[4], ""), (TEXTS[8], None), (None, TEXTS[9])]
+    jsonl(tmp_path / "corpus.jsonl", [{"_id": i, "title": title, "text": text} for i, (title, text) in enumerate(documents)])
+    jsonl(tmp_path / "queries.jsonl", [{"_id": "q", "text": "graphs"}])
+    tsv(tmp_path / "qrels.tsv", [("query-id", "corpus-id", "score"), ("q", 0, 2.0), ("q", 1, 1), ("q", 4, 0)])
+    task = own_task(describe(tmp_path, "Titles", "Retrieval", "corpus: corpus.jsonl\nqueries: queries.jsonl\nqrels: qrels.tsv"))
+    assert run_tasks(encoder, [task], None, "tiny").failures == {}
+    task.load_data()
+    split = task.dataset["default"]["test"]
+    texts = [f"{row['title']} {row['text']}".strip() for row in split["corpus"]]
+    assert texts == [f"graphs {TEXTS[0]}", TEXTS[1], TEXTS[4], TEXTS[8], TEXTS[9]]
+    assert split["relevant_docs"] == {"q": {"0": 2, "1": 1, "4": 0}}
+
+
 def test_candidates_may_stand_a_row_each(folder: Path, encoder: RationaleEncoder, tmp_path: Path) -> None:
 
     lists = [json.loads(line) for line in (folder / "rerank.jsonl").read_text().splitlines()]
@@ -117,6 +132,14 @@ def test_a_bad_row_is_named(kind: str, rows: list[dict[str, Any]], message: str,
 BAD_FILES = [
     ("MySTS", "sts.tsv", "1.0\ta\tb\n2.0\tc\n", r"sts.tsv:2: 2 fields between tabs, and the columns are score, sentence1, sentence2"),
     ("MyRetrieval", "qrels.tsv", "query-id\tcorpus-id\tscore\nq0\t99\t1\n", r"qrels.tsv:2: '99' is not in .*corpus.jsonl"),
+    (
+        "MyRetrieval",
+        "qrels.tsv",
+        "query-id\tcorpus-id\tscore\nq0\t0\t1\nq0\t1\t0.5\n",
+        r"qrels.tsv:3: score must be a whole number, not '0.5'",
+    ),
+    ("MyRetrieval", "corpus.jsonl", '{"_id": 0, "title": " ", "text": ""}\n', r"corpus.jsonl:1: text is empty"),
+    ("MyRetrieval", "corpus.jsonl", '{"_id": 0, "title": "a"}\n', r"corpus.jsonl:1: no field text"),
     ("MyRetrieval", "queries.jsonl", '{"_id": 1, "text": "a"}\n' * 2, r"queries.jsonl: the id '1' stands there twice"),
     ("MyRetrieval", "corpus.jsonl", "{\n", r"corpus.jsonl:1: not JSON"),
     ("MyClassification", "train.jsonl", '{"text": "a", "label": 0}\n', r"test.jsonl: no text of .*train.jsonl has the label 'files'"),
