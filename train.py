@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from src.utils.instantiate import instantiate_all
 from src.utils.plan import PlanError, show
-from src.utils.preemption import preemptible
+from src.utils.preemption import StopTogether, preemptible
 from src.utils.processes import prepare
 from src.utils.quiet import quiet_lightning
 from src.utils.run_folder import alone_in, register_resolver, starting_point
@@ -50,7 +50,7 @@ def fit(cfg: DictConfig, checkpoint: str | None) -> float | None:
     datamodule = instantiate(cfg.datamodule)
     module = instantiate(cfg.module)
     loggers = instantiate_all(cfg.get("logger"), "logger")
-    callbacks = instantiate_all(cfg.get("callbacks"), "callbacks")
+    callbacks = [*instantiate_all(cfg.get("callbacks"), "callbacks"), StopTogether()]
     keeps = any(isinstance(callback, Checkpoint) for callback in callbacks)  # without one Lightning would bring its own
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, enable_checkpointing=keeps)
     prepare(trainer)

@@ -4,9 +4,11 @@ import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
+import torch
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
@@ -89,13 +91,31 @@ def assert_alike(whole: Path, resumed: Path, tracking_uri: str, batches: int) ->
     assert all(ours[name].equal(theirs[name]) for name in ours)
     states = [read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (whole, resumed)]
     for key in ("optimizer_states", "lr_schedulers", "grace", "global_step"):
-        assert str(states[0][key]) == str(states[1][key]), key
+        assert_same(states[0][key], states[1][key], key)
     client = MlflowClient(tracking_uri)
     expected, found = (run_of(client, folder.name) for folder in (whole, resumed))
     assert expected.info.status == found.info.status == "FINISHED"
     assert [step for step, _ in history(client, expected)["reward/total/mean"]] == list(range(1, batches + 1))
     assert history(client, found) == history(client, expected)
     assert tables(client, found) == tables(client, expected)
+
+
+def assert_same(ours: Any, theirs: Any, name: str) -> None:
+    """Nested containers with the same values, tensors bit for bit."""
+    assert type(ours) is type(theirs), name
+    if isinstance(ours, torch.Tensor):
+        assert ours.dtype == theirs.dtype, name
+        assert torch.equal(ours, theirs), name
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys(), name
+        for key in ours:
+            assert_same(ours[key], theirs[key], f"{name}.{key}")
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs), name
+        for place, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_same(*pair, f"{name}[{place}]")
+    else:
+        assert ours == theirs, name
 
 
 def test_killed_twice_a_run_ends_as_if_it_never_was(runs: Runs, small: list[str], whole: Path, tmp_path: Path, tracking_uri: str) -> None:
@@ -126,6 +146,49 @@ def test_a_run_told_to_stop_saves_says_so_and_goes_on(
     assert "exit status 75: the same command with ckpt_path=last goes on" in runs.log.read_text()
     assert runs.run(tmp_path, *own, SLURM_RESTART_COUNT="1") == 0, runs.log.read_text()[-3000:]  # nobody says ckpt_path=last
     assert_alike(whole, tmp_path, tracking_uri, batches=8)
+
+
+def test_a_run_told_to_stop_in_its_last_batch_ends(runs: Runs, small: list[str], whole: Path, tmp_path: Path, tracking_uri: str) -> None:
+    own = (*small, *SHORT, f"project={tmp_path.name}", "optimized_metric=reward/total/mean")
+    stop = f"+callbacks.killer={{_target_:tests.runs.KillAt,batch:7,seconds:0,signal_number:{signal.SIGTERM:d}}}"
+    assert runs.run(tmp_path, *own, stop) == 0, runs.log.read_text()[-3000:]
+    assert_alike(whole, tmp_path, tracking_uri, batches=8)
+
+
+# ---- several processes
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(runs: Runs, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with two ranks."""
+    folder = tmp_path_factory.mktemp("whole_of_two")
+    assert runs.run_ranks(folder, *small, *SHORT, f"project={folder.name}") == [0, 0], runs.log.read_text()[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("signalled", "slow", "batch"),
+    [
+        pytest.param("1", 0, 4, id="rank 1 alone"),
+        pytest.param("0", 1, 3, id="rank 0 alone", marks=pytest.mark.slow),
+        pytest.param("null", 1, 2, id="both ranks", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_told_to_stop_end_the_same_batch_save_and_go_on(
+    runs: Runs, small: list[str], whole_of_two: Path, tmp_path: Path, tracking_uri: str, signalled: str, slow: int, batch: int
+) -> None:
+    """The signal comes while the faster rank waits for the other, in what both do together."""
+    own = (*small, *SHORT, f"project={tmp_path.name}", "callbacks.checkpoint.every_n_rollout_batches=100")
+    killer = f"batch:{batch},seconds:0.1,signal_number:{signal.SIGUSR1:d},rank:{signalled}"
+    stop = [
+        f"+callbacks.slow={{_target_:tests.runs.Slow,rank:{slow},seconds:0.4}}",
+        f"+callbacks.killer={{_target_:tests.runs.KillAt,{killer}}}",
+    ]
+    assert runs.run_ranks(tmp_path, *own, *stop) == [TRY_AGAIN, 0], runs.log.read_text()[-3000:]
+    assert batches_saved(tmp_path) == batch + 1
+    assert run_of(MlflowClient(tracking_uri), tmp_path.name).info.status == "KILLED"
+    assert runs.run_ranks(tmp_path, *own, "ckpt_path=last") == [0, 0], runs.log.read_text()[-3000:]
+    assert_alike(whole_of_two, tmp_path, tracking_uri, batches=8)
 
 
 def test_other_settings_of_the_optimiser_are_used_and_said(

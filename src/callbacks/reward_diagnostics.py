@@ -67,6 +67,12 @@ class RewardDiagnostics(Watcher):
         if not isinstance(module, GRACE):
             raise TypeError(f"callbacks.reward_diagnostics: {type(module).__name__} has no rewards to watch; choose callbacks=contrastive")
 
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Lightning would send what an earlier batch had as this one's too, where this one has none: no update, no loss."""
+        results = trainer._results
+        for key in [key for key, metric in (results or {}).items() if not metric.meta.on_epoch]:
+            del results[key]  # type: ignore[union-attr]
+
     def after_batch(self, trainer: L.Trainer, module: PolicyModule) -> None:
         report = cast(StepReport, last_report(module))
         metrics = diagnose(report)

@@ -1,6 +1,7 @@
 import logging
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 
@@ -69,6 +70,21 @@ def test_fit_logs_one_step_a_rollout_batch_and_draws(module: GRACE, mlflow_logge
         assert [metric.step for metric in client.get_metric_history(run_id, name)] == [1, 2, 3], name
     assert (tmp_path / "out" / "terms.png").read_bytes().startswith(b"\x89PNG")
     assert [file.path for file in client.list_artifacts(run_id, "figures")] == ["figures/terms.png"]
+
+
+def test_a_batch_without_an_update_has_no_loss_not_that_of_the_batch_before(
+    module: GRACE, mlflow_logger: RunLogger, tmp_path: Path
+) -> None:
+    module.buffer.min_std, module.buffer.max_extra_batches = 1e9, 100  # no group is worth an update
+
+    class FirstLearns(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int) -> None:
+            module.buffer.min_std = 0.0 if batch_idx == 0 else 1e9
+
+    fit(module, [RewardDiagnostics(), FirstLearns()], tmp_path, batches=3, logger=mlflow_logger)
+    client, run_id = mlflow_logger.experiment, mlflow_logger.run_id
+    assert [point.step for point in client.get_metric_history(run_id, "update/loss")] == [1]
+    assert [point.step for point in client.get_metric_history(run_id, "reward/total/mean")] == [1, 2, 3]
 
 
 def test_paper_form_is_warned_about_once_a_term(tiny_policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
