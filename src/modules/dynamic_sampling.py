@@ -77,6 +77,8 @@ class GroupBuffer:
 
 
 def shared_out(states: Sequence[dict[str, Any]], ranks: Ranks) -> dict[str, Any]:
-    """What a rank goes on with of the states that ranks held, however many they were."""
+    """What a rank goes on with of the states that ranks held: its own, or where they were more or fewer than now, a part of all."""
+    if len(states) == ranks.count:
+        return states[ranks.rank]
     parts = [part for state in states for part in state["held"]]
     return {"held": parts[ranks.rank :: ranks.count], "batches": states[0]["batches"]}

@@ -2,8 +2,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.modules.dynamic_sampling import GroupBuffer, informative
+from src.modules.dynamic_sampling import GroupBuffer, informative, shared_out
 from src.modules.experience import Experience, concatenate
+from src.modules.ranks import Ranks
 from tests.builders import small_policy, some_rollouts
 
 POLICY = small_policy()
@@ -99,3 +100,12 @@ def test_what_is_put_together_comes_apart_again(sizes, k, old, seed):
         assert (again.old_logprobs is None) == (not old)
         if old:
             assert torch.equal(again.old_logprobs[mask], part.old_logprobs[:, :width][mask])
+
+
+def test_as_many_ranks_as_before_get_back_their_own_and_others_a_part_of_all():
+    parts = [experience(1, 2, seed) for seed in range(5)]
+    states = [{"held": parts[:3], "batches": 2}, {"held": parts[3:], "batches": 2}]  # the second rank's first batch left nothing
+    assert [shared_out(states, Ranks(rank, 2)) for rank in range(2)] == states
+    three = [shared_out(states, Ranks(rank, 3))["held"] for rank in range(3)]
+    assert sorted(part.instance_ids for held in three for part in held) == sorted(part.instance_ids for part in parts)
+    assert shared_out(states, Ranks())["held"] == parts
