@@ -1,5 +1,6 @@
 """Where records lie: a file, a folder of files, or a data set on the hub."""
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +8,11 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import snapshot_download
 
+log = logging.getLogger(__name__)
+
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_SHARD = re.compile(r"[-_./]?\d+-of-\d+$")  # of train-00000-of-00005
+_PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")  # the first alone is read
 
 
 @dataclass(frozen=True)
@@ -24,8 +29,9 @@ class DataFile:
 
     @property
     def stem(self) -> str:
-        """The name without its suffix."""
-        return str(PurePosixPath(self.name).with_suffix(""))
+        """The name without its suffixes, and of a shard (train-00000-of-00005) what it shares with the others."""
+        whole = str(PurePosixPath(self.name.removesuffix(_PACKED[0])).with_suffix(""))
+        return _SHARD.sub("", whole) or whole
 
 
 def find_files(path: str, patterns: Sequence[str], revision: str | None = None) -> list[DataFile]:
@@ -39,19 +45,50 @@ def find_files(path: str, patterns: Sequence[str], revision: str | None = None) 
 
     Raises:
         FileNotFoundError: nothing of that name, or no file in it that matches.
-        ValueError: a link in the folder leads out of it.
+        ValueError: a link in the folder leads out of it; or files that match but for how they are packed, and would be passed
+            over in silence, or read beside what was packed.
     """
     local = Path(path).expanduser()
     if local.is_file():
+        if local.suffix in _PACKED[1:]:
+            raise ValueError(f"{path!r} is packed in a way that is not read here: unpack it, or pack it as .gz")
         return [DataFile(local, local.name)]
     root = local if local.is_dir() else _download(path, patterns, revision)
-    matching = {file.relative_to(root).as_posix() for pattern in patterns for file in root.rglob(pattern) if file.is_file()}
-    names = sorted(name for name in matching if not any(part.startswith(".") for part in name.split("/")))
+    names = _matching(root, patterns)
+    left_out = sorted(set(_matching(root, ["*"])) - set(names)) if local.is_dir() else []  # of the hub, nothing else is downloaded
+    packed = [name for name in left_out if name.endswith(_PACKED) and _fits(PurePosixPath(name).with_suffix(""), patterns)]
+    packed = [name for name in packed if str(PurePosixPath(name).with_suffix("")) not in names]  # else it is there unpacked
+    if packed:
+        raise ValueError(
+            f"{path!r} holds {_few(packed)}, which {' or '.join(patterns)} leaves out: unpack them, name .gz files in datamodule.files "
+            "too, or move them elsewhere"
+        )
+    twice = [name for name in names if any(name + suffix in names for suffix in _PACKED)]
+    if twice:
+        raise ValueError(f"{path!r} holds {_few(twice)} both as they are and packed: move one of the two elsewhere")
+    alike = [name for name in left_out if name.endswith(".json") and _fits(PurePosixPath(f"{name}l"), patterns)]
     if not names:
         raise FileNotFoundError(
-            f"no file in {path!r} matches {' or '.join(patterns)}: give datamodule.path=<local file>, or datamodule.files"
+            f"no file in {path!r} matches {' or '.join(patterns)}{f' (there is {_few(alike)})' if alike else ''}: give "
+            "datamodule.path=<local file>, or datamodule.files"
         )
+    if alike:
+        log.warning("%s are not read: where they hold records, a line each, name them in datamodule.files too", _few(alike))
     return [DataFile(inside(root, name), name) for name in names]
+
+
+def _matching(root: Path, patterns: Sequence[str]) -> list[str]:
+    """Names in a folder, sorted; hidden ones are left out."""
+    matching = {file.relative_to(root).as_posix() for pattern in patterns for file in root.rglob(pattern) if file.is_file()}
+    return sorted(name for name in matching if not any(part.startswith(".") for part in name.split("/")))
+
+
+def _fits(name: PurePosixPath, patterns: Sequence[str]) -> bool:
+    return any(name.match(pattern) for pattern in patterns)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def inside(folder: Path | str, name: str) -> Path:

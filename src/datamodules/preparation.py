@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -31,7 +32,7 @@ SCHEMA = pa.schema(
 SHOWN = 20
 """How many bad records are kept word for word; all are counted."""
 
-_FORMAT = 1  # raise when what is prepared changes, so that older folders are not read
+_FORMAT = 2  # raise when what is prepared changes, so that older folders are not read
 _CHUNK_BYTES = 8 * 2**20
 _BATCH_RECORDS, _BATCH_CHARACTERS = 512, 4 * 2**20  # what is tokenised at a time
 _REPORT_FILE = "report.json"
@@ -70,7 +71,10 @@ class Report:
 
 
 def scan(file: DataFile) -> tuple[str, list[Chunk]]:
-    """The digest of a file's content, and how it is cut for reading: at line ends every 8 MiB, or between row groups."""
+    """The digest of a file's content, and how it is cut for reading: at line ends every 8 MiB, or between row groups.
+
+    A .gz is read from its beginning, so it is one chunk: several of them are read in parallel, one is not.
+    """
     digest = hashlib.sha256()
     chunks: list[Chunk] = []
     with file.path.open("rb") as content:
@@ -87,6 +91,8 @@ def scan(file: DataFile) -> tuple[str, list[Chunk]]:
             chunks.append(Chunk(file, start, position, first, position - start))
     if file.path.suffix == ".parquet":
         chunks = _row_groups(file)
+    elif file.path.suffix == ".gz":
+        chunks = [Chunk(file, 0, sys.maxsize, 1, position)]
     return digest.hexdigest(), chunks
 
 

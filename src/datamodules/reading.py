@@ -1,7 +1,9 @@
 """From lines and rows to checked triplets; what is malformed is named by file and line, and reading goes on."""
 
 import codecs
+import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +25,8 @@ class Chunk:
 
     Attributes:
         file: the file.
-        start, end: its first byte, and the one after its last; of a parquet file, row groups.
+        start, end: its first byte, and the one after its last; of a parquet file, row groups; of a .gz, bytes as they are
+            unpacked, and any end beyond its own.
         first: number of its first line or row in the file, from 1.
         size: bytes, for progress.
     """
@@ -60,7 +63,7 @@ class Reader(Protocol):
 class TripletReader:
     """JSON lines or parquet with `query`, `positive`, `negative` (a text or a list of texts) and, if need be, `source`.
 
-    A record without a source has its file's name without the suffix as one. Blank lines are skipped.
+    A record without a source has its file's name as one, without suffixes and a shard's number. Blank lines are skipped.
 
     Attributes:
         negatives: M, how many of a record's negatives are used, the first ones; with 0 it needs none.
@@ -168,13 +171,13 @@ def json_rows(chunk: Chunk) -> Iterator[tuple[str, Any]]:
 
 def text_lines(chunk: Chunk) -> Iterator[tuple[str, str | BadRecord]]:
     """Where each line stands and its text, or a BadRecord; blank lines are left out."""
-    with chunk.file.path.open("rb") as file:
+    with _opened(chunk.file) as file:
         file.seek(chunk.start)
         number = chunk.first
-        while file.tell() < chunk.end:
+        while file.tell() < chunk.end and (raw := file.readline(MAX_LINE_BYTES + 1)):
             where = f"{chunk.file.name}:{number}"
             try:
-                line = _checked_line(file, first=number == 1)
+                line = _checked_line(raw, file, first=number == 1)
             except ValueError as error:
                 yield where, BadRecord(where, str(error))
             else:
@@ -183,8 +186,26 @@ def text_lines(chunk: Chunk) -> Iterator[tuple[str, str | BadRecord]]:
             number += 1
 
 
-def _checked_line(file: BinaryIO, first: bool) -> str:
-    raw = file.readline(MAX_LINE_BYTES + 1)
+@contextmanager
+def _opened(file: DataFile) -> Iterator[BinaryIO]:
+    """The file's bytes, unpacked where it is a .gz.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if file.path.suffix != ".gz":
+        with file.path.open("rb") as plain:
+            yield plain
+        return
+    try:
+        with gzip.open(file.path) as unpacked:
+            yield unpacked  # type: ignore[misc]  # all of a BinaryIO that is used here
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{file.name} is no gzip file, or damaged ({error})") from error
+
+
+def _checked_line(raw: bytes, file: BinaryIO, first: bool) -> str:
+    """The line that begins with `raw`; the rest of one that is too long is read from `file`."""
     if len(raw) > MAX_LINE_BYTES:
         length = len(raw)
         while raw and not raw.endswith(b"\n"):

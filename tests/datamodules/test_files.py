@@ -1,7 +1,7 @@
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from src.datamodules.files import find_files
+from src.datamodules.files import DataFile, find_files
 
 
 def test_a_file_is_itself_whatever_its_suffix(tmp_path):
@@ -18,6 +18,57 @@ def test_a_folder_is_its_matching_files_sorted_and_hidden_ones_are_left_out(tmp_
     assert [file.name for file in found] == ["b.jsonl", "c.parquet", "sub/a.jsonl"]
     assert found[2].stem == "sub/a"
     assert all(file.path.is_file() for file in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("data/train-00003-of-00005.parquet", "data/train"),
+        ("train_00003-of-00005.jsonl.gz", "train"),
+        ("data/00003-of-00005.parquet", "data"),
+        ("00003-of-00005.parquet", "00003-of-00005"),
+        ("hotpot.v2.jsonl.gz", "hotpot.v2"),
+        ("one-of-a-kind.jsonl", "one-of-a-kind"),
+    ],
+)
+def test_the_shards_of_a_set_have_one_stem(tmp_path, name, stem):
+    assert DataFile(tmp_path / name, name).stem == stem
+
+
+def folder_of(folder, *names):
+    for name in names:
+        (folder / name).write_text("x")
+    return str(folder)
+
+
+@pytest.mark.parametrize("packed", ["b.jsonl.gz", "b.jsonl.zst", "b.parquet.xz"])
+def test_files_that_match_but_for_their_packing_are_not_passed_over(tmp_path, packed):
+    with pytest.raises(ValueError, match=rf"holds {packed}, which \*\.jsonl or \*\.parquet leaves out: unpack them") as caught:
+        find_files(folder_of(tmp_path, "a.jsonl", packed), ["*.jsonl", "*.parquet"])
+    assert "\n" not in str(caught.value)
+
+
+def test_gz_files_are_found_where_they_are_named_and_not_beside_what_was_packed(tmp_path):
+    found = find_files(folder_of(tmp_path, "a.jsonl", "b.jsonl.gz"), ["*.jsonl", "*.jsonl.gz"])
+    assert [file.name for file in found] == ["a.jsonl", "b.jsonl.gz"]
+    with pytest.raises(ValueError, match=r"holds a\.jsonl both as they are and packed"):
+        find_files(folder_of(tmp_path, "a.jsonl.gz"), ["*.jsonl", "*.jsonl.gz"])
+
+
+def test_what_was_unpacked_is_read_and_its_origin_left_out(tmp_path):
+    assert [file.name for file in find_files(folder_of(tmp_path, "a.txt", "a.txt.gz", "b.txt"), ["a.txt"])] == ["a.txt"]
+
+
+def test_a_named_file_that_is_packed_otherwise_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.jsonl\.zst' is packed in a way that is not read here"):
+        find_files(f"{folder_of(tmp_path, 'a.jsonl.zst')}/a.jsonl.zst", ["*.jsonl"])
+
+
+def test_json_files_beside_json_lines_are_told(tmp_path, caplog):
+    with pytest.raises(FileNotFoundError, match=r"matches \*\.jsonl \(there is b\.json\): give datamodule"):
+        find_files(folder_of(tmp_path, "b.json"), ["*.jsonl"])
+    assert len(find_files(folder_of(tmp_path, "a.jsonl"), ["*.jsonl"])) == 1  # they may be about the records
+    assert "b.json are not read" in caplog.text
 
 
 def test_a_folder_without_such_files_is_told(tmp_path):

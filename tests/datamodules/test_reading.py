@@ -1,5 +1,6 @@
 """Every kind of malformed record, with the line or row that is reported."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -32,6 +33,35 @@ def test_good_lines(tmp_path):
     assert second == Triplet("data.jsonl:4", GOOD["query"], GOOD["positive"], ("one text",), "data")
     (_, second) = read(TripletReader(negatives=0), write(file, GOOD, {"query": "q", "positive": "p"}))
     assert second.negatives == ()
+
+
+def test_packed_lines_are_read_as_those_that_are_not(tmp_path):
+    lines = [GOOD, b"", {**GOOD, "query": "Gr\u00f6\u00dfe", "source": None}, b"\xff", b"x" * 9_000_000, GOOD]
+    plain = write(tmp_path / "data.jsonl", *lines)
+    packed = tmp_path / "data.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()[:700]) + gzip.compress(plain.read_bytes()[700:]))  # as `cat` joins two
+    expected = [str(record).replace("data.jsonl:", "data.jsonl.gz:") for record in read(TripletReader(), plain)]
+    assert [str(record) for record in read(TripletReader(), packed)] == expected
+    (tmp_path / "data.txt.gz").write_bytes(gzip.compress(b"one\ntwo"))
+    assert [record.query for record in read(SentenceReader(), tmp_path / "data.txt.gz")] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda whole: whole[:-20], lambda whole: whole[:40] + b"?" + whole[41:], lambda whole: b"plain" + whole]
+)
+def test_a_damaged_packed_file_is_named(tmp_path, damage):
+    packed = gzip.compress("".join(f"text {i * 7919}\n" for i in range(1000)).encode())
+    (tmp_path / "data.txt.gz").write_bytes(damage(packed))
+    with pytest.raises(ValueError, match=r"^data\.txt\.gz is no gzip file, or damaged") as caught:
+        read(SentenceReader(), tmp_path / "data.txt.gz")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_cut_while_it_is_read_ends(tmp_path):
+    file = write(tmp_path / "data.jsonl", GOOD, GOOD)
+    (chunk,) = scan(DataFile(file, file.name))[1]
+    write(file, GOOD)
+    assert len(list(TripletReader().read(chunk))) == 1
 
 
 def test_windows_files_and_a_last_line_without_an_end(tmp_path):
