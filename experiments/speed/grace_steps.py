@@ -39,7 +39,7 @@ class Spec:
         policy: folder.
         instances, rollouts, new_tokens: B, K, and the length of every rationale.
         micro_batch_tokens: of the update.
-        sampled_together: sequences.
+        sampled_tokens: whose keys and values are held at once while rationales are written.
         steps: measured ones, after one to warm up.
         train_embeddings: False holds the token embeddings.
         vocab_size: where it is not the policy's own, a model of that vocabulary with random weights takes its place.
@@ -51,7 +51,7 @@ class Spec:
     rollouts: int
     new_tokens: int
     micro_batch_tokens: int
-    sampled_together: int = 256
+    sampled_tokens: int = 2**18
     steps: int = 1
     train_embeddings: bool = True
     vocab_size: int | None = None
@@ -104,7 +104,7 @@ def run(spec: Spec) -> dict[str, Any]:
     before = reset_peak()
     module = GRACE(
         policy=policy,
-        engine=HFRollouts(spec.new_tokens, spec.sampled_together),
+        engine=HFRollouts(spec.new_tokens, spec.sampled_tokens),
         reward=functools.partial(listwise, temperature=0.05),
         algorithm=Algorithm(grpo, ppo_clip),
         instruction=settings.instruction,

@@ -29,7 +29,7 @@ PAGE = 256  # tokens a page of continuous batching's cache holds, its own defaul
 
 def ours(policy: Policy, new_tokens: int) -> Engine:
     """`rollout=hf`, which also gathers log-probs and embeddings."""
-    engine = HFRollouts(new_tokens, batch_size=512)
+    engine = HFRollouts(new_tokens)
     return lambda prompts, n: int(engine.generate(policy, prompts, n, temperature=1.0).rationale_lengths.sum())
 
 

@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=16, help="length of the smallest")
     parser.add_argument("--vocab-size", type=int, default=4096, help="vocabulary of the smallest")
     parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="the same everywhere")
-    parser.add_argument("--sampled-together", type=int, default=16, help="sequences; the same everywhere")
+    parser.add_argument("--sampled-tokens", type=int, default=2048, help="held while rationales are written; the same everywhere")
     parser.add_argument("--doublings", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5, help="measured steps of a point")
     parser.add_argument("--packages", nargs="+", default=["sklearn", "sqlalchemy"], help="whose docstrings")
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         rollouts=a.rollouts,
         new_tokens=a.new_tokens,
         micro_batch_tokens=a.micro_batch_tokens,
-        sampled_together=a.sampled_together,
+        sampled_tokens=a.sampled_tokens,
         steps=a.repeats,
         train_embeddings=False,  # their gradient and Adam's moments grow with the vocabulary whatever else does not
         vocab_size=a.vocab_size,

@@ -34,7 +34,8 @@ class Algorithm:
         kl_estimator: see src/modules/kl.py.
         kl_in: `loss`, token by token; `reward`, the sum over a rollout's tokens is taken off its reward.
         importance_cap, importance_level: see `truncated_importance`; None leaves it out, as where engine and trainer agree.
-            The old log-probs of the loss are then the trainer's own; without it they are the engine's, where it says them.
+            The old log-probs of the loss are then the trainer's own, as they are wherever the engine gives no embeddings and so
+            a pass is made; else they are the engine's.
 
     Raises:
         ValueError: a number or a name without sense.

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from src.modules.export import load_policy
 from src.modules.policy import Policy
-from src.modules.prompt import PromptRenderer, Prompts
+from src.modules.prompt import PromptRenderer, Prompts, require_room
 from src.modules.rollout_hf import HFRollouts
 from src.modules.sequences import Rollouts, without_rationales
 from src.modules.settings import EncoderSettings
@@ -63,8 +63,8 @@ class RationaleEncoder:
         batch_size: texts at a time.
 
     Raises:
-        ValueError: a negative temperature, a batch size below one, settings that pool otherwise than the policy does, or a
-            tokenizer without a chat template.
+        ValueError: a negative temperature, a batch size below one, settings that pool otherwise than the policy does, lengths
+            that its context does not hold, or a tokenizer without a chat template.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class RationaleEncoder:
                 f"the encoder's settings say pooling={settings.pooling}, layer={settings.layer}, and the policy pools by "
                 f"{policy.pooling} at layer {policy.layer}: make both the same"
             )
+        require_room(policy.context, settings.max_prompt_tokens, engine.max_new_tokens if rationale else 0)
         self.policy, self.settings, self.engine = policy, settings, engine
         self.rationale, self.temperature, self.seed, self.batch_size = rationale, temperature, seed, _positive(batch_size)
         self._renderers = {side: self._renderer(side) for side in ("query", "document", None)}

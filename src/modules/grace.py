@@ -13,6 +13,7 @@ from torch import Tensor
 
 from src.datamodules.records import Triplet
 from src.modules.algorithm import Algorithm
+from src.modules.backbone import require_readable
 from src.modules.dynamic_sampling import GroupBuffer, shared_out
 from src.modules.encoder import RolloutEngine
 from src.modules.experience import Experience, concatenate, interleaving
@@ -106,6 +107,7 @@ class GRACE(PolicyModule):
     def setup(self, stage: str) -> None:
         """Refuses what would train wrongly in silence, as PolicyModule does; several processes train together."""
         super().setup(stage)
+        require_readable(self.policy)  # before its weights are cut
         if self.ranks.count > 1:  # adapters were drawn alike; dropout, where there is any, is not to be
             torch.manual_seed(hash((self.hparams["seed"], self.global_rank)) % 2**31)
 

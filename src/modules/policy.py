@@ -130,6 +130,11 @@ class Policy(nn.Module):
         return self.model.device
 
     @property
+    def context(self) -> int | None:
+        """Most tokens that the model was made for; None where its config does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def pad_id(self) -> int:
         """Id that fills rows; padding is masked everywhere, so EOS serves where there is no padding token."""
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id

@@ -15,7 +15,7 @@ from src.modules.lora import lora_settings
 from src.modules.non_finite import NonFiniteError
 from src.modules.policy import Policy
 from src.modules.policy_files import policy_files
-from src.modules.prompt import PromptRenderer
+from src.modules.prompt import PromptRenderer, require_room
 from src.modules.ranks import Ranks
 from src.modules.resuming import use_new_settings
 from src.modules.settings import EncoderSettings
@@ -40,6 +40,9 @@ class PolicyModule(L.LightningModule):
         engine: writes rationales, for training or for what looks on.
         instruction, max_prompt_tokens, template_kwargs: of the prompt renderer.
         rationale: whether embeddings are trained, and so to be evaluated, with rationales.
+
+    Raises:
+        ValueError: lengths that the policy's context does not hold.
     """
 
     title = "GRACE"
@@ -55,6 +58,7 @@ class PolicyModule(L.LightningModule):
         rationale: bool,
     ) -> None:
         super().__init__()
+        require_room(policy.context, max_prompt_tokens, engine.max_new_tokens if rationale else 0)
         self.automatic_optimization = False
         self.policy, self.engine = policy, engine
         self.settings = EncoderSettings(

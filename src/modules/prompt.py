@@ -53,6 +53,19 @@ class Prompts:
         return self.select(torch.arange(len(self)).repeat_interleave(n))
 
 
+def require_room(context: int | None, max_prompt_tokens: int, max_new_tokens: int) -> None:
+    """Refuses lengths that a model's context does not hold; None is a context without a limit.
+
+    Raises:
+        ValueError: a prompt and a rationale as long as they may be are longer than it.
+    """
+    if context is not None and max_prompt_tokens + max_new_tokens > context:
+        raise ValueError(
+            f"a prompt of {max_prompt_tokens} tokens and a rationale of {max_new_tokens} do not fit the model's context of {context}: "
+            "lower max_prompt_tokens (module.max_prompt_tokens) or max_new_tokens (rollout.max_new_tokens)"
+        )
+
+
 class PromptRenderer:
     """Renders texts as a chat of one instruction and one text.
 

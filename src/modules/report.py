@@ -37,7 +37,8 @@ class StepReport:
         seconds: of the phases rollout, encode and update, and of reference and greedy where the algorithm has them; each the
             slowest rank's.
         rollout_tokens: tokens sampled, all sides.
-        update_tokens: tokens of the sequences that were updated on, a shared prompt counted for each of its rollouts.
+        update_tokens: tokens of the sequences that were updated on, a shared prompt counted for each of its rollouts; 0 where
+            no step was taken.
         instance_ids: B record ids.
     """
 
@@ -88,7 +89,7 @@ def step_report(
         return ranks.gather(values.view(own, -1), own).cpu()
 
     rationales = torch.tensor([hash(tuple(ids.tolist())) for ids in rollouts.rationales()])
-    updated = sum(int(side.rollouts.lengths.sum()) for side in scored.sides.values())
+    updated = sum(int((part.rollouts.lengths * judged[side].keep.flatten()).sum()) for side, part in scored.sides.items())
     rollout_tokens, update_tokens = ranks.total(scored.rollout_tokens, updated)
     return StepReport(
         reward=Reward({name: term.cpu() for name, term in reward.terms.items()}, reward.weights, reward.total.cpu()),
@@ -102,6 +103,6 @@ def step_report(
         logprob_gap=gap.over(ranks),
         seconds=dict(zip(seconds, ranks.largest(*seconds.values()), strict=True)),
         rollout_tokens=int(rollout_tokens),
-        update_tokens=int(update_tokens),
+        update_tokens=int(update_tokens) if update["updates"] else 0,
         instance_ids=list(instance_ids),
     )

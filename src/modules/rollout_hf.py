@@ -4,6 +4,7 @@ The hidden state of a token depends on what stands before it alone, so the state
 those that an encode pass would compute again: log-probs and embeddings come with the rollouts.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,21 +34,22 @@ class _Written:
 class HFRollouts:
     """Samples rationales through the policy's own transformers model, so the sampler is the policy.
 
-    Each distinct prompt is read once and shared by its rollouts; keys and values lie in preallocated buffers; rows that
-    have finished leave the batch.
+    Each distinct prompt is read once and shared by its rollouts; prompts of like lengths are read together; keys and values
+    lie in preallocated buffers; rows that have finished leave the batch.
 
     Args:
         max_new_tokens: longest rationale, EOS included.
-        batch_size: sequences sampled together.
+        batch_tokens: most tokens whose keys and values are held at once, a prompt's and `max_new_tokens` of each of its
+            rationales. A prompt that alone has more stands alone.
     """
 
-    def __init__(self, max_new_tokens: int, batch_size: int = 256) -> None:
+    def __init__(self, max_new_tokens: int, batch_tokens: int = 2**18) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"rollout.max_new_tokens={max_new_tokens}: a rationale needs at least one token")
-        if batch_size < 1:
-            raise ValueError(f"rollout.batch_size={batch_size}: it must be at least 1")
+        if batch_tokens < 1:
+            raise ValueError(f"rollout.batch_tokens={batch_tokens}: it must be at least 1")
         self.max_new_tokens = max_new_tokens
-        self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
 
     @torch.no_grad()
     def generate(
@@ -56,7 +58,7 @@ class HFRollouts:
         """n rationales for every prompt.
 
         Every rollout draws from random numbers of its own place, so the same seed and prompts give the same rationales
-        whatever the batch size (but for ties of rounding).
+        whatever is sampled together (but for ties of rounding).
 
         Args:
             temperature: of sampling; 0 is greedy, for which n > 1 would repeat one rationale.
@@ -68,14 +70,13 @@ class HFRollouts:
             rows i*n .. i*n + n - 1 belong to prompt i.
         """
         draws = uniform_draws(seed, len(prompts), n, self.max_new_tokens)
-        order = prompts.lengths.argsort(descending=True, stable=True)  # batches of like lengths: less padding
         ends = end_tokens(policy)
         was_training = policy.training
         policy.eval()
         parts, rows = [], []
         try:
             with decoding(policy.model):
-                for chunk in order.split(max(1, self.batch_size // n)):
+                for chunk in batches(prompts.lengths, n * self.max_new_tokens, self.batch_tokens):
                     own = (chunk.unsqueeze(1) * n + torch.arange(n)).flatten()
                     parts.append(self._write(policy, prompts.select(chunk), n, temperature, draws[own], ends, prefixes))
                     rows.append(own)
@@ -169,6 +170,17 @@ def _read_prompts(policy: Policy, prompts: Prompts, cache: SharedPromptCache) ->
     selected = (positions >= prefixes.unsqueeze(1)) & (positions < lengths.unsqueeze(1))
     pooled = POOLINGS[policy.pooling].begin(states, selected)
     return last[torch.arange(len(lengths), device=policy.device), lengths - 1], pooled
+
+
+def batches(lengths: Tensor, more: int, budget: int) -> Iterator[Tensor]:
+    """Places of the lengths, [n_i] int64 each and the longest first: as many at a time as have `budget` tokens together, padded to
+    the longest and with `more` tokens each; one at least."""
+    order = lengths.argsort(descending=True, stable=True)
+    start = 0
+    while start < len(order):
+        count = max(1, budget // (int(lengths[order[start]]) + more))
+        yield order[start : start + count]
+        start += count
 
 
 def uniform_draws(seed: int | Tensor, prompts: int, n: int, steps: int) -> Tensor:

@@ -76,7 +76,8 @@ class EncodedGroups:
 def encode_groups(
     policy: Policy, rollouts: Rollouts, how: GroupEncoding, with_logprobs: bool, with_prefixes: bool = False
 ) -> EncodedGroups:
-    """What the engine met while it sampled is taken as it is; one pass computes what it did not give."""
+    """What the engine met while it sampled is taken as it is if that is all that is asked for; else one pass computes all of it,
+    so that embeddings and log-probs are those of one forward pass."""
     logprobs, prefixes = rollouts.logprobs if with_logprobs else None, rollouts.prefix_embeddings if with_prefixes else None
     given = rollouts.embeddings is not None and (logprobs is None) != with_logprobs and (prefixes is None) != with_prefixes
     if rollouts.embeddings is not None and given:

@@ -30,7 +30,8 @@ def standing_in(reward: Callable[[Embeddings], Reward], embeddings: Embeddings, 
     """The reward of a side's rollouts, as a function of their unit vectors [G, K, D] to [G, K] float32.
 
     A positive's rollout earns what the reward says, as published. The rollout of a query or a negative earns what its
-    instance's positives earn, on average over their rollouts, with this rollout in the place of that text. So with
+    instance's positives earn, on average over their rollouts, with this rollout in the place of that text (and the k-th
+    rollouts of the other instances in the places of theirs). So with
     reward=paper a query's rollout k earns sim(q[k], p) - sum_m sim(q[k], n[m]) and so on: the very terms that cancel out of
     a positive's advantage. This is the project's own; the published method learns from positives alone.
 

@@ -14,9 +14,9 @@ def penalise_truncated(rewards: Tensor, finished: Tensor, penalty: Penalty = "re
     Args:
         rewards, finished: [B, K] float32 and bool.
         penalty: `relative`, the lowest finished reward of the group less `size` times the standard deviation of all its
-            rewards (so on the reward's own scale, whatever the temperature: nothing where all rewards of a group are equal); `constant`, -`size` as the published code
-            has it (a reward, where rewards lie below it, as those of `listwise` do); `mask`, the rollout leaves both the
-            group's baseline and the loss; `none`, it keeps its reward.
+            rewards (so on the reward's own scale, whatever the temperature: nothing where all rewards of a group are equal);
+            `constant`, -`size` as the published code has it (a reward, where rewards lie below it, as those of `listwise`
+            do); `mask`, the rollout leaves both the group's baseline and the loss; `none`, it keeps its reward.
         size: of the penalty.
 
     Returns:

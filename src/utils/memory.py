@@ -20,7 +20,7 @@ class Load:
         sharded: whether weights are cut over them.
         half: whether arithmetic is in bfloat16 (autocast).
         calls: of the rollout engine, (texts, rollouts of each) on this device.
-        at_once: sequences that are sampled together; 0 where another engine samples.
+        at_once: tokens whose keys and values are held while rationales are written; 0 where another engine samples.
         prompt, rationale: longest, in tokens.
         rollouts: K, that share a prompt in an update.
         tokens: of a micro-batch.
@@ -75,7 +75,11 @@ def while_sampling(shape: Shape, load: Load) -> list[Row]:
     if not load.at_once:
         return rows
     width, each = shape.kv_heads * shape.head_dim, 4 + (2 if load.half else 4)
-    calls = [(prompts, prompts * n) for texts, n in load.calls for prompts in [min(texts, max(1, load.at_once // n))]]
+    calls = [
+        (prompts, prompts * n)
+        for texts, n in load.calls
+        for prompts in [min(texts, max(1, load.at_once // (load.prompt + n * load.rationale)))]
+    ]
     prompts, sequences = max(calls, key=lambda call: call[0] * load.prompt + call[1] * load.rationale)
     positions = prompts * load.prompt + sequences * load.rationale
     rows.append(

@@ -79,7 +79,7 @@ def plan(cfg: DictConfig) -> tuple[Work, Shape, Load]:
         sharded=work.strategy == "fsdp",
         half=str(cfg.trainer.precision).startswith("bf16"),
         calls=work.calls(),
-        at_once=cfg.rollout.get("batch_size", 0),
+        at_once=cfg.rollout.get("batch_tokens", 0),
         prompt=work.prompt,
         rationale=work.rationale,
         rollouts=work.rollouts,

@@ -5,7 +5,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3C
 from src.modules.policy import Policy
 from src.modules.pooling import pool_prefixes
 from src.modules.prompt import PromptRenderer, Prompts
-from src.modules.rollout_hf import HFRollouts, choose, end_tokens
+from src.modules.rollout_hf import HFRollouts, batches, choose, end_tokens
 from src.modules.sequences import join
 from tests.builders import SENTENCES, small_policy, small_tokenizer
 
@@ -43,12 +43,12 @@ def generated(policy: Policy, prompts: Prompts, index: int, limit: int) -> torch
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
-@pytest.mark.parametrize("batch_size", [2, 256])
-def test_greedy_rationales_are_those_of_transformers_generate(architecture, batch_size):
+@pytest.mark.parametrize("batch_tokens", [200, 2**18])
+def test_greedy_rationales_are_those_of_transformers_generate(architecture, batch_tokens):
     policy = policy_of(architecture)
     eos_often(policy)
     prompts = prompts_of(policy)
-    rollouts = HFRollouts(16, batch_size).generate(policy, prompts, n=1, temperature=0.0)
+    rollouts = HFRollouts(16, batch_tokens).generate(policy, prompts, n=1, temperature=0.0)
     assert 0 < rollouts.finished.sum() < len(TEXTS) or rollouts.rationale_lengths.unique().numel() > 2
     for i, ours in enumerate(rollouts.rationales()):
         assert ours.tolist() == generated(policy, prompts, i, 16).tolist()
@@ -77,7 +77,7 @@ def test_every_pooling_and_layer_is_that_of_a_plain_pass(pooling, layer):
     policy = small_policy()
     eos_often(policy)
     policy.pooling, policy.layer = pooling, layer
-    rollouts = HFRollouts(16, batch_size=8).generate(policy, prompts_of(policy), n=3, temperature=1.0, seed=3, prefixes=True)
+    rollouts = HFRollouts(16, batch_tokens=300).generate(policy, prompts_of(policy), n=3, temperature=1.0, seed=3, prefixes=True)
     assert rollouts.rationale_lengths.unique().numel() > 2
     assert 0 < rollouts.finished.sum() < len(rollouts)  # some end with EOS, others are cut: eos pools either's last token
     with torch.no_grad():
@@ -90,9 +90,9 @@ def test_every_pooling_and_layer_is_that_of_a_plain_pass(pooling, layer):
     torch.testing.assert_close(rollouts.logprobs, logprobs, atol=1e-4, rtol=0)  # of the last layer, whatever is pooled
 
 
-def test_the_same_seed_gives_the_same_rationales_whatever_the_batch_size():
+def test_the_same_seed_gives_the_same_rationales_whatever_is_sampled_together():
     policy = small_policy()
-    runs = [HFRollouts(10, size).generate(policy, prompts_of(policy), n=2, seed=5).input_ids for size in (2, 6, 256)]
+    runs = [HFRollouts(10, size).generate(policy, prompts_of(policy), n=2, seed=5).input_ids for size in (1, 200, 2**18)]
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
     assert not torch.equal(runs[0], HFRollouts(10).generate(policy, prompts_of(policy), n=2, seed=6).input_ids)
@@ -169,7 +169,14 @@ def test_a_window_in_the_attention_is_refused():
         HFRollouts(3).generate(policy, prompts_of(policy))
 
 
-@pytest.mark.parametrize("settings", [{"max_new_tokens": 0}, {"max_new_tokens": 4, "batch_size": 0}])
+def test_prompts_of_like_lengths_are_sampled_together_within_a_budget_of_tokens():
+    lengths = torch.tensor([5, 40, 8, 30, 31])
+    assert [part.tolist() for part in batches(lengths, more=10, budget=100)] == [[1, 4], [3, 2], [0]]
+    assert [part.tolist() for part in batches(lengths, more=10, budget=1)] == [[1], [4], [3], [2], [0]]
+    assert [part.tolist() for part in batches(lengths, more=10, budget=10**6)] == [[1, 4, 3, 2, 0]]
+
+
+@pytest.mark.parametrize("settings", [{"max_new_tokens": 0}, {"max_new_tokens": 4, "batch_tokens": 0}])
 def test_settings_without_sense_are_refused(settings):
     with pytest.raises(ValueError, match="at least"):
         HFRollouts(**settings)
