@@ -98,7 +98,8 @@ class RewardDiagnostics(Watcher):
                 self._warned.add(name)
                 log.warning(
                     "reward term %r (weight %g) is the same for all rollouts of an instance (std within groups below %g): it cannot move "
-                    "the gradient, as the group baseline removes it. If it stays so, its weight does nothing; reward=document and "
+                    "the gradient, as the group baseline removes it (with algorithm.credit_decay, among rationales of one length). If it "
+                    "stays so, its weight does nothing; reward=document and "
                     "reward=listwise have forms of it that depend on the rollout",
                     name,
                     weight,

@@ -15,12 +15,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from sqlalchemy.exc import SQLAlchemyError
 
+from src.utils.run_info import git_state
 from src.utils.secrets import redact
 from src.utils.sweep_report import read_sweep, write_report
 from src.utils.sweep_store import ERROR, FOLDER, RESULT, attempts, open_parent, own_run, point_tags, run_name, short
@@ -42,6 +44,7 @@ def run_point(cfg: DictConfig, function: Callable[[DictConfig], float | None]) -
     for run in attempts(client, parent, cfg):
         if RESULT in run.data.tags:
             log.info("finished before, not repeated: MLflow run %s, %s", run.info.run_id, run.data.tags[FOLDER])
+            warn_of_other_code(run, git_state(Path(cfg.paths.root))["git.commit"])
             return json.loads(run.data.tags[RESULT])
         if run.info.status == "RUNNING":  # its process was killed: a point runs once at a time
             client.set_terminated(run.info.run_id, "KILLED")
@@ -54,6 +57,13 @@ def run_point(cfg: DictConfig, function: Callable[[DictConfig], float | None]) -
     client.set_tag(run_id, RESULT, json.dumps(result))
     client.set_terminated(run_id)
     return result
+
+
+def warn_of_other_code(run: Run, commit: str) -> None:
+    """Says where a point that is not repeated was computed by another commit than this one."""
+    before = run.data.tags.get("git.commit", commit)
+    if before != commit:
+        log.warning("that was commit %s, this is %s: delete the run in MLflow to have the point computed again", before[:10], commit[:10])
 
 
 class TrackedSweep(Callback):

@@ -13,7 +13,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from src.utils.sweep_store import fingerprint, parse, short
-from src.utils.sweeps import TrackedSweep
+from src.utils.sweeps import TrackedSweep, warn_of_other_code
 from tests.conftest import ROOT, Compose
 
 GRID = ["reward.consistency_weight=0,0.2", "reward.hard_weight=0,0.1"]
@@ -169,3 +169,12 @@ def test_values_are_written_short() -> None:
     assert (
         short({"reward.hard_weight": "0.123456789", "seed": "1", "policy": "pretrained"}) == "hard_weight=0.1235, seed=1, policy=pretrained"
     )
+
+
+def test_a_point_of_other_code_is_not_passed_over_in_silence(tracking_uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    client = MlflowClient(tracking_uri)
+    run = client.create_run(client.create_experiment("other code"), tags={"git.commit": "a" * 40})
+    warn_of_other_code(run, "a" * 40)
+    assert not caplog.records
+    warn_of_other_code(run, "b" * 40)
+    assert "that was commit aaaaaaaaaa, this is bbbbbbbbbb: delete the run in MLflow" in caplog.text
