@@ -1,17 +1,21 @@
 """Once for each content and setting: files are read, checked and filtered by length, in parallel, into Arrow files."""
 
+import fcntl
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
+import shutil
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from uuid import uuid4
 
 import pyarrow as pa
 from rich.console import Console
@@ -30,12 +34,16 @@ SCHEMA = pa.schema(
 """The columns of a prepared file: the fields of Triplet."""
 
 SHOWN = 20
-"""How many bad records are kept word for word; all are counted."""
+"""How many bad records a report names; all of them stand in MALFORMED."""
+
+MALFORMED = "malformed.txt"
+"""Every bad record as `file:line: reason`, in a prepared folder that has any."""
 
 _FORMAT = 2  # raise when what is prepared changes, so that older folders are not read
 _CHUNK_BYTES = 8 * 2**20
 _BATCH_RECORDS, _BATCH_CHARACTERS = 512, 4 * 2**20  # what is tokenised at a time
 _REPORT_FILE = "report.json"
+_BAD_SUFFIX = ".bad"  # of a chunk's malformed records, until they are joined
 
 
 @dataclass
@@ -48,6 +56,7 @@ class Report:
         too_long: those with a text whose prompt is longer than the limit.
         bad: malformed ones.
         first_bad: the first of them, each as `file:line: reason`.
+        all_bad: the file that lists all of them.
     """
 
     records: int = 0
@@ -55,6 +64,7 @@ class Report:
     too_long: int = 0
     bad: int = 0
     first_bad: list[str] = field(default_factory=list)
+    all_bad: str = field(default="", compare=False)
 
     def add(self, other: "Report") -> None:
         """Counts what came next."""
@@ -65,8 +75,8 @@ class Report:
         self.first_bad = [*self.first_bad, *other.first_bad][:SHOWN]
 
     def bad_lines(self) -> str:
-        """The first bad records, one a line."""
-        more = [f"  and {self.bad - len(self.first_bad):,} more"] if self.bad > len(self.first_bad) else []
+        """The first bad records, one a line, and where the others are listed."""
+        more = [f"  and {self.bad - len(self.first_bad):,} more, see {self.all_bad}"] if self.bad > len(self.first_bad) else []
         return "\n".join([*(f"  {line}" for line in self.first_bad), *more])
 
 
@@ -108,10 +118,11 @@ def _row_groups(file: DataFile) -> list[Chunk]:
 
 
 def prepare(files: Sequence[DataFile], reader: Reader, limit: PromptLimit, cache_dir: Path | str, num_proc: int | None = None) -> Path:
-    """The folder with the prepared records of `files`, in their order: *.arrow and report.json.
+    """The folder with the prepared records of `files`, in their order: *.arrow, report.json and, of malformed ones, MALFORMED.
 
     Its name is a digest of the files' names and content, the reader, the tokenizer and the limit; where it exists already,
-    nothing is done. It is written aside and renamed, so it is whole or not there.
+    nothing is done. It is written aside and renamed, so it is whole or not there; what a killed process has left aside is
+    removed by the next that prepares the same.
 
     Args:
         num_proc: processes; None for one a core.
@@ -128,12 +139,11 @@ def prepare(files: Sequence[DataFile], reader: Reader, limit: PromptLimit, cache
     chunks = [chunk for _, parts in scanned for chunk in parts]
     processes = max(1, min(num_proc or _cores(), len(chunks)))
     log.info("preparing %s (once; kept in %s), %d processes", _names(files), folder, processes)
-    with TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as aside:
-        work = Path(aside, "whole")
-        work.mkdir()
+    with _aside(folder) as work:
         report = Report()
         for part in _with_progress(chunks, _prepare_all(chunks, _Worker(reader, limit, work), processes)):
             report.add(part)
+        _join(sorted(work.glob(f"*{_BAD_SUFFIX}")), work / MALFORMED)
         Path(work, _REPORT_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
         try:
             work.rename(folder)
@@ -145,7 +155,55 @@ def prepare(files: Sequence[DataFile], reader: Reader, limit: PromptLimit, cache
 
 def load_report(folder: Path) -> Report:
     """The report of a prepared folder."""
-    return Report(**json.loads(Path(folder, _REPORT_FILE).read_text(encoding="utf-8")))
+    values = json.loads(Path(folder, _REPORT_FILE).read_text(encoding="utf-8"))
+    return Report(**values | {"all_bad": str(folder / MALFORMED)})
+
+
+@contextmanager
+def _aside(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, for this process alone; in the end it is gone, unless it was renamed.
+
+    A lock file beside it, held from before the folder is there until it is not, tells it from what killed processes left.
+    """
+    for left in folder.parent.glob(f"{folder.name}.*"):
+        if left.is_dir():
+            _remove_unless_held(left)
+    aside = folder.with_name(f"{folder.name}.{uuid4().hex[:8]}")
+    lock_file = _lock_of(aside)
+    with lock_file.open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        aside.mkdir()
+        try:
+            yield aside
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+            lock_file.unlink()
+
+
+def _lock_of(aside: Path) -> Path:
+    return aside.with_name(f"{aside.name}.lock")
+
+
+def _remove_unless_held(aside: Path) -> None:
+    with _lock_of(aside).open("ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        log.info("removing %s, which a killed preparation has left", aside)
+        shutil.rmtree(aside, ignore_errors=True)
+        _lock_of(aside).unlink(missing_ok=True)
+
+
+def _join(parts: Sequence[Path], whole: Path) -> None:
+    """The parts one after the other in one file, and gone themselves; no file of no parts."""
+    if not parts:
+        return
+    with whole.open("wb") as file:
+        for part in parts:
+            with part.open("rb") as content:
+                shutil.copyfileobj(content, file)
+            part.unlink()
 
 
 def _cores() -> int:
@@ -179,6 +237,7 @@ class _Worker:
             for records in in_batches(self.reader.read(chunk)):
                 triplets = [record for record in records if isinstance(record, Triplet)]
                 bad = [str(record) for record in records if isinstance(record, BadRecord)]
+                self._list(index, bad)
                 kept = self.limit.within(triplets)
                 if kept:
                     writer.write_batch(
@@ -186,6 +245,11 @@ class _Worker:
                     )
                 report.add(Report(len(records), len(kept), len(triplets) - len(kept), len(bad), bad))
         return report
+
+    def _list(self, index: int, bad: Sequence[str]) -> None:
+        if bad:
+            with Path(self.folder, f"{index:06d}{_BAD_SUFFIX}").open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(f"{line}\n" for line in bad)
 
 
 def in_batches(records: Iterable[Triplet | BadRecord]) -> Iterator[list[Triplet | BadRecord]]:
@@ -209,6 +273,15 @@ _worker: _Worker | None = None  # of this process
 def _start_process(worker: _Worker) -> None:
     global _worker
     _worker = worker
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent would leave its processes waiting for ever, with what they hold."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _in_process(index: int, chunk: Chunk) -> Report:

@@ -1,6 +1,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -10,13 +13,14 @@ import pytest
 
 from src.datamodules import preparation
 from src.datamodules.files import DataFile
-from src.datamodules.preparation import SHOWN, Report, in_batches, load_report, prepare, scan
+from src.datamodules.preparation import MALFORMED, SHOWN, Report, in_batches, load_report, prepare, scan
 from src.datamodules.prepared import PreparedTriplets
 from src.datamodules.prompt_limit import PromptLimit
 from src.datamodules.reading import BadRecord, Chunk, SentenceReader, TripletReader, json_rows
 from src.datamodules.records import Triplet
 from src.modules.prompt import PromptRenderer
 from tests.builders import SENTENCES, small_tokenizer
+from tests.conftest import ROOT
 
 
 def limit(max_prompt_tokens: int = 44, instruction: str = "Name the terms.") -> PromptLimit:
@@ -73,7 +77,11 @@ def test_several_processes_prepare_what_one_does(tmp_path):
     assert min(report.kept, report.too_long) > 50
     assert len(report.first_bad) == SHOWN
     assert report.first_bad[:2] == ["text.txt:7: not UTF-8 (byte 1 is 0xff)", "text.txt:14: not UTF-8 (byte 1 is 0xff)"]
-    assert report.bad_lines().endswith("\n  and 18 more")
+    assert report.bad_lines().endswith(f"\n  and 18 more, see {one / MALFORMED}")
+    listed = [f"text.txt:{i}: not UTF-8 (byte 1 is 0xff)" for i in range(7, 301, 7) if i % 10]
+    assert (one / MALFORMED).read_text().splitlines() == (two / MALFORMED).read_text().splitlines() == listed
+    assert listed[:SHOWN] == report.first_bad
+    assert {file.suffix for file in two.iterdir()} == {".arrow", ".json", ".txt"}
 
 
 def test_the_second_time_nothing_is_read_and_whatever_matters_makes_another_folder(tmp_path, monkeypatch):
@@ -169,3 +177,51 @@ def test_a_process_that_is_killed_is_one_line_and_leaves_nothing_half_done(tmp_p
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").rglob("*.arrow"))
     assert len(rows(prepare([file], SentenceReader(), limit(), tmp_path / "cache", num_proc=2))) > 0
+
+
+STUCK = """
+import sys, time
+from pathlib import Path
+from src.datamodules import preparation
+from src.datamodules.files import DataFile
+from tests.datamodules.test_preparation import Stuck, limit
+preparation._CHUNK_BYTES = 1000
+path = Path(sys.argv[1])
+preparation.prepare([DataFile(path, path.name)], Stuck(), limit(), sys.argv[2], num_proc=2)
+"""
+
+
+class Stuck(SentenceReader):
+    """A reader that never gets through its second chunk, by the name of one that does: both prepare the same."""
+
+    def read(self, chunk: Chunk) -> Iterator[Triplet | BadRecord]:
+        if chunk.start > 0:
+            time.sleep(600)
+        return super().read(chunk)
+
+    def __repr__(self) -> str:
+        return repr(SentenceReader())
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_what_a_killed_preparation_has_left_is_removed_by_the_next_and_not_while_it_runs(tmp_path: Path) -> None:
+    file, cache = sentences(tmp_path, 300), tmp_path / "cache"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", STUCK, str(file.path), str(cache)], cwd=ROOT, env=environment) as stuck:
+        try:
+            until = time.monotonic() + 240
+            while not list(cache.rglob("*.arrow")):
+                assert stuck.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            (left,) = (path for path in cache.iterdir() if path.is_dir())
+            folder = prepare([file], SentenceReader(), limit(), cache)
+            assert left.exists()  # it is being worked in
+        finally:
+            stuck.kill()
+    folder.rename(tmp_path / "elsewhere")
+    until = time.monotonic() + 30  # its processes end with it, each when it sees that
+    while left.exists() and time.monotonic() < until:
+        folder = prepare([file], SentenceReader(), limit(), cache)
+        folder.rename(tmp_path / f"elsewhere{time.monotonic()}")
+    assert list(cache.iterdir()) == []
