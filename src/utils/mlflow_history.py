@@ -1,25 +1,27 @@
 """What MLflow holds of a run, so that a run that goes on adds to it and repeats nothing."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pandas as pd
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
 from src.utils.outbox import Message
 
 
 @dataclass
 class Held:
-    """What MLflow holds of a run that goes on: the steps of every metric, the names of the parameters, the files.
+    """What MLflow holds of a run that goes on: the steps of every metric, the names of the parameters.
 
     Nothing of a run that begins: it logs nothing twice. `until` is the last step that may come twice.
     """
 
     points: dict[str, set[int]] = field(default_factory=dict)
     params: frozenset[str] = frozenset()
-    files: set[str] = field(default_factory=set)
     until: int = -1
 
     @classmethod
@@ -28,7 +30,7 @@ class Held:
         points = {key: {point.step for point in client.get_metric_history(run_id, key)} for key in data.metrics}
         steps = [step for found in points.values() for step in found]
         steps += [point[3] for message in waiting for point in message.get("metrics", ())]
-        return cls(points, frozenset(data.params), files_of(client, run_id), max(steps, default=-1))
+        return cls(points, frozenset(data.params), max(steps, default=-1))
 
     def log_batch(
         self,
@@ -56,9 +58,12 @@ class Held:
                 self.points.setdefault(point.key, set()).add(point.step)
 
 
-def files_of(client: MlflowClient, run_id: str, folder: str | None = None) -> set[str]:
-    """The paths of a run's artifacts."""
-    files: set[str] = set()
-    for found in client.list_artifacts(run_id, folder):
-        files |= files_of(client, run_id, found.path) if found.is_dir else {found.path}
-    return files
+def log_table(client: MlflowClient, run_id: str, data: Mapping[str, Sequence[Any]], artifact_file: str) -> None:
+    """A table as MLflow's own `log_table` leaves it, for its UI and `load_table`, but in the place of one that is there already.
+
+    MLflow would add the rows to that, and so have them twice where an answer was lost.
+    """
+    client.log_text(run_id, pd.DataFrame(data).to_json(orient="split", index=False, date_format="iso"), artifact_file)
+    tables = json.loads(client.get_run(run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+    if (table := {"path": artifact_file, "type": "table"}) not in tables:
+        client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, table]))

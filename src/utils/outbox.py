@@ -21,6 +21,7 @@ class Outbox:
     def __init__(self, file: Path, seconds_between_tries: float = 30.0) -> None:
         self.file, self.seconds_between_tries = file, seconds_between_tries
         self._tried_at = -float("inf")
+        self._is_whole = False
 
     def __len__(self) -> int:
         return sum(1 for _ in self.messages())
@@ -48,16 +49,17 @@ class Outbox:
         if not self.waits:
             self._tried_at = time.monotonic()
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        self._drop_half_a_line()
         with open(self.file, "a", encoding="utf-8") as lines:
             lines.write(json.dumps(message) + "\n")
 
     def empty(self, send: Callable[[Message], bool]) -> int:
         """Sends all, oldest first, until `send` says that one could not be sent; returns how many were."""
-        self._tried_at = time.monotonic()
         waiting = list(self.messages())
         sent = 0
         while sent < len(waiting) and send(waiting[sent]):
             sent += 1
+        self._tried_at = time.monotonic()  # after the try, which may take longer than what lies between two of them
         if sent == len(waiting):
             self.file.unlink(missing_ok=True)
         elif sent:
@@ -65,3 +67,12 @@ class Outbox:
             aside.write_text("".join(json.dumps(message) + "\n" for message in waiting[sent:]), encoding="utf-8")
             aside.replace(self.file)
         return sent
+
+    def _drop_half_a_line(self) -> None:
+        """Before the first message of this process: one written behind half a line could not be told from it."""
+        if self._is_whole:
+            return
+        if self.file.exists():
+            with open(self.file, "r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+        self._is_whole = True

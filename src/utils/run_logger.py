@@ -12,7 +12,6 @@ from time import time
 from typing import Any
 
 import mlflow
-import requests
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -22,15 +21,14 @@ from matplotlib.figure import Figure
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from src.utils.mlflow_history import Held
+from src.utils.mlflow_errors import NO_ANSWER, is_refusal, named, passing, short
+from src.utils.mlflow_history import Held, log_table
 from src.utils.outbox import Message, Outbox
 from src.utils.secrets import redact
 
 log = logging.getLogger(__name__)
 
-RUN = "run.json"
-_REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST"}
-_NO_ANSWER = (MlflowException, requests.RequestException)
+RUN, UNSENT = "run.json", "unsent.jsonl"
 
 # The run waits for each call: what cannot be sent soon is kept, so MLflow's own minutes of trying again would only cost time.
 _IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
@@ -40,8 +38,9 @@ class RunLogger(MLFlowLogger):
     """Logs to the MLflow run of a folder: the one that was begun in it, if there is one.
 
     A run that goes on computes again what came after its last checkpoint. MLflow takes every point and every file once: what
-    it has already is left out, so a history has neither gaps nor doubles. While a server does not answer, training goes on, and
-    what is logged is kept in the folder and sent when it does, if need be by the next process. That is said once.
+    it has already is left out, so a history has neither gaps nor doubles. While a server does not answer, or its store of files
+    takes none, training goes on, and what is logged is kept in the folder and sent later, if need be by the next process. That is
+    said once.
 
     Args:
         experiment_name: in MLflow.
@@ -62,7 +61,7 @@ class RunLogger(MLFlowLogger):
         else:
             super().__init__(experiment_name, **settings)
         self.resumed = self._run_id is not None
-        self._outbox = None if self._folder is None else Outbox(self._folder / "unsent.jsonl", seconds_between_tries)
+        self._outbox = None if self._folder is None else Outbox(self._folder / UNSENT, seconds_between_tries)
         self._held: Held | None = None if self.resumed else Held()
 
     @property
@@ -81,15 +80,29 @@ class RunLogger(MLFlowLogger):
             return self._mlflow_client
         try:
             client: MlflowClient = super().experiment
-        except _NO_ANSWER as error:
+        except NO_ANSWER as error:
             where = redact(self._tracking_uri)
-            raise ConnectionError(f"no MLflow at {where}: {_short(error)}. Start it, set paths.tracking_uri, or use logger=none") from error
+            raise ConnectionError(f"no MLflow at {where}: {short(error)}. Start it, set paths.tracking_uri, or use logger=none") from error
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             aside = self._folder / "run.json.partial"
             aside.write_text(json.dumps({"run_id": self._run_id, "experiment_id": self._experiment_id}) + "\n", encoding="utf-8")
             aside.replace(self._folder / RUN)
         return client
+
+    def begin_anew(self) -> None:
+        """Leaves the run that the folder began as it is, and begins another, tagged with it (`resumed_from`)."""
+        if not self.resumed or self._folder is None or self._outbox is None:
+            return
+        begun = str(self._run_id)
+        if self._outbox.waits and not self._empty(self._outbox):
+            log.warning("what MLflow was not sent of run %s stays in %s/unsent_%s.jsonl", begun, self._folder, begun)
+        for file in (self._folder / RUN, self._folder / UNSENT):
+            if file.exists():
+                file.replace(file.with_stem(f"{file.stem}_{begun}"))
+        self.tags = {**(self.tags or {}), "resumed_from": begun}
+        self._run_id, self._held = None, Held()
+        self.resumed = self._initialized = False
 
     # ---- what is logged
 
@@ -112,7 +125,7 @@ class RunLogger(MLFlowLogger):
 
     @rank_zero_only
     def log_table(self, columns: Mapping[str, Sequence[Any]], file: str) -> None:
-        """A table of plain values; one that is there already is left as it is, as MLflow would add the rows to it."""
+        """A table of plain values; one that is there already is replaced."""
         self._send({"call": "log_table", "data": {name: list(values) for name, values in columns.items()}, "artifact_file": file})
 
     @rank_zero_only
@@ -148,10 +161,10 @@ class RunLogger(MLFlowLogger):
             return
         try:
             super().finalize(status)
-        except _NO_ANSWER as error:
+        except NO_ANSWER as error:
             if self._outbox is None:
                 raise
-            log.warning("MLflow does not answer (%s): the run is left open there", _short(error))
+            log.warning("MLflow does not answer (%s): the run is left open there", short(error))
 
     # ---- how it is sent
 
@@ -167,13 +180,22 @@ class RunLogger(MLFlowLogger):
         if error is not None:
             self._outbox.put(message)
             log.warning(
-                "MLflow at %s does not answer (%s): training goes on; what is logged is kept in %s, and sent when it does",
-                *(redact(self._tracking_uri), _short(error), self._outbox.file),
+                "MLflow at %s %s (%s): training goes on; what is logged is kept in %s, and sent when it does",
+                *(redact(self._tracking_uri), "does not answer" if isinstance(error, NO_ANSWER) else "does not store files"),
+                *(short(error), self._outbox.file),
             )
 
     def _empty(self, outbox: Outbox) -> bool:
-        """Sends what waits; whether all of it could be sent."""
-        sent = outbox.empty(lambda message: self._try(message) is None)
+        """Sends what waits; whether all of it could be sent. What the server calls wrong is left out: it would never be taken."""
+
+        def send(message: Message) -> bool:
+            try:
+                return self._try(message) is None
+            except MlflowException as error:
+                log.warning("MLflow refuses %s, which waited (%s): it is left out", named(message), short(error))
+                return True
+
+        sent = outbox.empty(send)
         if sent and not outbox.waits:
             log.warning("MLflow answers again: %d entries that waited were sent", sent)
         return not outbox.waits
@@ -182,8 +204,8 @@ class RunLogger(MLFlowLogger):
         """Why a message could not be sent, or None; what the server calls wrong is raised, as waiting would not mend it."""
         try:
             self._deliver(message)
-        except _NO_ANSWER as error:
-            if isinstance(error, MlflowException) and error.error_code in _REFUSALS:
+        except passing() as error:
+            if is_refusal(error):
                 raise
             return error
         return None
@@ -196,11 +218,12 @@ class RunLogger(MLFlowLogger):
         call = arguments.pop("call")
         if call == "log_batch":
             self._held.log_batch(client, run_id, **arguments)
-        elif call != "log_table":
+        elif call == "log_table":
+            log_table(client, run_id, **arguments)
+        elif call == "log_artifact" and not Path(arguments["local_path"]).exists():
+            log.warning("%s is gone before MLflow was sent it: it is left out", arguments["local_path"])
+        else:
             getattr(client, call)(run_id, **arguments)
-        elif arguments["artifact_file"] not in self._held.files:
-            client.log_table(run_id, **arguments)
-            self._held.files.add(arguments["artifact_file"])
 
     def _recall(self, client: MlflowClient, run_id: str) -> Held:
         try:
@@ -215,8 +238,3 @@ class RunLogger(MLFlowLogger):
             ) from error
         client.update_run(run_id, status="RUNNING")
         return held
-
-
-def _short(error: Exception) -> str:
-    text = redact(str(error).splitlines()[0]) if str(error) else type(error).__name__
-    return text if len(text) <= 160 else text[:159] + "…"

@@ -1,7 +1,9 @@
 """The MLflow logger against a real store and a real server that is killed and comes back."""
 
+import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +20,9 @@ from matplotlib.figure import Figure
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from src.utils.outbox import Outbox
 from src.utils.run_logger import RunLogger
+from tests.small_disk import small_disk
 
 
 def steps(client: MlflowClient, run_id: str, key: str) -> list[int]:
@@ -62,6 +66,76 @@ def test_a_message_that_is_sent_twice_is_one_point(logger: Callable[[], RunLogge
     for _ in range(2):
         ours._deliver({"call": "log_batch", "metrics": [["loss", 0.5, 1_700_000_000_000, 3]]})
     assert steps(client, run_id, "loss") == [3]
+
+
+def test_a_table_that_is_sent_twice_is_one_table_of_mlflow_s_own_kind(logger: Callable[[], RunLogger]) -> None:
+    ours = logger()
+    rows = {"step": [3, 3], "reward": [0.5, float("nan")], "text": ["a", 'é "quoted"']}
+    client, run_id = ours.experiment, str(ours.run_id)
+    for _ in range(2):
+        ours.log_table(rows, "rationales/step_3.json")
+    table = client.load_table(str(ours.experiment_id), "rationales/step_3.json", [run_id])
+    assert table["step"].tolist() == [3, 3]
+    assert table["text"].tolist() == rows["text"]
+    assert table["reward"].isna().tolist() == [False, True]
+    client.log_table(run_id, rows, "theirs.json")
+    theirs = mlflow.artifacts.load_text(f"runs:/{run_id}/theirs.json")
+    assert mlflow.artifacts.load_text(f"runs:/{run_id}/rationales/step_3.json") == theirs
+    tables = json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])  # what its UI goes by
+    assert tables == [{"path": path, "type": "table"} for path in ("rationales/step_3.json", "theirs.json")]
+
+
+def test_a_run_with_other_settings_is_another_one_tagged_with_the_first(logger: Callable[[], RunLogger], tmp_path: Path) -> None:
+    first = logger()
+    first.log_metrics({"loss": 1.0}, 1)
+    second = logger()
+    second.begin_anew()
+    second.log_metrics({"loss": 2.0}, 1)
+    client = second.experiment
+    assert second.run_id != first.run_id
+    assert client.get_run(str(second.run_id)).data.tags["resumed_from"] == first.run_id
+    assert [run.data.metrics["loss"] for run in client.search_runs([str(second.experiment_id)])] == [2.0, 1.0]
+    third = logger()
+    assert third.resumed
+    assert third.run_id == second.run_id
+    assert (tmp_path / "run" / f"run_{first.run_id}.json").exists()
+
+
+def test_what_waited_and_is_refused_is_left_out_and_named(
+    logger: Callable[[], RunLogger], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = logger()
+    client, run_id = ours.experiment, str(ours.run_id)
+    client.log_param(run_id, "rate", "1")
+    waiting = Outbox(tmp_path / "run" / "unsent.jsonl")
+    waiting.put({"call": "log_batch", "params": {"rate": "2"}})
+    waiting.put({"call": "log_artifact", "local_path": str(tmp_path / "gone.png"), "artifact_path": "figures"})
+    waiting.put({"call": "log_batch", "metrics": [["loss", 0.5, 1_700_000_000_000, 3]]})
+    with caplog.at_level(logging.WARNING):
+        ours.log_metrics({"loss": 1.0}, 4)
+    assert steps(client, run_id, "loss") == [3, 4]
+    assert not waiting.waits
+    said = [record.message for record in caplog.records]
+    assert any(line.startswith("MLflow refuses rate, which waited (") for line in said)
+    assert f"{tmp_path}/gone.png is gone before MLflow was sent it: it is left out" in said
+
+
+def test_a_full_disk_below_the_store_s_files_does_not_end_a_run(
+    tracking_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with small_disk(tmp_path / "disk", megabytes=1) as disk:
+        settings = {"tracking_uri": tracking_uri, "artifact_location": f"file://{disk}/artifacts"}
+        ours = RunLogger(tmp_path.name, folder=str(tmp_path / "run"), seconds_between_tries=0.0, **settings)
+        ours.log_metrics({"loss": 1.0}, 1)
+        (disk / "someone_elses").write_bytes(bytes(shutil.disk_usage(disk).free))
+        with caplog.at_level(logging.WARNING):
+            ours.log_text("a report " * 9000, "report.md")
+            ours.log_table({"text": ["a" * 90_000]}, "table.json")
+        assert f"MLflow at {tracking_uri} does not store files ([Errno 28] No space left on device" in caplog.text
+        (disk / "someone_elses").unlink()
+        ours.finalize("success")
+        assert mlflow.artifacts.load_text(f"runs:/{ours.run_id}/report.md") == "a report " * 9000
+        assert ours.experiment.get_run(str(ours.run_id)).info.status == "FINISHED"
 
 
 def test_a_run_that_mlflow_does_not_know_is_one_line(logger: Callable[[], RunLogger], tmp_path: Path) -> None:
