@@ -19,6 +19,7 @@ from src.utils.processes import prepare
 from src.utils.quiet import quiet_lightning
 from src.utils.run_folder import alone_in, register_resolver, starting_point
 from src.utils.run_info import log_run_info
+from src.utils.run_settings import is_another, settings_of, write_settings
 from src.utils.secrets import keep_secrets
 from src.utils.sweeps import run_point
 
@@ -55,7 +56,9 @@ def fit(cfg: DictConfig, checkpoint: str | None) -> float | None:
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, enable_checkpointing=keeps)
     prepare(trainer)
     if trainer.is_global_zero:
-        log_run_info(loggers, cfg, root=Path(cfg.paths.root))
+        folder, settings = Path(cfg.paths.output_dir), settings_of(cfg)
+        log_run_info(loggers, cfg, root=Path(cfg.paths.root), anew=is_another(settings, folder, checkpoint))
+        write_settings(folder, settings)
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)  # a checkpoint runs no code
     if cfg.optimized_metric is None:
         return None

@@ -92,7 +92,7 @@ class Runs:
         for kill in range(kills):
             at, seconds = batches_saved(folder) + rng.randrange(longest), rng.uniform(0.0, 0.5)
             killer = f"+callbacks.killer={{_target_:tests.runs.KillAt,batch:{at},seconds:{seconds}}}"
-            status = self.run(folder, *overrides, killer, *(["ckpt_path=last"] if kill else []))
+            status = self.run(folder, *overrides, killer, *(["ckpt_path=last"] if batches_saved(folder) else []))
             if status != -signal.SIGKILL:
                 raise RuntimeError(f"kill {kill + 1} at batch {at}: the run ended with status {status} by itself, see {self.log}")
         return self.run(folder, *overrides, "ckpt_path=last")

@@ -204,6 +204,23 @@ def test_other_settings_of_the_optimiser_are_used_and_said(
     assert rates[1] == pytest.approx(rates[0] / 2)
 
 
+def test_other_settings_in_the_same_folder_begin_another_mlflow_run(
+    runs: Runs, small: list[str], tmp_path: Path, tracking_uri: str
+) -> None:
+    own = (*small, *SHORT, f"project={tmp_path.name}", "callbacks.checkpoint.every_n_rollout_batches=3")
+    killer = "+callbacks.killer={_target_:tests.runs.KillAt,batch:5,seconds:0}"
+    assert runs.run(tmp_path, *own, killer) == -signal.SIGKILL  # points up to 5 at least, a checkpoint of 3
+    assert runs.run(tmp_path, *own, "reward=paper", "ckpt_path=last") == 0, runs.log.read_text()[-3000:]
+    client = MlflowClient(tracking_uri)
+    experiment = client.get_experiment_by_name(tmp_path.name)
+    assert experiment is not None
+    second, first = client.search_runs([experiment.experiment_id])
+    assert second.data.tags["resumed_from"] == first.info.run_id
+    assert [step for step, _ in history(client, second)["reward/total/mean"]] == [4, 5, 6, 7, 8]
+    assert [step for step, _ in history(client, first)["reward/total/mean"]][:5] == [1, 2, 3, 4, 5]
+    assert "goes on with other settings than it began with: reward._target_=src.modules.rewards.paper in place of" in runs.log.read_text()
+
+
 def test_a_second_run_in_the_folder_of_a_first_is_refused(runs: Runs, small: list[str], whole: Path) -> None:
     before = sorted(path.name for path in (whole / "checkpoints").iterdir())
     assert runs.run(whole, *small, *SHORT, "logger=none") == 1

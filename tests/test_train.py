@@ -95,9 +95,15 @@ def test_a_run_told_to_stop_goes_on_in_its_own_folder_and_mlflow_run(places: lis
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert [point.step for point in client.get_metric_history(run.info.run_id, "reward/total/mean")] == [1, 2, 3, 4]
-    refused = run_train(*settings, f"hydra.run.dir={folder}")
+    traces = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "run.lock"}
+    refused = run_train(*settings, f"hydra.run.dir={folder}", "reward=paper")
     assert refused.returncode == 1
     assert f"{folder} holds a run already: go on with it by ckpt_path=last" in refused.stderr
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "run.lock"} == traces
+    nothing = run_train(*settings, "ckpt_path=last", "seed=1")
+    assert nothing.returncode == 1
+    assert nothing.stderr.startswith(f"train.py: ckpt_path=last: no run with seed=1 was begun in {tmp_path}/outputs/tiny_sup; of another")
+    assert "\n" not in nothing.stderr.rstrip()
 
 
 @pytest.mark.slow

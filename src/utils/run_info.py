@@ -72,10 +72,11 @@ def hardware() -> dict[str, str]:
     }
 
 
-def log_run_info(loggers: Sequence[Logger], cfg: DictConfig, root: Path) -> None:
+def log_run_info(loggers: Sequence[Logger], cfg: DictConfig, root: Path, anew: bool = False) -> None:
     """Gives every logger the resolved config, without its secrets; MLflow also gets it whole as config.yaml, and the rest as tags.
 
-    A run that goes on keeps the parameters and the config.yaml that it was begun with; its new ones are config_resumed.yaml.
+    A run that goes on keeps the parameters and the config.yaml that it was begun with; its new ones are config_resumed.yaml;
+    one that is to compute something else begins `anew` in MLflow.
 
     Raises:
         omegaconf.errors.MissingMandatoryValue: a value of the config is still `???`.
@@ -86,6 +87,8 @@ def log_run_info(loggers: Sequence[Logger], cfg: DictConfig, root: Path) -> None
     params = dict(flatten(config))
     tags = git_state(root) | package_versions() | hardware()
     for logger in loggers:
+        if anew and isinstance(logger, RunLogger):
+            logger.begin_anew()
         logger.log_hyperparams(params)
         if isinstance(logger, RunLogger):
             logger.log_tags(tags)
