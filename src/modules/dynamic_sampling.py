@@ -31,8 +31,9 @@ def informative(rewards: Tensor, keep: Tensor, min_std: float) -> Tensor:
 class GroupBuffer:
     """Gathers informative groups over rollout batches, all of one and the same policy, until they make an update.
 
-    An update is due once there are as many as the batch has instances, or after `max_extra_batches` rollout batches more
-    than one, with what is there. The policy stands still meanwhile, so nothing gathered is off-policy.
+    An update is due once there are as many as a rollout batch has, or after `max_extra_batches` rollout batches more than
+    one, with what is there; what the last batch has beyond that is dropped, as the policy has moved on when the next update is
+    due. The policy stands still meanwhile, so nothing gathered is off-policy.
 
     Args:
         min_std: see `informative`.
@@ -52,13 +53,16 @@ class GroupBuffer:
         Returns:
             None while more is to be sampled, or where even the last batch brought this rank nothing to learn from.
         """
+        groups = len(experience)
+        held, wanted = ranks.total(sum(len(part) for part in self.held), groups)
         worth = informative(rewards, experience.keep, self.min_std)
+        worth = worth & ranks.own(ranks.gather(worth, groups).cumsum(0) <= wanted - held, groups)
         if worth.all():
             self.held.append(experience)
         elif worth.any():
             self.held.append(experience.select(worth.nonzero().flatten()))
         self.batches += 1
-        held, wanted = ranks.total(sum(len(part) for part in self.held), len(experience))
+        held = ranks.total(sum(len(part) for part in self.held))[0]
         if held < wanted and self.batches <= self.max_extra_batches:
             return None
         ready = [part.to(experience.keep.device) for part in self.held]

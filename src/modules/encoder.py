@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -23,7 +23,8 @@ from src.modules.settings import EncoderSettings
 class RolloutEngine(Protocol):
     """What writes rationales of at most `max_new_tokens`: `n` for each prompt, greedily at temperature 0, the same for the same seed.
 
-    The seed is one for all prompts, or [N] int64, one for each: what a prompt draws then depends on no other prompt.
+    The seed is one for all prompts, or [N] int64, one for each: what a prompt draws then depends on no other prompt. An engine
+    that takes the weights over may have `holding(policy)`, a context in which it does so once for all calls.
     """
 
     max_new_tokens: int
@@ -188,10 +189,15 @@ class RationaleEncoder:
         embeddings = np.zeros((len(distinct), self.dimension), dtype=np.float32)
         rationales: list[Tensor] = [torch.empty(0, dtype=torch.long)] * len(distinct)
         order = prompts.lengths.argsort(descending=True, stable=True)  # like lengths together: less padding
-        with evaluation_mode(self.policy), tqdm(total=len(distinct), unit="text", disable=not show_progress) as bar:
+        rationale = self.rationale if rationale is None else rationale
+        with (
+            evaluation_mode(self.policy),
+            self._holding(rationale),
+            tqdm(total=len(distinct), unit="text", disable=not show_progress) as bar,
+        ):
             for rows in order.split(size):
                 seeds = _own_seeds([distinct[i] for i in rows.tolist()], self.seed)
-                rollouts = self._rollouts(prompts.select(rows), self.rationale if rationale is None else rationale, seeds)
+                rollouts = self._rollouts(prompts.select(rows), rationale, seeds)
                 pooled = self.policy.embed(rollouts) if rollouts.embeddings is None else rollouts.embeddings
                 embeddings[rows.numpy()] = pooled.float().cpu().numpy()
                 ends = rollouts.finished.cpu() & (rollouts.rationale_lengths > 0).cpu()
@@ -201,6 +207,10 @@ class RationaleEncoder:
         _check_finite(embeddings, distinct)
         index = [place[text] for text in texts]
         return embeddings[index], [rationales[i] for i in index]
+
+    def _holding(self, rationale: bool) -> AbstractContextManager[None]:
+        holding = getattr(self.engine, "holding", None)
+        return holding(self.policy) if rationale and holding else nullcontext()
 
     def _rollouts(self, prompts: Prompts, rationale: bool, seeds: Tensor) -> Rollouts:
         if rationale:

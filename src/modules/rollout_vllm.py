@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from src.modules.vllm_engine import EngineError, EngineSpec, one_line, require_v
 class VLLMRollouts:
     """Samples rationales through vLLM, in this process.
 
-    The policy's weights are pushed at every call, so there is no stale copy to sample from. vLLM starts at the first
-    call. Embeddings are left to an encode pass: it has no hidden states to give.
+    The policy's weights are pushed at every call (but for those within `holding`), so there is no stale copy to sample from.
+    vLLM starts at the first call. Embeddings are left to an encode pass: it has no hidden states to give.
 
     Args:
         max_new_tokens: longest rationale, EOS included.
@@ -60,6 +60,19 @@ class VLLMRollouts:
         self.max_new_tokens, self.max_prompt_tokens, self.dtype = max_new_tokens, max_prompt_tokens, dtype
         self.gpu_memory_utilization, self.cpu_kv_cache_gib, self.sleep = gpu_memory_utilization, cpu_kv_cache_gib, sleep
         self.tensor_parallel, self.extra = tensor_parallel, dict(extra or {})
+        self._held: Any = None
+
+    @contextmanager
+    def holding(self, policy: Policy) -> Iterator[None]:
+        """While in force the engine keeps the weights that the policy has now, and stays awake: for many calls between which the
+        weights do not change, each of which would push them again."""
+        with isolate_rng(), ExitStack() as stack:
+            with torch.autocast(policy.device.type, enabled=False), _plain_errors():
+                self._held = stack.enter_context(start(self._spec(policy)).loaded(policy.model))
+            try:
+                yield
+            finally:
+                self._held = None
 
     @torch.no_grad()
     def generate(
@@ -92,8 +105,8 @@ class VLLMRollouts:
                 f"a prompt of {longest} tokens leaves no room for a rationale: vLLM was set up for {spec.max_model_len} tokens of both. "
                 "Raise rollout.max_prompt_tokens if the policy's context is longer, or lower module.max_prompt_tokens"
             )
-        engine = start(spec)
-        with isolate_rng(), torch.autocast(policy.device.type, enabled=False), _plain_errors(), engine.loaded(policy.model) as llm:
+        loaded = nullcontext(self._held) if self._held is not None else start(spec).loaded(policy.model)
+        with isolate_rng(), torch.autocast(policy.device.type, enabled=False), _plain_errors(), loaded as llm:
             outputs = self._run(llm, self._requests(policy, prompts, n, temperature, seed, spec.max_model_len))
         written = [completion for output in outputs for completion in output.outputs]
         return join(

@@ -86,12 +86,12 @@ def encode_groups(
     pooled, values, cut = [], [], []
     for rows in micro_batches(rollouts, torch.arange(len(rollouts)), k, how.micro_batch_tokens):
         part = rollouts[rows]
-        hidden = policy.hidden_states(part, rows // k)  # one pass for all
+        hidden = policy.hidden_states(part, rows // k) if with_logprobs else None  # one pass for both, where both read its states
         encoded = policy.encoder_states(part, hidden, rows // k)
         pooled.append(pool(encoded, part.pooling_mask, policy.pooling))
         if with_prefixes:
             cut.append(pool_prefixes(encoded, part, longest, policy.pooling))
-        if with_logprobs:
+        if hidden is not None:
             own, _ = policy.logprobs(part, hidden, how.temperature)
             values.append(torch.nn.functional.pad(own, (0, rollouts.input_ids.shape[1] - own.shape[1])))
     return EncodedGroups(torch.cat(pooled), torch.cat(values) if with_logprobs else None, torch.cat(cut) if with_prefixes else None)

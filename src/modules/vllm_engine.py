@@ -90,7 +90,7 @@ def require_vllm() -> None:
     """
     if importlib.util.find_spec("vllm") is None:
         raise ImportError(
-            "rollout=vllm needs vLLM, which is not installed: `make vllm` installs its build for the GPU, or for the CPU where there is none"
+            "rollout=vllm needs vLLM, which is not installed: `make vllm` installs its build for the GPU, or without one for the CPU"
         )
 
 

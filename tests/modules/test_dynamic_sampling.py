@@ -55,6 +55,17 @@ def test_groups_that_do_not_vary_are_replaced_from_further_batches():
     assert buffer.held == []
 
 
+def test_an_update_learns_from_no_more_groups_than_a_batch_has():
+    buffer = GroupBuffer(0.1, max_extra_batches=3)
+    flat, steep = [1.0, 1.0], [0.0, 1.0]
+    first, second = (Experience(**{**vars(experience(3, 2, seed)), "keep": torch.ones(3, 2, dtype=torch.bool)}) for seed in range(2))
+    assert buffer.add(first, torch.tensor([steep, flat, steep])) is None
+    ready = buffer.add(second, torch.tensor([steep, steep, steep]))
+    assert ready is not None
+    assert ready.instance_ids == ("0:0", "0:2", "1:0")
+    assert buffer.held == []
+
+
 def test_the_bound_on_further_batches_holds_and_then_less_is_learned_from():
     buffer = GroupBuffer(0.1, max_extra_batches=1)
     batch = Experience(**{**vars(experience(2, 2)), "keep": torch.ones(2, 2, dtype=torch.bool)})

@@ -4,17 +4,20 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
 
 from src.modules import vllm_engine, vllm_weights
+from src.modules.encoder import RationaleEncoder
 from src.modules.lora import add_lora
 from src.modules.policy import Policy
 from src.modules.prompt import Prompts
 from src.modules.rollout_hf import HFRollouts, end_tokens
 from src.modules.sequences import Rollouts
-from tests.vllm_builders import KINDS, NEEDS_VLLM, engine, largest_gap, policy_of, prompts_of, step
+from src.modules.settings import EncoderSettings
+from tests.vllm_builders import KINDS, NEEDS_VLLM, TEXTS, engine, largest_gap, policy_of, prompts_of, step
 
 pytestmark = NEEDS_VLLM
 
@@ -36,6 +39,23 @@ def test_greedy_rationales_and_log_probs_are_those_of_the_trainer_before_and_aft
     step(policy)
     after = assert_greedy_as_hf(policy)
     assert before.input_ids.shape != after.input_ids.shape or not torch.equal(before.input_ids, after.input_ids)
+
+
+def test_an_encoder_hands_the_weights_over_once_for_all_its_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_of()
+    pushes: list[Any] = []
+    push = vllm_engine.push
+    monkeypatch.setattr(vllm_engine, "push", lambda llm, model: pushes.append(model) or push(llm, model))
+    settings = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=128, max_new_tokens=16)
+    texts = [text for text in TEXTS if text]
+    vectors = RationaleEncoder(policy, settings, engine(), batch_size=2).encode(texts)
+    assert len(pushes) == 1
+    np.testing.assert_allclose(vectors, RationaleEncoder(policy, settings, HFRollouts(16)).encode(texts), atol=1e-4)
+    step(policy)
+    RationaleEncoder(policy, settings, engine(), batch_size=2).encode(texts)
+    assert len(pushes) == 2
+    assert_greedy_as_hf(policy)  # and outside of it, at every call
+    assert len(pushes) == 3
 
 
 def load_negated(policy: Policy) -> None:
