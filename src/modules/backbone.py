@@ -35,7 +35,7 @@ def require_readable(policy: Policy) -> None:
 
 def _differences(policy: Policy) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
-    vocabulary = policy.model.get_input_embeddings().weight.shape[0]
+    vocabulary = int(policy.model.config.get_text_config().vocab_size)
     ids = torch.randint(vocabulary, (sum(_PROMPTS) + sum(_RATIONALES),), generator=generator).split((*_PROMPTS, *_RATIONALES))
     # of two lengths: positions start anew with each prompt
     prompts = Prompts(ids[:2], torch.tensor([1, 1]), torch.tensor(_PROMPTS) - 1)
