@@ -20,7 +20,8 @@ class RolloutProgress(TQDMProgressBar):
     """A bar over batches with their headline (reward, or loss, and tokens a second) and time left.
 
     Where the output is no terminal it writes the same as lines through logging instead, at most one every
-    `seconds_between_lines`, and one for the first and the last batch of an epoch.
+    `seconds_between_lines`, and one for the first and the last batch of an epoch. Time that is gone is this
+    process's.
     """
 
     def __init__(self, seconds_between_lines: float = 15.0) -> None:
@@ -30,6 +31,7 @@ class RolloutProgress(TQDMProgressBar):
         if not self.to_terminal:
             self.disable()
         self._began = self._last_line = 0.0
+        self._done_before: int | None = None  # batches of this epoch that an earlier process did
 
     def enable(self) -> None:
         """Enables the bar where there is a terminal to draw it in."""
@@ -53,7 +55,12 @@ class RolloutProgress(TQDMProgressBar):
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         super().on_train_epoch_start(trainer)
-        self._began = time.monotonic()
+        self._done_before = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._done_before is None:  # a run that goes on in the middle of an epoch does not start it
+            self._began, self._done_before = time.monotonic(), batch_idx
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         total = self.batches_to_do(trainer, as_policy_module(pl_module), batch_idx + 1)
@@ -65,12 +72,12 @@ class RolloutProgress(TQDMProgressBar):
 
     def _write_line(self, trainer: L.Trainer, module: PolicyModule, done: int, total: float) -> None:
         now = time.monotonic()
-        if done not in (1, total) and now - self._last_line < self.seconds_between_lines:
+        if done not in ((self._done_before or 0) + 1, total) and now - self._last_line < self.seconds_between_lines:
             return
         self._last_line = now
         taken = now - self._began
         metrics = self.get_metrics(trainer, module)
-        left = clock(taken / done * (total - done)) if math.isfinite(total) else "?"
+        left = clock(taken / (done - (self._done_before or 0)) * (total - done)) if math.isfinite(total) else "?"
         of = f"/{total:.0f}" if math.isfinite(total) else ""
         log.info(
             "%s %d%s  %s  %s gone, %s left",

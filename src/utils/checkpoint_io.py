@@ -104,14 +104,16 @@ def check(path: Path) -> None:
     """
     if not path.is_dir():
         return  # a single file: reading it is the only check there is
-    for name, expected in contents(path)["files"].items():
+    for name, expected in ({WEIGHTS: None, STATE: None} | contents(path)["files"]).items():
+        if not isinstance(expected, dict) or Path(name).name != name:
+            raise CheckpointError(f"{path} cannot be read as a checkpoint: {CONTENTS} is broken, it says {expected!r} of {name}")
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{path} cannot be read as a checkpoint: {name} is missing")
         size = file.stat().st_size
-        if size != expected["bytes"]:
-            raise CheckpointError(f"{path} cannot be read as a checkpoint: {name} has {size} bytes of {expected['bytes']}")
-        if _checksum(file) != expected["crc32"]:
+        if size != expected.get("bytes"):
+            raise CheckpointError(f"{path} cannot be read as a checkpoint: {name} has {size} bytes of {expected.get('bytes')}")
+        if _checksum(file) != expected.get("crc32"):
             raise CheckpointError(f"{path} cannot be read as a checkpoint: {name} is not what was written (its checksum differs)")
 
 
@@ -196,11 +198,23 @@ def _read(path: Path, mapped: bool) -> dict[str, Any]:
             return whole
         with safe_open(path / WEIGHTS, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
-            twins = json.loads((file.metadata() or {}).get("twins", "{}"))
-        rest: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=mapped)
+            twins = (file.metadata() or {}).get("twins", "{}")
+        rest = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {_short(error)}") from error
-    return {**rest, "state_dict": weights | {name: weights[first] for name, first in twins.items()}}
+    if not isinstance(rest, dict):
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {STATE} holds no state")
+    return {**rest, "state_dict": weights | _twins(path, weights, twins)}
+
+
+def _twins(path: Path, weights: Mapping[str, Tensor], listed: str) -> dict[str, Tensor]:
+    try:
+        twins = json.loads(listed)
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: its list of tied weights is broken") from error
+    if not isinstance(twins, dict) or not all(isinstance(first, str) and first in weights for first in twins.values()):
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: its list of tied weights names others than it holds")
+    return {name: weights[first] for name, first in twins.items()}
 
 
 def _apart(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -190,6 +190,22 @@ def test_progress_in_a_log_is_a_few_lines(module: GRACE, tmp_path: Path, caplog:
     assert lines[-1].endswith("0:00 left")
 
 
+def test_progress_after_a_resume_counts_this_process_s_time_and_batches(
+    tiny_policy_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callbacks = [RolloutCheckpoint(str(tmp_path / "c"), every_n_rollout_batches=1), Interrupt(at=5)]
+    with pytest.raises(RuntimeError, match="interrupted"):
+        fit(make_module(Policy.load(str(tiny_policy_folder))), callbacks, tmp_path, batches=8)
+    with caplog.at_level(logging.INFO, logger="src.callbacks.progress"):
+        module, checkpoint = make_module(Policy.load(str(tiny_policy_folder))), str((tmp_path / "c" / "last.ckpt").resolve())
+        fit(module, [RolloutProgress(seconds_between_lines=1000)], tmp_path, batches=8, ckpt_path=checkpoint)
+    lines = [record.message for record in caplog.records if record.name == "src.callbacks.progress"]
+    assert [line.split("  ")[0] for line in lines] == ["rollout batch 6/8", "rollout batch 8/8"]
+    times = [word.split()[0].split(":") for word in lines[0].split("  ")[-1].split(", ")]
+    gone, left = (60 * int(minutes) + int(seconds) for minutes, seconds in times)  # none is an hour, as since the machine was started
+    assert left == pytest.approx(2 * gone, abs=2)
+
+
 def test_progress_in_a_terminal_is_a_bar(
     module: GRACE, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

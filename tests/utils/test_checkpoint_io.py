@@ -1,16 +1,18 @@
 """Checkpoints on the disk: what comes back, what is refused, and what a full disk or a killed process leaves."""
 
+import json
 import os
 import pickle
 import resource
 import signal
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from src.utils.checkpoint_io import CheckpointError, FolderCheckpoints, read_checkpoint, tidy, whole_checkpoints
 
@@ -84,6 +86,38 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(tmp_path: P
     assert str(caught.value).endswith(f"{tmp_path}/batch_20.ckpt is whole: go on with ckpt_path={tmp_path}/batch_20.ckpt")
     assert "\n" not in str(caught.value)
     assert IO.load_checkpoint(tmp_path / "batch_20.ckpt")["seed"] == 20
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"weights.safetensors": None},
+        {"weights.safetensors": 7, "state.pt": []},
+        {"weights.safetensors": {}, "state.pt": {}},
+        {"../elsewhere": {"bytes": 0, "crc32": 0}},
+        {},
+    ],
+    ids=str,
+)
+def test_an_odd_list_of_files_is_a_damaged_checkpoint(tmp_path: Path, entries: dict[str, Any]) -> None:
+    IO.save_checkpoint(checkpoint(), tmp_path / "batch_7.ckpt")
+    (tmp_path / "batch_7.ckpt" / "checkpoint.json").write_text(json.dumps({"files": entries}))
+    with pytest.raises(CheckpointError, match=r"batch_7.ckpt cannot be read as a checkpoint: "):
+        IO.load_checkpoint(tmp_path / "batch_7.ckpt")
+    assert list(whole_checkpoints(tmp_path)) == []
+
+
+@pytest.mark.parametrize("twins", ["{", "[1]", '{"tied": "nowhere"}', '{"tied": ["a"]}', '"a"'])
+def test_odd_tied_weights_are_a_damaged_checkpoint(tmp_path: Path, twins: str) -> None:
+    folder = tmp_path / "batch_7.ckpt"
+    IO.save_checkpoint(checkpoint(), folder)
+    save_file(load_file(folder / "weights.safetensors"), folder / "weights.safetensors", metadata={"twins": twins})
+    about = json.loads((folder / "checkpoint.json").read_text())
+    content = (folder / "weights.safetensors").read_bytes()
+    about["files"]["weights.safetensors"] = {"bytes": len(content), "crc32": zlib.crc32(content)}
+    (folder / "checkpoint.json").write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match=r"batch_7.ckpt cannot be read as a checkpoint: its list of tied weights"):
+        IO.load_checkpoint(folder)
 
 
 def test_without_another_it_says_so_and_nothing_is_offered_that_is_broken_too(tmp_path: Path) -> None:
