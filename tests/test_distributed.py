@@ -97,7 +97,18 @@ def test_batches_that_cannot_be_shared_out_stop_all(two: Path) -> None:
         assert lines[0].startswith(expected)
 
 
-def test_a_run_of_several_processes_goes_on_from_its_checkpoint(two: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_of_several_processes_goes_on_as_if_it_had_never_stopped(kind: str, two: Path) -> None:
+    """With dropout and everything else that has a state: tests/test_resume.py."""
+    whole, resumed = (of_two(two, kind)[name] for name in ("never stopped", "gone on with"))
+    assert (len(whole["batches"]), len(resumed["batches"])) == (2, 1)
+    assert torch.equal(whole["batches"][1]["reward"], resumed["batches"][0]["reward"])
+    assert whole["weights"].keys() == resumed["weights"].keys()
+    for key, weight in whole["weights"].items():
+        assert torch.equal(resumed["weights"][key], weight), key
+
+
+def test_a_run_goes_on_by_fsdp_as_by_ddp(two: Path) -> None:
     ddp, fsdp = (of_two(two, kind)["gone on with"] for kind in KINDS)
     assert len(ddp["batches"]) == len(fsdp["batches"]) == 1
     close(ddp["batches"][0]["reward"], fsdp["batches"][0]["reward"], scale=2)

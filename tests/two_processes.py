@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from src.callbacks.export import Export
 from src.callbacks.probe import undisturbed
+from src.callbacks.random_states import RandomStates
 from src.datamodules.records import Triplet
 from src.modules.advantages import reinforce_pp_baseline, remax
 from src.modules.grace import GRACE, NonFiniteError
@@ -29,6 +30,7 @@ from src.modules.rewards import Embeddings, Reward, document, listwise, paper
 from src.modules.rollout_hf import HFRollouts
 from src.modules.sequences import Rollouts
 from src.modules.sharding import whole
+from src.utils.checkpoint_io import FolderCheckpoints
 from src.utils.sharded_strategy import ShardedStrategy
 from tests.builders import SENTENCES
 from tests.modules.test_grace import make
@@ -138,14 +140,26 @@ class Watch(L.Callback):
             self.seen["weights"] = {name: p.detach().clone() for name, p in pl_module.policy.named_parameters()}
 
 
-def trainer_of(strategy: Any, devices: int, callbacks: list[L.Callback], batches: int = 2) -> L.Trainer:
+class SaveAfterTheFirst(L.Callback):
+    """Twice in the same place, of which the second replaces the first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        for _ in range(2 if trainer.current_epoch == 0 else 0):
+            trainer.save_checkpoint(self.path)
+
+
+def trainer_of(strategy: Any, devices: int, callbacks: list[L.Callback], batches: int = 2, epochs: int = 1) -> L.Trainer:
     """On the CPU, and quiet."""
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     return L.Trainer(
         accelerator="cpu",
         strategy=strategy,
         devices=devices,
-        max_epochs=1,
+        max_epochs=epochs,
+        plugins=[FolderCheckpoints()],
         limit_train_batches=batches,
         use_distributed_sampler=False,
         callbacks=callbacks,
@@ -178,17 +192,16 @@ def error_of(module: GRACE, strategy: Any, devices: int, batches: Any = None) ->
     return "nothing"
 
 
-def go_on(strategy: Callable[[], Any], folder: Path) -> dict[str, Any]:
-    """A run by AdamW of two batches that is saved after the first, and gone on with by another trainer; what the second saw."""
-    first, again = (module_with(reward=listwise, learning_rate=1e-3) for _ in range(2))
-    trainer = trainer_of(strategy(), 2, [], batches=1)
-    trainer.fit(first, loader())
-    trainer.save_checkpoint(folder / "one.ckpt")
-    watch = Watch()
-    resumed = trainer_of(strategy(), 2, [watch, Export(str(folder.with_name(f"{folder.name}_export")))])
-    resumed.fit_loop.max_epochs = 2
-    resumed.fit(again, loader(BATCH[::-1]), ckpt_path=folder / "one.ckpt", weights_only=True)
-    return watch.seen
+def go_on(strategy: Callable[[], Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """A run by AdamW of two batches that is saved after the first, and another that goes on from there: what each saw."""
+    seen = {}
+    for name, callback in {"never stopped": SaveAfterTheFirst(folder / "one.ckpt"), "gone on with": Export(f"{folder}_export")}.items():
+        watch = Watch()
+        checkpoint = folder / "one.ckpt" if name == "gone on with" else None
+        trainer = trainer_of(strategy(), 2, [watch, RandomStates(), callback], batches=1, epochs=2)
+        trainer.fit(module_with(reward=listwise, learning_rate=1e-3), loader(), ckpt_path=checkpoint, weights_only=True)
+        seen[name] = watch.seen
+    return seen
 
 
 def main(folder: Path, rank: int) -> None:
@@ -196,7 +209,7 @@ def main(folder: Path, rank: int) -> None:
     strategies: dict[str, Callable[[], Any]] = {"ddp": lambda: DDPStrategy(process_group_backend="gloo"), "fsdp": ShardedStrategy}
     for kind, strategy in strategies.items():
         results = {name: fit(module(), strategy(), 2) for name, module in SCENARIOS.items()}
-        results["gone on with"] = go_on(strategy, folder / kind)
+        results |= go_on(strategy, folder / kind)
         if rank == 0:
             torch.save(results, folder / f"{kind}.pt")
         for name, module in BROKEN.items():

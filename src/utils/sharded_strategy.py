@@ -49,6 +49,10 @@ class ShardedStrategy(ModelParallelStrategy):
         groups = [{**group, "params": [number[name] for name in group["params"]]} for group in named["param_groups"]]
         return {"state": {number[name]: state for name, state in named["state"].items()}, "param_groups": groups}
 
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """By the trainer's CheckpointIO, which replaces one that is there; Lightning's own takes its folder for a mistake."""
+        super(ModelParallelStrategy, self).save_checkpoint(checkpoint, filepath, storage_options)
+
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return super(ModelParallelStrategy, self).load_checkpoint(checkpoint_path, weights_only)
 
