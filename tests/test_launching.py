@@ -24,10 +24,12 @@ SMALL = [
 
 SRUN = """#!/bin/bash
 # What SLURM's srun does on one machine: one process a task, with the variables that tell it its place.
+while [[ $1 == -* ]]; do shift; done
 for task in 0 1; do
   SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & tasks[$task]=$!
 done
-for task in 0 1; do wait "${tasks[$task]}" || exit 1; done
+for task in 0 1; do wait "${tasks[$task]}"; ended=$?; status=$((ended > status ? ended : status)); done
+exit $status
 """
 
 
@@ -66,12 +68,12 @@ def test_lightning_starts_the_second_process_and_rank_zero_alone_leaves_traces(
     has_one_rank_s_traces(tmp_path / "out", tracking_uri, tmp_path.name)
 
 
-@pytest.mark.slow
-def test_the_slurm_script_trains_with_the_ranks_that_slurm_gives(places: list[str], tracking_uri: str, tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    srun = tmp_path / "bin" / "srun"
-    srun.write_text(SRUN)
-    srun.chmod(0o755)
+def sbatch(folder: Path, settings: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """The script as SLURM would run it on one machine for two tasks."""
+    (folder / "bin").mkdir(exist_ok=True)
+    for name, text in {"srun": SRUN, "scontrol": f'#!/bin/bash\necho "$@" >> {folder}/scontrol.txt\n'}.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
     slurm = {
         "JOB_ID": "7",
         "JOB_NAME": "grace",
@@ -81,11 +83,30 @@ def test_the_slurm_script_trains_with_the_ranks_that_slurm_gives(places: list[st
         "NTASKS_PER_NODE": "2",
         "NODELIST": "127.0.0.1",
     }
-    environment = os.environ | {f"SLURM_{name}": value for name, value in slurm.items()}
-    environment |= {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHON": sys.executable, "SLURM_SUBMIT_DIR": str(ROOT)}
-    settings = ["trainer.accelerator=cpu", f"hydra.run.dir={tmp_path}/out", *SMALL, *places]
+    own = os.environ | {f"SLURM_{name}": value for name, value in slurm.items()}
+    own |= {"PATH": f"{folder}/bin:{os.environ['PATH']}", "PYTHON": sys.executable, "SLURM_SUBMIT_DIR": str(ROOT), **environment}
     script = ROOT / "cluster" / "train.sbatch"
-    done = subprocess.run(["bash", script, *settings], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(["bash", script, *settings], cwd=ROOT, env=own, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, ""), (1, ""), (75, "requeue 7\n")])
+def test_the_slurm_script_asks_for_another_start_after_75_alone(status: int, requeued: str, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\necho "$@" >> {tmp_path}/commands.txt\nexit {status}\n')
+    python.chmod(0o755)
+    (tmp_path / "scontrol.txt").touch()
+    assert sbatch(tmp_path, ["seed=1"], PYTHON=str(python)).returncode == status
+    assert (tmp_path / "scontrol.txt").read_text() == requeued
+    assert "hydra.run.dir=${paths.output_root}/${name}/slurm_7 seed=1\n" in (tmp_path / "commands.txt").read_text()
+    (tmp_path / "commands.txt").unlink()
+    sbatch(tmp_path, ["ckpt_path=last", "seed=1"], PYTHON=str(python))
+    assert "hydra.run.dir" not in (tmp_path / "commands.txt").read_text()  # that run has a folder
+
+
+@pytest.mark.slow
+def test_the_slurm_script_trains_with_the_ranks_that_slurm_gives(places: list[str], tracking_uri: str, tmp_path: Path) -> None:
+    settings = ["trainer.accelerator=cpu", f"hydra.run.dir={tmp_path}/out", *SMALL, *places]
+    done = sbatch(tmp_path, settings)
     assert done.returncode == 0, done.stderr[-3000:]
     has_one_rank_s_traces(tmp_path / "out", tracking_uri, tmp_path.name)
 
