@@ -11,46 +11,58 @@ from typing import Any, TextIO
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-HIDDEN = "***"
-_LEAST = 6  # characters: the value of a secret variable that is shorter would be found in any text
+from src.utils.secret_names import environment_secrets, is_secret, spellings
 
-_NAMES = r"(?:password|passwd|secret|token|api_?key|access_?key|private_?key|credentials?)"
-_SECRET_KEY = re.compile(rf"(^|[._-]){_NAMES}$|(^|[._-])(secret_|aws_)\w*key\w*$", re.IGNORECASE)
-_SECRET_VARIABLE = re.compile(rf"(^|_){_NAMES}(_|$)", re.IGNORECASE)
-_PASSWORD = re.compile(r"(://[^/@\s:'\"]*):[^/\s'\"]*@")
+HIDDEN = "***"
+
+# A URI's user and password. What begins with digits is a port, and no password; one that holds a space or a slash ends at the first @.
+_PORT = r"(?!\d{1,5}(?!\w))"
+_PASSWORDS = (
+    re.compile(r"(://[^/@\s:'\"]*):[^/\s'\"]+@"),
+    re.compile(rf"(://[^/@\s:'\"]+):{_PORT}[^\s@]+@"),
+    re.compile(rf"(://[^/@\s:'\"]+):{_PORT}(?!\s)[^@\n]{{1,100}}@"),
+)
+_TOKEN_AS_USER = re.compile(
+    r"(://)(?:[^/@\s:'\"]+:@|(?:gh[a-z]_|github_pat_|glpat-|hf_|sk-|xox|npm_|pypi-|dapi)[^/@\s:'\"]*(?::[^/@\s'\"]*)?@|[^/@\s:'\"]+:x-oauth-basic@)"
+)
 _TOKEN_FOR_USER = re.compile(r"(://)(?!\*\*\*@)[^/@\s:'\"]+@")
-_SECRET_QUERY = re.compile(rf"([?&](?:[\w-]*{_NAMES}|sig|signature|x-amz-signature|x-amz-security-token)=)[^&\s'\"]*", re.IGNORECASE)
+_QUERY_NAMES = r"(?:[\w-]*(?:password|passwd|secret|token|api_?key|access_?key|private_?key|credentials?)|sig|signature)"
+_SECRET_QUERY = re.compile(rf"([?&](?:{_QUERY_NAMES}|x-amz-signature|x-amz-security-token)=)[^&\s'\"]*", re.IGNORECASE)
+_CONNECTION = re.compile(r"((?:AccountKey|SharedAccessKey|SharedAccessSignature|;\s*(?:password|pwd))=)[^;\s'\"]+", re.IGNORECASE)
 _HEADER = re.compile(r"(Authorization['\"]?\s*[:=]\s*['\"]?(?:Bearer|Basic)\s+)[^\s'\"]+", re.IGNORECASE)
 
 
 def redact(text: str) -> str:
     """A text without its secrets: `http://me:pw@host` becomes `http://me:***@host`, `https://key@host` `https://***@host`.
 
-    Hidden are what a URI holds before its host, the secret parameters of its query, an Authorization header's value, and the
-    values of environment variables that are named like secrets (HF_TOKEN, MLFLOW_TRACKING_PASSWORD), wherever they turn up.
+    Hidden are what a URI holds before its host, the secret parameters of its query, keys of a connection string, an
+    Authorization header's value, and the values of environment variables that are named like secrets (HF_TOKEN, PGPASSWORD),
+    wherever they turn up and however they are quoted there.
     """
     for secret in environment_secrets():
-        text = text.replace(secret, HIDDEN)
-    text = _PASSWORD.sub(rf"\1:{HIDDEN}@", text)
+        for spelling in spellings(secret):
+            text = text.replace(spelling, HIDDEN)
+    text = _TOKEN_AS_USER.sub(rf"\1{HIDDEN}@", text)
+    for password in _PASSWORDS:
+        text = password.sub(rf"\1:{HIDDEN}@", text)
     text = _TOKEN_FOR_USER.sub(rf"\1{HIDDEN}@", text)
-    return _HEADER.sub(rf"\1{HIDDEN}", _SECRET_QUERY.sub(rf"\1{HIDDEN}", text))
-
-
-def environment_secrets() -> list[str]:
-    """Values of the environment variables that are named like secrets, the longest first; paths and short ones are none."""
-    values = {value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name) and len(value) >= _LEAST}
-    return sorted((value for value in values if not value.startswith(("/", "~")) and not value.isdigit()), key=len, reverse=True)
+    return _HEADER.sub(rf"\1{HIDDEN}", _CONNECTION.sub(rf"\1{HIDDEN}", _SECRET_QUERY.sub(rf"\1{HIDDEN}", text)))
 
 
 def without_secrets(config: Any, key: str = "") -> Any:
-    """A plain container (dicts, lists, scalars) with the values of secret-sounding keys and all that `redact` hides replaced."""
+    """A plain container (dicts, lists, scalars) with the values of secret-sounding keys and all that `redact` hides replaced.
+
+    Of a mapping under such a key every value is hidden.
+    """
     if isinstance(config, dict):
-        return {name: without_secrets(value, str(name)) for name, value in config.items()}
+        inherited = is_secret(key, config)
+        return {name: without_secrets(value, key if inherited else str(name)) for name, value in config.items()}
     if isinstance(config, list):
         return [without_secrets(value, key) for value in config]
-    if config is not None and _SECRET_KEY.search(key):
+    if is_secret(key, config):
         return HIDDEN
     return redact(config) if isinstance(config, str) else config
 
@@ -66,8 +78,8 @@ def keep_secrets(argv: list[str], environ: MutableMapping[str, str] = os.environ
     program, parser = Path(argv[0]).name, OverridesParser.create()
     for place, argument in enumerate(argv[1:], start=1):
         name, _, value = argument.partition("=")
-        by_name = bool(_SECRET_KEY.search(name))
-        if argument.startswith("-") or value.startswith("${") or (not (by_name and value) and value == redact(value)):
+        by_name = bool(value) and is_secret(name.lstrip("+"), value)
+        if argument.startswith("-") or value.startswith("${") or not (by_name or value != redact(value) or _holds_secrets(value)):
             continue
         try:
             override = parser.parse_override(argument)
@@ -76,8 +88,15 @@ def keep_secrets(argv: list[str], environ: MutableMapping[str, str] = os.environ
         if override.is_sweep_override():
             raise SystemExit(f"{program}: {name} holds a secret, and a sweep over it would write it down; give it one value")
         variable = f"GRACE_{'SECRET' if by_name else 'SETTING'}_{place}"
-        environ[variable] = str(override.value())
-        argv[place] = f"{name}=${{oc.env:{variable}}}"
+        if isinstance(override.value(), dict | list):
+            environ[variable], argv[place] = value, f"{name}=${{oc.decode:${{oc.env:{variable}}}}}"
+        else:
+            environ[variable], argv[place] = str(override.value()), f"{name}=${{oc.env:{variable}}}"
+
+
+def _holds_secrets(value: str) -> bool:
+    """Whether a mapping on the command line has a secret-sounding key."""
+    return value.lstrip().startswith(("{", "[")) and any(is_secret(key, "text") for key in re.findall(r"([\w.-]+)['\"]?\s*:", value))
 
 
 class RedactedStream:
@@ -110,9 +129,8 @@ class RedactSavedConfigs(Callback):
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         if config.hydra.output_subdir is not None:
             _redact_files(Path(config.hydra.runtime.output_dir, config.hydra.output_subdir))
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        _redact_files(Path(config.hydra.sweep.dir))
+        if config.hydra.mode == RunMode.MULTIRUN:  # multirun.yaml, which would keep them until the sweep ends
+            _redact_files(Path(config.hydra.sweep.dir))
 
 
 def _redact_files(folder: Path) -> None:
@@ -120,4 +138,6 @@ def _redact_files(folder: Path) -> None:
         saved = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
         clean = without_secrets(saved)
         if clean != saved:
-            file.write_text(OmegaConf.to_yaml(OmegaConf.create(clean)), encoding="utf-8")
+            aside = file.with_name(f".{file.name}.{os.getpid()}.partial")  # jobs may be at it side by side
+            aside.write_text(OmegaConf.to_yaml(OmegaConf.create(clean)), encoding="utf-8")
+            aside.replace(file)

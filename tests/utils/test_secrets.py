@@ -1,16 +1,20 @@
 """Secrets of every kind that a run meets, and all places that a run writes to."""
 
+import json
 import logging
 import os
 import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import yaml
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
-from src.utils.secrets import RedactedStream, RedactingFormatter, keep_secrets, redact, without_secrets
+from src.utils.secrets import RedactedStream, RedactingFormatter, RedactSavedConfigs, keep_secrets, redact, without_secrets
 from tests.conftest import ROOT
 
 PASSWORD, TOKEN, KEY = "hunter2-s3cr3t", "hf_abcdefTOKENabcdef", "k3y-0f-the-house"
@@ -34,6 +38,16 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> None:
         ("https://host/x?sv=1&sig=abc", "https://host/x?sv=1&sig=***"),
         ("s3://b/k?X-Amz-Signature=abc&aws_secret_access_key=d", "s3://b/k?X-Amz-Signature=***&aws_secret_access_key=***"),
         ("{'Authorization': 'Bearer abc.def'}", "{'Authorization': 'Bearer ***'}"),
+        ("https://ghp_abc123:x-oauth-basic@github.com/x", "https://***@github.com/x"),
+        ("https://0123abcd:x-oauth-basic@github.com/x", "https://***@github.com/x"),
+        ("http://apikey:@host/x", "http://***@host/x"),
+        ("postgresql://u:p/w@db/x", "postgresql://u:***@db/x"),
+        ("postgresql://u:p w@db/x and more", "postgresql://u:***@db/x and more"),
+        ("postgresql://u:it's@db/x", "postgresql://u:***@db/x"),
+        ("AccountName=me;AccountKey=abc+/==;Suffix=x", "AccountName=me;AccountKey=***;Suffix=x"),
+        ("http://host:5000 says no to user@host", "http://host:5000 says no to user@host"),
+        ("['http://host:5000/x', 'user@host']", "['http://host:5000/x', 'user@host']"),
+        ("see https://host/a:b and me@host", "see https://host/a:b and me@host"),
         ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
         ("http://host:5000/a@b", "http://host:5000/a@b"),
         ("file:///a/b@c", "file:///a/b@c"),
@@ -59,6 +73,30 @@ def test_secrets_of_the_environment_are_hidden_wherever_they_turn_up(monkeypatch
     assert redact(said) == "***, x***x, ***, parallel-and-plain, /home/me/key.json, short"
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["PGPASSWORD", "MYSQL_PWD", "DB_PASS", "OPENAI_KEY", "AZURE_STORAGE_KEY", "AZURE_STORAGE_CONNECTION_STRING", "HF_TOKEN", "SLURM_JWT"],
+)
+def test_secrets_of_other_services_are_known_by_their_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, KEY)
+    assert redact(f"x{KEY}x") == "x***x"
+
+
+def test_a_plain_word_or_a_number_is_no_secret_whatever_key_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SORT_KEY": "document", "MAX_TOKENS": "1234567", "PWD": "/home/me/work", "COMPASS": "northwest"}.items():
+        monkeypatch.setenv(name, value)
+    assert redact("document 1234567 /home/me/work northwest") == "document 1234567 /home/me/work northwest"
+
+
+def test_a_secret_is_hidden_however_it_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "o\"ne\\t'wo é"
+    monkeypatch.setenv("DB_PASSWORD", secret)
+    for text in (secret, json.dumps({"a": secret}), repr({"a": secret}), yaml.safe_dump({"a": secret}, allow_unicode=True), quote(secret)):
+        left = redact(text)
+        assert "***" in left
+        assert "ne" not in left
+
+
 def test_secret_keys_are_hidden_and_token_counts_are_not() -> None:
     config = {
         "db": {"password": "pw", "api_key": ["a", "b"], "aws_secret_access_key": "c"},
@@ -67,6 +105,17 @@ def test_secret_keys_are_hidden_and_token_counts_are_not() -> None:
         "key_value_heads": 2,
         "uri": ["http://a:b@c"],
         "token": None,
+        "pg": {"pgpassword": "p", "db_pass": "p", "pwd": "p", "passphrase": "p", "connection_string": "p", "tokens": ["p", "q"]},
+        "credentials": {"user": "u", "more": {"id": 7}},
+        "counts": {
+            "max_new_tokens": 8,
+            "micro_batch_tokens": 9,
+            "tokens": 10,
+            "tokenizer": "x",
+            "pad_token": "<pad>",
+            "forward_pass": True,
+        },
+        "special_tokens": ["<a>"],
     }
     assert without_secrets(config) == {
         "db": {"password": "***", "api_key": ["***", "***"], "aws_secret_access_key": "***"},
@@ -75,6 +124,13 @@ def test_secret_keys_are_hidden_and_token_counts_are_not() -> None:
         "key_value_heads": 2,
         "uri": ["http://a:***@c"],
         "token": None,
+        "pg": {
+            **dict.fromkeys(("pgpassword", "db_pass", "pwd", "passphrase", "connection_string"), "***"),
+            "tokens": ["***", "***"],
+        },
+        "credentials": {"user": "***", "more": {"id": "***"}},
+        "counts": config["counts"],
+        "special_tokens": ["<a>"],
     }
 
 
@@ -85,6 +141,16 @@ def test_settings_with_secrets_leave_the_command_line() -> None:
     keep_secrets(argv, environment)
     assert argv[: len(plain)] == plain
     assert argv[len(plain) :] == ["paths.tracking_uri=${oc.env:GRACE_SETTING_7}", "+store.password=${oc.env:GRACE_SECRET_8}", "x.api_key="]
+    given = [f"+store={{user: me, password: {PASSWORD}}}", f"x.tokens=[{TOKEN},b]", "rollout.max_new_tokens=8", "x.tokens=9"]
+    more: dict[str, str] = {}
+    argv = ["train.py", *given]
+    keep_secrets(argv, more)
+    assert more == {"GRACE_SETTING_1": given[0].partition("=")[2], "GRACE_SECRET_2": given[1].partition("=")[2]}
+    assert argv[1:] == [
+        "+store=${oc.decode:${oc.env:GRACE_SETTING_1}}",
+        "x.tokens=${oc.decode:${oc.env:GRACE_SECRET_2}}",
+        *given[2:],
+    ]
     assert environment == {"GRACE_SETTING_7": f"http://me:{PASSWORD}@host:5000", "GRACE_SECRET_8": f"a, {KEY}"}
 
 
@@ -117,6 +183,25 @@ def test_streams_and_log_lines_hide_secrets() -> None:
     assert stream.isatty() is False
     record = logging.LogRecord("x", logging.ERROR, "", 0, "no %s", (f"http://me:{PASSWORD}@host",), None)
     assert RedactingFormatter("%(message)s").format(record) == "no http://me:***@host"
+
+
+def test_copies_of_a_sweep_s_config_are_cleared_when_its_first_job_starts(tmp_path: Path) -> None:
+    saved = {file: tmp_path / file for file in ("multirun.yaml", "0/.hydra/config.yaml")}
+    for file in saved.values():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump({"store": {"uri": f"http://me:{PASSWORD}@host", "api_key": KEY}, "seed": 1}))
+    runtime = {
+        "mode": "MULTIRUN",
+        "output_subdir": ".hydra",
+        "runtime": {"output_dir": str(tmp_path / "0")},
+        "sweep": {"dir": str(tmp_path)},
+    }
+    config = OmegaConf.create({"hydra": runtime})
+    config.hydra.mode = RunMode.MULTIRUN
+    RedactSavedConfigs().on_job_start(config)
+    for file in saved.values():
+        assert yaml.safe_load(file.read_text()) == {"store": {"uri": "http://me:***@host", "api_key": "***"}, "seed": 1}
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["0", "multirun.yaml"]
 
 
 # ---- whole runs
