@@ -4,7 +4,7 @@ import copy
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import snapshot_download
 
@@ -31,16 +31,23 @@ def parts(task: "AbsTask") -> list["AbsTask"]:
 
 def localised(task: "AbsTask", data_dir: Path) -> "AbsTask":
     """The task, reading the copy of its data where there is one. The task itself, which MTEB shares, is left alone."""
-    task = copy.copy(task)
     if task.is_aggregate:
-        task.tasks = [localised(part, data_dir) for part in parts(task)]  # type: ignore[attr-defined]
-        task.taskname_to_task = {part.metadata.name: part for part in task.tasks}  # type: ignore[attr-defined]
-        task.metadata = task.metadata.model_copy(update={"tasks": task.tasks})  # type: ignore[attr-defined]
-        return task
+        own = [localised(part, data_dir) for part in parts(task)]
+        aggregate = _with_metadata(task, tasks=own)
+        aggregate.tasks = own  # type: ignore[attr-defined]
+        aggregate.taskname_to_task = {part.metadata.name: part for part in own}  # type: ignore[attr-defined]
+        return aggregate
     dataset = task.metadata.dataset
     folder = copy_folder(data_dir, dataset["path"], dataset["revision"])
-    if folder.is_dir():
-        task.metadata = task.metadata.model_copy(update={"dataset": {**dataset, "path": str(folder)}})
+    return _with_metadata(task, dataset={**dataset, "path": str(folder)}) if folder.is_dir() else copy.copy(task)
+
+
+def _with_metadata(task: "AbsTask", **changes: Any) -> "AbsTask":
+    """A copy with other metadata, which is its class's: an object's own is dropped by MTEB when the data is unloaded."""
+    task = copy.copy(task)
+    metadata = task.metadata.model_copy(update=changes)
+    task.__dict__.pop("metadata", None)
+    task.__class__ = type(type(task).__name__, (type(task),), {"metadata": metadata})
     return task
 
 
