@@ -45,7 +45,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory):
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
         torch.manual_seed(0)
         model(
-            config(**sizes, head_dim=8, vocab_size=len(tokenizer), tie_word_embeddings=True, max_position_embeddings=2048)
+            config(**sizes, head_dim=8, vocab_size=len(tokenizer), tie_word_embeddings=True, max_position_embeddings=4096)
         ).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
