@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 LOCK = "run.lock"
 """Held by the process that trains in a folder; names it, and its place in a scheduler's job; stays when the run has ended."""
 CHECKPOINTS, LAST = "checkpoints", "last.ckpt"
+_SINCE = "since "
 
 # ---- which folder
 
@@ -116,12 +118,23 @@ def alone_in(folder: Path, overrides: Sequence[str] | None = None) -> Iterator[N
     try:
         if overrides is None:
             overrides = _plain(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ()
-        lines = [f"process {os.getpid()} on {socket.gethostname()}", place_in_job(overrides) or ""]
+        lines = [f"process {os.getpid()} on {socket.gethostname()}"]
+        if job := place_in_job(overrides):
+            before = (folder / LOCK).read_text(encoding="utf-8")
+            lines += [job, f"{_SINCE}{_since(folder) if job in before.splitlines() else time.time()}"]
         # its time of change is what `last` goes by
-        (folder / LOCK).write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+        with open(folder / LOCK, "r+", encoding="utf-8") as file:  # never empty meanwhile, as other ranks read it
+            file.write("\n".join(lines) + "\n")
+            file.truncate()
         yield
     finally:
         lock.release()
+
+
+def _since(folder: Path) -> float:
+    """When the job that is in a folder came there first; 0 outside of one."""
+    lines = (folder / LOCK).read_text(encoding="utf-8").splitlines() if (folder / LOCK).exists() else []
+    return max((float(line.removeprefix(_SINCE)) for line in lines if line.startswith(_SINCE)), default=0.0)
 
 
 class OwnFolder(Callback):
@@ -171,8 +184,8 @@ def refuse_to_mix(ckpt_path: str | None, folder: Path) -> None:
 def starting_point(ckpt_path: str | None, folder: Path) -> str | None:
     """The checkpoint to begin with; None begins anew.
 
-    `last` is that of the run's folder. A job that was started again begins with it too, whatever its command line began with; if
-    there is none yet, as its command line says, or anew.
+    `last` is that of the run's folder. A job that was started again begins with it too, also where its command line names another
+    checkpoint: that one became the last when the job's training began. If there is none yet, as its command line says, or anew.
 
     Raises:
         FileNotFoundError: no such checkpoint.
@@ -182,7 +195,7 @@ def starting_point(ckpt_path: str | None, folder: Path) -> str | None:
     last = folder / CHECKPOINTS / LAST
     if _leads():
         tidy(last.parent)  # puts back what a killed process was replacing; until then a link may lead nowhere
-    if restarted() and (last.exists() or last.is_symlink()):
+    if restarted() and (last.is_symlink() or last.exists()) and (ckpt_path in (None, "last") or last.lstat().st_mtime >= _since(folder)):
         ckpt_path = str(last)
     if last.is_symlink() and not last.exists() and ckpt_path in (None, "last", str(last)):
         if not _leads():

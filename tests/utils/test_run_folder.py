@@ -102,7 +102,18 @@ def test_a_requeued_job_goes_on_from_its_own_last_state_wherever_its_command_beg
     assert choose_folder(str(tmp_path), "tiny", "tuesday", str(other), 0, command) == str(folder)
     assert starting_point(str(other), folder) == str(other)  # nothing saved yet
     checkpoint = saved(folder)
-    assert starting_point(str(other), folder) == str(checkpoint)
+    assert starting_point(str(other), work(folder, command)) == str(checkpoint)
+
+
+@pytest.mark.usefixtures("in_slurm")
+def test_a_job_that_was_stopped_before_it_trained_begins_where_its_command_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = saved(tmp_path / "tiny" / "run")
+    earlier = checkpoint.with_name("batch_2.ckpt")
+    earlier.mkdir()
+    folder = work(tmp_path / "tiny" / "run", ["ckpt_path=earlier"])
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert starting_point(str(earlier), work(folder, ["ckpt_path=earlier"])) == str(earlier)
+    assert starting_point("last", folder) == str(checkpoint)
 
 
 def test_where_a_run_starts(tmp_path: Path) -> None:
