@@ -4,7 +4,6 @@ import hashlib
 import logging
 import os
 import socket
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -121,7 +120,8 @@ def alone_in(folder: Path, overrides: Sequence[str] | None = None) -> Iterator[N
         lines = [f"process {os.getpid()} on {socket.gethostname()}"]
         if job := place_in_job(overrides):
             before = (folder / LOCK).read_text(encoding="utf-8")
-            lines += [job, f"{_SINCE}{_since(folder) if job in before.splitlines() else time.time()}"]
+            (folder / LOCK).touch()  # files and links have their times by the file system's clock
+            lines += [job, f"{_SINCE}{_since(folder) if job in before.splitlines() else (folder / LOCK).stat().st_mtime}"]
         # its time of change is what `last` goes by
         with open(folder / LOCK, "r+", encoding="utf-8") as file:  # never empty meanwhile, as other ranks read it
             file.write("\n".join(lines) + "\n")

@@ -110,6 +110,7 @@ def test_a_job_that_was_stopped_before_it_trained_begins_where_its_command_says(
     checkpoint = saved(tmp_path / "tiny" / "run")
     earlier = checkpoint.with_name("batch_2.ckpt")
     earlier.mkdir()
+    os.utime(checkpoint.with_name("last.ckpt"), (10, 10), follow_symlinks=False)
     folder = work(tmp_path / "tiny" / "run", ["ckpt_path=earlier"])
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert starting_point(str(earlier), work(folder, ["ckpt_path=earlier"])) == str(earlier)
