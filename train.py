@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from src.utils.instantiate import instantiate_all
 from src.utils.plan import PlanError, show
 from src.utils.preemption import StopTogether, preemptible
-from src.utils.processes import prepare
+from src.utils.processes import naming_lost_processes, prepare
 from src.utils.quiet import quiet_lightning
 from src.utils.run_folder import alone_in, register_resolver, starting_point
 from src.utils.run_info import log_run_info
@@ -40,7 +40,7 @@ def train(cfg: DictConfig) -> float | None:
             raise SystemExit(f"train.py: {error}") from error
         return None
     folder = Path(cfg.paths.output_dir)
-    with alone_in(folder), preemptible():
+    with alone_in(folder), preemptible(), naming_lost_processes():
         return fit(cfg, starting_point(cfg.ckpt_path, folder))
 
 

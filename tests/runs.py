@@ -33,6 +33,13 @@ class KillAt(L.Callback):
             timer.start()
 
 
+class KillIn(L.Callback):
+    """SIGKILL in one of Lightning's hooks: while a run starts, or ends."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+
+
 class Slow(L.Callback):
     """A rank that the others wait for, inside of what they do together."""
 
@@ -89,13 +96,17 @@ class Runs:
     def kill_and_resume(self, folder: Path, kills: int, seed: int, longest: int, *overrides: str) -> int:
         """Kills a run `kills` times, each after one to `longest` batches more, and lets it end; the last exit status."""
         rng = random.Random(seed)
+
+        def again() -> list[str]:
+            return ["ckpt_path=last"] if batches_saved(folder) else []
+
         for kill in range(kills):
             at, seconds = batches_saved(folder) + rng.randrange(longest), rng.uniform(0.0, 0.5)
             killer = f"+callbacks.killer={{_target_:tests.runs.KillAt,batch:{at},seconds:{seconds}}}"
-            status = self.run(folder, *overrides, killer, *(["ckpt_path=last"] if batches_saved(folder) else []))
+            status = self.run(folder, *overrides, killer, *again())
             if status != -signal.SIGKILL:
                 raise RuntimeError(f"kill {kill + 1} at batch {at}: the run ended with status {status} by itself, see {self.log}")
-        return self.run(folder, *overrides, "ckpt_path=last")
+        return self.run(folder, *overrides, *again())
 
 
 def batches_saved(folder: Path) -> int:

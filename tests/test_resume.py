@@ -119,7 +119,10 @@ def assert_same(ours: Any, theirs: Any, name: str) -> None:
 
 
 def test_killed_twice_a_run_ends_as_if_it_never_was(runs: Runs, small: list[str], whole: Path, tmp_path: Path, tracking_uri: str) -> None:
-    status = runs.kill_and_resume(tmp_path, 2, 0, 3, *small, *SHORT, f"project={tmp_path.name}")
+    own = (*small, *SHORT, f"project={tmp_path.name}")
+    for moment in ("setup", "on_fit_start"):  # of a run that has saved nothing yet
+        assert runs.run(tmp_path, *own, f"+callbacks.killer={{_target_:tests.runs.KillIn,hook:{moment}}}") == -signal.SIGKILL
+    status = runs.kill_and_resume(tmp_path, 2, 0, 3, *own)
     assert status == 0, runs.log.read_text()[-3000:]
     assert_alike(whole, tmp_path, tracking_uri, batches=8)
 
@@ -132,6 +135,22 @@ def test_killed_ten_times_a_run_ends_as_if_it_never_was(runs: Runs, small: list[
     assert runs.run(never, *small, *length, f"project={never.name}") == 0, runs.log.read_text()[-3000:]
     assert runs.kill_and_resume(often, 10, 0, 4, *small, *length, f"project={often.name}") == 0, runs.log.read_text()[-3000:]
     assert_alike(never, often, tracking_uri, batches=48)
+
+
+@pytest.mark.parametrize("every", [pytest.param(2, id="last batch saved"), pytest.param(3, id="saved before", marks=pytest.mark.slow)])
+def test_killed_while_it_ends_a_run_ends_again(
+    runs: Runs, small: list[str], whole: Path, tmp_path: Path, tracking_uri: str, every: int
+) -> None:
+    own = (*small, *SHORT, f"project={tmp_path.name}", f"callbacks.checkpoint.every_n_rollout_batches={every}")
+    assert runs.run(tmp_path, *own, "+callbacks.killer={_target_:tests.runs.KillIn,hook:on_train_end}") == -signal.SIGKILL
+    assert batches_saved(tmp_path) == (8 if every == 2 else 6)
+    # killed again while it starts to go on
+    assert (
+        runs.run(tmp_path, *own, "ckpt_path=last", "+callbacks.killer={_target_:tests.runs.KillIn,hook:on_train_start}") == -signal.SIGKILL
+    )
+    status = runs.run(tmp_path, *own, "ckpt_path=last", "optimized_metric=reward/total/mean")
+    assert status == 0, runs.log.read_text()[-3000:]
+    assert_alike(whole, tmp_path, tracking_uri, batches=8)
 
 
 @pytest.mark.parametrize(("signal_number", "batch"), [(signal.SIGUSR1, 4), (signal.SIGTERM, 3)], ids=["mid_epoch", "last_of_an_epoch"])
@@ -191,6 +210,17 @@ def test_ranks_told_to_stop_end_the_same_batch_save_and_go_on(
     assert_alike(whole_of_two, tmp_path, tracking_uri, batches=8)
 
 
+def test_a_rank_that_is_killed_ends_the_other_in_one_line_and_both_go_on(
+    runs: Runs, small: list[str], whole_of_two: Path, tmp_path: Path, tracking_uri: str
+) -> None:
+    own = (*small, *SHORT, f"project={tmp_path.name}")
+    killer = "+callbacks.killer={_target_:tests.runs.KillAt,batch:5,seconds:0,rank:1}"
+    assert runs.run_ranks(tmp_path, *own, killer) == [1, -signal.SIGKILL], runs.log.read_text()[-3000:]
+    assert "LostProcessError: rank 0: another of the 2 processes has ended, see what it said last" in runs.log.read_text()
+    assert runs.run_ranks(tmp_path, *own, "ckpt_path=last") == [0, 0], runs.log.read_text()[-3000:]
+    assert_alike(whole_of_two, tmp_path, tracking_uri, batches=8)
+
+
 def test_other_settings_of_the_optimiser_are_used_and_said(
     runs: Runs, small: list[str], whole: Path, tmp_path: Path, tracking_uri: str
 ) -> None:
@@ -216,7 +246,8 @@ def test_other_settings_in_the_same_folder_begin_another_mlflow_run(
     assert experiment is not None
     second, first = client.search_runs([experiment.experiment_id])
     assert second.data.tags["resumed_from"] == first.info.run_id
-    assert [step for step, _ in history(client, second)["reward/total/mean"]] == [4, 5, 6, 7, 8]
+    # the third is what the checkpoint holds, in case the process that saved it had no time to log it
+    assert [step for step, _ in history(client, second)["reward/total/mean"]] == [3, 4, 5, 6, 7, 8]
     assert [step for step, _ in history(client, first)["reward/total/mean"]][:5] == [1, 2, 3, 4, 5]
     assert "goes on with other settings than it began with: reward._target_=src.modules.rewards.paper in place of" in runs.log.read_text()
 

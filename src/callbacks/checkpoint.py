@@ -134,6 +134,8 @@ class RolloutCheckpoint(ModelCheckpoint):
         pending = dict(self._not_logged_yet)  # Lightning logs right after this checkpoint is saved; MLflow takes nothing twice
         if pending:
             log_metrics(trainer, pending, step=int(pending.pop("step")))
+            # a run that has nothing left but its end is asked for its last metrics too, by sweeps
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in pending.items()})
 
     def _prune(self) -> None:
         kept = {(self._folder / link).resolve() for link in (LAST, BEST)}
