@@ -1,6 +1,7 @@
 """Runs of two processes as users start them: by Lightning, which starts the second itself, and by SLURM's script."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,6 +67,21 @@ def test_lightning_starts_the_second_process_and_rank_zero_alone_leaves_traces(
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     has_one_rank_s_traces(tmp_path / "out", tracking_uri, tmp_path.name)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_process_that_was_started_stops_both_and_is_the_command_s_status(places: list[str], tmp_path: Path) -> None:
+    own = [f"hydra.run.dir={tmp_path}/out", "trainer.limit_train_batches=20", "logger=none", "callbacks.progress.seconds_between_lines=0"]
+    command = [sys.executable, "train.py", "trainer=cpu_ddp", *SMALL, *places, *own]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        shown = ""
+        for line in process.stdout:
+            shown += line
+            if "rollout batch 2/20" in line:
+                process.send_signal(signal.SIGUSR1)
+    assert process.returncode == 75, shown[-3000:]
+    assert (tmp_path / "out" / "checkpoints" / "last.ckpt").exists()
 
 
 def sbatch(folder: Path, settings: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
