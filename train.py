@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig
 
+from src.utils.epochs import BeginNextEpoch
 from src.utils.instantiate import instantiate_all
 from src.utils.plan import PlanError, show
 from src.utils.preemption import StopTogether, preemptible
@@ -51,7 +52,7 @@ def fit(cfg: DictConfig, checkpoint: str | None) -> float | None:
     datamodule = instantiate(cfg.datamodule)
     module = instantiate(cfg.module)
     loggers = instantiate_all(cfg.get("logger"), "logger")
-    callbacks = [*instantiate_all(cfg.get("callbacks"), "callbacks"), StopTogether()]
+    callbacks = [*instantiate_all(cfg.get("callbacks"), "callbacks"), StopTogether(), BeginNextEpoch()]
     keeps = any(isinstance(callback, Checkpoint) for callback in callbacks)  # without one Lightning would bring its own
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, enable_checkpointing=keeps)
     prepare(trainer)
