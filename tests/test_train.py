@@ -59,9 +59,9 @@ def test_train_end_to_end(places: list[str], tracking_uri: str, tmp_path: Path) 
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["seed"] == "7"
-    assert run.data.params["reward._target_"] == "src.modules.rewards.listwise"
+    assert run.data.params["reward._target_"] == "src.modules.rewards.document"
     assert {"git.commit", "version.lightning", "hardware.cores"} <= set(run.data.tags)
-    for metric in ("reward/total/mean", "reward/to_query/within_group_std", "kl/from_start", "throughput/rollout_tokens_per_second"):
+    for metric in ("reward/total/mean", "reward/hard/within_group_std", "kl/from_start", "throughput/rollout_tokens_per_second"):
         assert [entry.step for entry in client.get_metric_history(run.info.run_id, metric)] == [1, 2], metric
     assert {"mteb/average", "test/base/average", "test/base_reasoning/average", "test/grace/DocstringRetrieval"} <= set(run.data.metrics)
     artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
@@ -144,7 +144,7 @@ def test_a_sweep_gives_every_run_a_folder_of_its_own(places: list[str], tmp_path
 
 def test_the_optimised_metric_is_returned(compose: Compose) -> None:
     settings = ["logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=1"]
-    settings += ["rollout.max_new_tokens=4", "packages.train=[urllib3]"]
+    settings += ["rollout.max_new_tokens=4", "packages.train=[urllib3]", "reward=listwise"]
     reward = train(compose(*settings, "optimized_metric=reward/total/mean"))
     assert reward is not None
     assert reward < 0  # of the listwise form, a sum of log-probabilities
