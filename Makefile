@@ -22,11 +22,14 @@ help: ## List the targets
 train: .venv/installed ## Run train.py; pass settings as ARGS="reward=paper seed=1"
 	$(BIN)/python train.py $(ARGS)
 
+# A process for every core with one thread each: most tests are too small for two threads to help.
+PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+
 test: $(TESTED) ## Run the tests that need neither a GPU nor a network
-	$(OFFLINE) $(BIN)/pytest -m "not slow and not gpu and not hub" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not hub" $(ARGS)
 
 test-slow: $(TESTED) ## Run the long tests as well
-	$(OFFLINE) $(BIN)/pytest -m "not gpu and not hub" $(ARGS)
+	$(PYTEST) -m "not gpu and not hub" $(ARGS)
 
 mteb-data: .venv/installed ## Copy MTEB's data sets to data/mteb; pass others as ARGS="benchmark=mteb_eng_v2"
 	$(BIN)/python mteb_data.py $(ARGS)

@@ -158,7 +158,6 @@ def test_parquet_rows(tmp_path, negative):
             "query is not UTF-8 (byte 1 is 0xff)",
         ),
     ],
-    ids=str,
 )
 def test_a_malformed_row_is_named(tmp_path, columns, reason):
     pq.write_table(table(**columns), tmp_path / "data.parquet", row_group_size=2)

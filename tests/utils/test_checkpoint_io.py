@@ -72,7 +72,7 @@ def flip(file: Path) -> None:
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "state.pt", "checkpoint.json"])
 @pytest.mark.parametrize(
-    ("damage", "told"), [(cut, r"has \d+ bytes of|broken"), (flip, r"checksum differs|broken"), (Path.unlink, "is missing")], ids=str
+    ("damage", "told"), [(cut, r"has \d+ bytes of|broken"), (flip, r"checksum differs|broken"), (Path.unlink, "is missing")]
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(tmp_path: Path, name: str, damage: Any, told: str) -> None:
     for batches in (10, 20, 30):
