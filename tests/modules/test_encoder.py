@@ -21,6 +21,8 @@ TEXTS = ["a graph", "Draw random samples from a normal distribution.", "the tabl
 class Recording:
     """The real engine, with a record of what it was asked."""
 
+    max_new_tokens = SETTINGS.max_new_tokens
+
     def __init__(self) -> None:
         self.engine, self.prompts, self.modes = HFRollouts(SETTINGS.max_new_tokens), [], []
 
