@@ -29,10 +29,10 @@ KEYS = sorted({key for rows in SOURCES.values() for key, _ in rows.values()})
 
 
 def read_models(file: Path) -> dict[str, dict[str, str]]:
-    """Backbone -> key -> what `evaluate.py model=` was given. A pattern is the newest of the paths that it fits.
+    """Backbone -> key -> what `evaluate.py model=` was given. A pattern is the newest of the paths that it fits, or nothing yet.
 
     Raises:
-        ValueError: the file is no mapping of this form, or a pattern fits nothing.
+        ValueError: the file is no mapping of this form.
     """
     named = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(named, dict) or not all(isinstance(keys, dict) for keys in named.values()):
@@ -41,17 +41,15 @@ def read_models(file: Path) -> dict[str, dict[str, str]]:
     for backbone, keys in named.items():
         if unknown := sorted(set(keys) - set(KEYS)):
             raise ValueError(f"{file}, {backbone}: {', '.join(unknown)} is none of {', '.join(KEYS)}")
-        models[backbone] = {key: _newest(str(path), file) for key, path in keys.items() if path is not None}
+        found = {key: _newest(str(path)) for key, path in keys.items() if path is not None}
+        models[backbone] = {key: path for key, path in found.items() if path is not None}
     return models
 
 
-def _newest(path: str, file: Path) -> str:
+def _newest(path: str) -> str | None:
     if "*" not in path:
         return path
-    found = sorted(ROOT.glob(path), key=lambda match: (match.stat().st_mtime, str(match)))
-    if not found:
-        raise ValueError(f"{file}: nothing in {ROOT} fits {path}")
-    return str(found[-1])
+    return max(map(str, ROOT.glob(path)), key=lambda match: (Path(match).stat().st_mtime, match), default=None)
 
 
 def place(path: str) -> str:

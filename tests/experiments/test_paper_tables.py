@@ -59,8 +59,7 @@ def test_a_pattern_is_the_newest_and_a_wrong_file_says_what_is_wrong(tmp_path: P
     file.write_text("B: {base: experiments/tiny_pol*/weights, cl: null}")
     assert report.read_models(file) == {"B": {"base": str(FOLDER.parent / "tiny_policy" / "weights")}}
     file.write_text("B: {base: experiments/none_*/weights}")
-    with pytest.raises(ValueError, match=r"nothing in .* fits experiments/none_\*/weights"):
-        report.read_models(file)
+    assert report.read_models(file) == {"B": {}}
     file.write_text("B: {grace: x}")
     with pytest.raises(ValueError, match="B: grace is none of base, cl, grace_sup, grace_unsup, simcse"):
         report.read_models(file)
