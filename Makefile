@@ -22,8 +22,9 @@ help: ## List the targets
 train: .venv/installed ## Run train.py; pass settings as ARGS="reward=paper seed=1"
 	$(BIN)/python train.py $(ARGS)
 
-# A process for every core with one thread each: most tests are too small for two threads to help.
-PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+# A process for every core with one thread each: most tests are too small for two threads to help. Files in their order, as those
+# of few tests have the longest, and would be left for the end.
+PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(TESTED) ## Run the tests that need neither a GPU nor a network
 	$(PYTEST) -m "not slow and not gpu and not hub" $(ARGS)

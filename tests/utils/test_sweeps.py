@@ -103,6 +103,7 @@ def test_a_sweep_outlives_sigkill_and_a_failed_point_and_repeats_nothing(sweep: 
     assert sweep.artifacts() == {"sweep.yaml", "sweep.md", "sweep.png"}
 
 
+@pytest.mark.slow
 def test_an_optuna_search_goes_on_with_the_points_that_it_would_have_had(sweep: Sweeper) -> None:
     pytest.importorskip("optuna")
     space = ["hydra/sweeper=optuna", "optimized_metric=mteb/average", "reward.consistency_weight=interval(0.0,0.5)"]
