@@ -4,6 +4,7 @@ python -m experiments.paper_tables.report [models.yaml] [--benchmark mteb_eng_v1
 """
 
 import argparse
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -102,7 +103,8 @@ def histograms(models: Mapping[str, Mapping[str, str]], output: Path) -> dict[st
         for key in ("grace_sup", "grace_unsup"):
             drawn = Path(place(keys[key])).parent / "similarities.png" if key in keys else None
             if drawn is not None and drawn.exists():
-                found[f"{backbone}, {key}"] = Path(shutil.copy(drawn, output / f"similarities_{backbone}_{key}.png"))
+                name = re.sub(r"[^\w.-]+", "-", f"similarities_{backbone}_{key}")
+                found[f"{backbone}, {key}"] = Path(shutil.copy(drawn, output / f"{name}.png"))
     return found
 
 

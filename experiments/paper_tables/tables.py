@@ -54,7 +54,7 @@ def cell(row: Row, column: str) -> str:
 
 def markdown(rows: Sequence[Row]) -> str:
     """A section a table, a line a row; notes below, numbered."""
-    lines, notes = [], [row.note for row in rows if row.note]
+    lines, notes = [], list(dict.fromkeys(row.note for row in rows if row.note))
     for table in dict.fromkeys(row.table for row in rows):
         lines += [f"## {table.capitalize()}", ""]
         lines.append("| backbone | | " + " | ".join([*CATEGORIES.values(), AVERAGE]) + " |")
@@ -99,5 +99,5 @@ def figure(rows: Sequence[Row]) -> Figure:
         axis.set_title(f"{table}: filled here, dashed the paper's", fontsize=10)
         axis.set_ylabel("average, %")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, ncols=len(names), fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return drawn
