@@ -1,6 +1,5 @@
 """Once for each content and setting: files are read, checked and filtered by length, in parallel, into Arrow files."""
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -15,12 +14,12 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from uuid import uuid4
 
 import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
+from src.datamodules.aside import written_aside
 from src.datamodules.files import DataFile
 from src.datamodules.prompt_limit import PromptLimit
 from src.datamodules.reading import BadRecord, Chunk, Reader, open_parquet
@@ -139,7 +138,7 @@ def prepare(files: Sequence[DataFile], reader: Reader, limit: PromptLimit, cache
     chunks = [chunk for _, parts in scanned for chunk in parts]
     processes = max(1, min(num_proc or _cores(), len(chunks)))
     log.info("preparing %s (once; kept in %s), %d processes", _names(files), folder, processes)
-    with _aside(folder) as work:
+    with written_aside(folder) as work:
         report = Report()
         for part in _with_progress(chunks, _prepare_all(chunks, _Worker(reader, limit, work), processes)):
             report.add(part)
@@ -157,42 +156,6 @@ def load_report(folder: Path) -> Report:
     """The report of a prepared folder."""
     values = json.loads(Path(folder, _REPORT_FILE).read_text(encoding="utf-8"))
     return Report(**values | {"all_bad": str(folder / MALFORMED)})
-
-
-@contextmanager
-def _aside(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, for this process alone; in the end it is gone, unless it was renamed.
-
-    A lock file beside it, held from before the folder is there until it is not, tells it from what killed processes left.
-    """
-    for left in folder.parent.glob(f"{folder.name}.*"):
-        if left.is_dir():
-            _remove_unless_held(left)
-    aside = folder.with_name(f"{folder.name}.{uuid4().hex[:8]}")
-    lock_file = _lock_of(aside)
-    with lock_file.open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        aside.mkdir()
-        try:
-            yield aside
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-            lock_file.unlink()
-
-
-def _lock_of(aside: Path) -> Path:
-    return aside.with_name(f"{aside.name}.lock")
-
-
-def _remove_unless_held(aside: Path) -> None:
-    with _lock_of(aside).open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        log.info("removing %s, which a killed preparation has left", aside)
-        shutil.rmtree(aside, ignore_errors=True)
-        _lock_of(aside).unlink(missing_ok=True)
 
 
 def _join(parts: Sequence[Path], whole: Path) -> None:
