@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
-import mlflow
 import torch
 from matplotlib.figure import Figure
+from mlflow.tracking import MlflowClient
 
+from experiments.paper_tables.publishing import publish
 from experiments.speed.measuring import machine, table
 from src.modules.encoder import RationaleEncoder
 from src.modules.export import load_policy
@@ -145,13 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     scored = a.benchmark or f"tasks of {', '.join(a.packages)}"
     said = f"{a.model}, greedy, {scored}; {len(texts)} texts in batches of {a.batch_size}, {machine()}"
     files = write(points, said, a.output)
-    mlflow.set_tracking_uri(a.tracking_uri)
-    mlflow.set_experiment(a.project)
-    with mlflow.start_run(run_name="quality and latency"):
-        for file in files:
-            mlflow.log_artifact(str(file))
-    print(files[0].read_text(encoding="utf-8"))
-    print(*files, sep="\n")
+    publish(files, MlflowClient(a.tracking_uri), a.project, "quality and latency")
 
 
 if __name__ == "__main__":

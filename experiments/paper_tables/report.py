@@ -15,6 +15,7 @@ import yaml
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from experiments.paper_tables.publishing import publish
 from experiments.paper_tables.tables import AVERAGE, NOT_MEASURED, Row, as_csv, figure, markdown
 
 HERE = Path(__file__).parent
@@ -145,12 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
             "README.md has the commands that make them"
         )
     files = write(rows, models, a.benchmark, a.output)
-    mlflow.set_experiment(a.project)
-    with mlflow.start_run(run_name=f"paper tables: {a.benchmark}"):
-        for file in files:
-            mlflow.log_artifact(str(file))
-    print(files[0].read_text(encoding="utf-8"))
-    print(*files, sep="\n")
+    publish(files, client, a.project, f"paper tables: {a.benchmark}")
 
 
 if __name__ == "__main__":
