@@ -11,6 +11,11 @@ _CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**26}
 _LEAST_TOKENS = 64  # in a chunk: below that, reading the weights costs more than computing with them
 
 
+def tokens_at_a_time(vocabulary: int, device: str) -> int:
+    """Tokens whose logits may exist at once, on a device of this type (`cpu`, `cuda`)."""
+    return max(_LEAST_TOKENS, _CHUNK_LOGITS[device] // vocabulary)
+
+
 class _SelectedLogprobs(torch.autograd.Function):
     """Chunk by chunk; what the backward pass needs of the states is computed while a chunk's distribution is at hand.
 
@@ -73,5 +78,5 @@ def selected_logprobs(
     hidden = hidden / temperature  # [n, D] in place of the logits' [n, V]
     if torch.is_autocast_enabled(device):  # does not reach into a function with a backward pass of its own
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    chunk = chunk_tokens or max(_LEAST_TOKENS, _CHUNK_LOGITS[device] // len(weight))
+    chunk = chunk_tokens or tokens_at_a_time(len(weight), device)
     return _SelectedLogprobs.apply(hidden, weight, targets, chunk, torch.is_grad_enabled())

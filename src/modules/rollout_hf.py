@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from src.modules.logprobs import tokens_at_a_time
 from src.modules.policy import Policy
 from src.modules.pooling import POOLINGS, Pooling
 from src.modules.prompt import Prompts
@@ -194,17 +195,25 @@ def uniform_draws(seed: int | Tensor, prompts: int, n: int, steps: int) -> Tenso
 def choose(hidden: Tensor, weight: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Next tokens from states [N, D] and output embeddings [V, D], with their log-probs; [N] int64 and float32.
 
-    Inverse-transform sampling: one uniform draw a row against the cumulative distribution. Noise over the whole
-    vocabulary, as `torch.multinomial` draws it, took half of the time on a CPU.
+    Rows at a time, so that [N, V] never exists whole.
 
     Args:
         draws: [N] uniform on [0, 1).
         temperature: 0 takes the likeliest token and reports its log-prob at temperature 1.
     """
-    logits = (hidden @ weight.to(hidden.dtype).T).float()
+    rows, weight = tokens_at_a_time(len(weight), hidden.device.type), weight.to(hidden.dtype)
+    parts = [_choose(h, weight, d, temperature) for h, d in zip(hidden.split(rows), draws.split(rows), strict=True)]
+    return torch.cat([ids for ids, _ in parts]), torch.cat([logprobs for _, logprobs in parts])
+
+
+def _choose(hidden: Tensor, weight: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Inverse-transform sampling: one uniform draw a row against the cumulative distribution. Noise over the whole
+    vocabulary, as `torch.multinomial` draws it, took half of the time on a CPU."""
+    logits = (hidden @ weight.T).float()
     if temperature > 0:
-        logits = logits / temperature
-        cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1)
+        logits /= temperature
+        cumulative = torch.softmax(logits, dim=-1)
+        cumulative.cumsum_(dim=-1)
         # rounding may leave the last entry below 1: draws are taken relative to it
         targets = (draws * cumulative[:, -1]).unsqueeze(1)
         ids = torch.searchsorted(cumulative, targets, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from src.utils.model_shape import Shape
 
-_LOGITS_AT_A_TIME = 2**26  # of src/modules/logprobs.py on a GPU
+_LOGITS_AT_A_TIME, _LEAST_TOKENS = 2**26, 64  # of src/modules/logprobs.py on a GPU
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def while_sampling(shape: Shape, load: Load) -> list[Row]:
     read = max(prompts for prompts, _ in calls) * load.prompt
     a_token = 14 * shape.hidden + (8 if load.half else 16) * shape.intermediate
     rows.append(Row("reading the prompts", read * a_token, f"{read:,} tokens x {a_token:,} B of one layer"))
-    most = max(rows_ for _, rows_ in calls)
-    rows.append(Row("logits", 18 * most * shape.vocabulary, f"{most} x {shape.vocabulary:,} x 18 B (five copies)"))
+    most = min(max(rows_ for _, rows_ in calls), max(_LEAST_TOKENS, _LOGITS_AT_A_TIME // shape.vocabulary))
+    rows.append(Row("logits", 16 * most * shape.vocabulary, f"{most} at a time x {shape.vocabulary:,} x 16 B (four copies)"))
     if load.prefixes:
         held = sum(texts * n for texts, n in load.calls) * (load.rationale + 1) * shape.hidden * 4
         rows.append(Row("embeddings after every token", held, f"rollouts x {load.rationale + 1} x {shape.hidden} x 4 B"))

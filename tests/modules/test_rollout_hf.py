@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from src.modules import logprobs
 from src.modules.policy import Policy
 from src.modules.pooling import pool_prefixes
 from src.modules.prompt import PromptRenderer, Prompts
@@ -120,6 +122,32 @@ def test_sampling_follows_the_distribution():
     expected = torch.softmax(hidden @ weight.T / 0.8, dim=-1)[0]
     torch.testing.assert_close(torch.bincount(ids, minlength=6) / len(draws), expected, atol=0.01, rtol=0)
     torch.testing.assert_close(logprobs.exp(), expected[ids])
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest result of any operation."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_choosing_rows_at_a_time_changes_nothing_and_never_holds_all_logits(monkeypatch, temperature):
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(200, 8, generator=generator), torch.randn(50, 8, generator=generator)
+    draws = torch.rand(200, generator=generator)
+    whole = choose(hidden, weight, draws, temperature)
+    monkeypatch.setitem(logprobs._CHUNK_LOGITS, "cpu", 0)
+    with Largest() as largest:
+        parts = choose(hidden, weight, draws, temperature)
+    assert largest.elements == 64 * len(weight)
+    assert torch.equal(whole[0], parts[0])
+    torch.testing.assert_close(whole[1], parts[1])
 
 
 @pytest.mark.parametrize("draw", [0.0, 1.0 - 2**-24])
