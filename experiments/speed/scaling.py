@@ -2,7 +2,7 @@
 
     python -m experiments.speed.scaling [--repeats 5] [--output experiments/speed/scaling.md]
 
-Every point is a process of its own. Also draws the table, as a PNG beside it.
+Every point is two processes of its own, for time and for memory. Also draws the table, as a PNG beside it.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from experiments.speed.children import child
+from experiments.speed.children import NOTHING_KEPT, child
 from experiments.speed.grace_steps import Spec
 from experiments.speed.measuring import MIB, machine, report, table
 from experiments.speed.subject import POLICY
@@ -25,11 +25,13 @@ Point = tuple[int, float, float]
 
 
 def measure(spec: Spec) -> tuple[float, float]:
-    """Median seconds of a step and MiB at the peak, from a process of its own."""
+    """Median seconds of a step, and MiB at the peak of two more: each from a process of its own, the second without an
+    allocator that keeps what was freed (its doing would differ by more than sizes do)."""
     with tempfile.TemporaryDirectory() as folder:
-        file = spec.save(Path(folder, "spec.json"))
-        result = child([sys.executable, "-m", "experiments.speed.grace_steps", str(file)])
-    return statistics.median(result["seconds"]), result["bytes"] / MIB
+        command = [sys.executable, "-m", "experiments.speed.grace_steps"]
+        timed = child([*command, str(spec.save(Path(folder, "timed.json")))])
+        weighed = child([*command, str(replace(spec, steps=1).save(Path(folder, "weighed.json")))], NOTHING_KEPT)
+    return statistics.median(timed["seconds"]), weighed["bytes"] / MIB
 
 
 def grow(base: Spec, doublings: int) -> dict[str, list[Point]]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from src.callbacks.probe import undisturbed
+from src.callbacks.probe import start_embeddings, undisturbed
 from src.callbacks.rationale_table import RationaleTable
 from src.callbacks.watcher import Watcher
 from src.modules.policy_module import PolicyModule
@@ -51,10 +51,22 @@ class FinalReport(Watcher):
         tasks: makes the tasks; called once.
         temperature: at which rationales are written; 0 is greedy.
         examples: rationales printed, where the rationale table is on.
+        embeddings_dir: where embeddings of the starting policy are kept, for other runs that begin with it (the points of a sweep, other
+            seeds, evaluate.py); None: nowhere. See `start_embeddings`.
+        embeddings_gib: most that they may take there.
     """
 
-    def __init__(self, output_dir: str, tasks: Callable[[], list[Any]], temperature: float = 0.0, examples: int = 3) -> None:
+    def __init__(
+        self,
+        output_dir: str,
+        tasks: Callable[[], list[Any]],
+        temperature: float = 0.0,
+        examples: int = 3,
+        embeddings_dir: str | None = None,
+        embeddings_gib: float = 50.0,
+    ) -> None:
         self.output_dir, self.make_tasks = Path(output_dir), tasks
+        self.embeddings_dir, self.embeddings_gib = embeddings_dir, embeddings_gib
         self.temperature, self.examples = temperature, examples
         self.rows: dict[str, dict[str, float]] = {}  # row -> category or average -> score
         self._tasks: list[Any] = []
@@ -86,7 +98,9 @@ class FinalReport(Watcher):
         with undisturbed(module):
             encoder = module.encoder(rationale=rationale, temperature=self.temperature)
             name = f"{_slug(row)}-step{module.rollout_batches}"
-            scores = run_tasks(encoder, self._tasks, self.output_dir / "mteb" if trainer.is_global_zero else None, name)
+            results = self.output_dir / "mteb" if trainer.is_global_zero else None
+            kept = start_embeddings(trainer, module, self.embeddings_dir)
+            scores = run_tasks(encoder, self._tasks, results, name, kept, self.embeddings_gib)
         scores = trainer.strategy.broadcast(scores)
         if scores.failures:
             failed = "; ".join(f"{task}: {error}" for task, error in scores.failures.items())

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from src.callbacks.probe import is_due, undisturbed
+from src.callbacks.probe import is_due, start_embeddings, undisturbed
 from src.callbacks.watcher import Watcher
 from src.modules.policy_module import PolicyModule
 from src.utils.evaluation import EvaluationScores, run_tasks
@@ -28,6 +28,9 @@ class MTEBEvaluation(Watcher):
         tasks: makes the tasks; called once, when training starts (mteb takes seconds to import).
         every_n_rollout_batches: how often; 0 for the start and the end only.
         rationale, temperature: how texts are encoded; None: with rationales if the policy is trained with them.
+        embeddings_dir: where embeddings of the starting policy are kept, for other runs that begin with it (the points of a sweep, other
+            seeds, evaluate.py); None: nowhere. See `start_embeddings`.
+        embeddings_gib: most that they may take there.
     """
 
     def __init__(
@@ -36,9 +39,12 @@ class MTEBEvaluation(Watcher):
         every_n_rollout_batches: int = 20,
         rationale: bool | None = None,
         temperature: float = 0.0,
+        embeddings_dir: str | None = None,
+        embeddings_gib: float = 50.0,
     ) -> None:
         self.make_tasks, self.every = tasks, every_n_rollout_batches
         self.rationale, self.temperature = rationale, temperature
+        self.embeddings_dir, self.embeddings_gib = embeddings_dir, embeddings_gib
         self._tasks: list[Any] = []
         self._scored_at, self._average = -1, math.nan
 
@@ -67,7 +73,8 @@ class MTEBEvaluation(Watcher):
         began = time.perf_counter()
         with undisturbed(module):
             encoder = module.encoder(rationale=self.rationale, temperature=self.temperature)
-            scores = run_tasks(encoder, self._tasks, None, f"training-step{step}")
+            kept = start_embeddings(trainer, module, self.embeddings_dir)
+            scores = run_tasks(encoder, self._tasks, None, f"training-step{step}", kept, self.embeddings_gib)
         scores = trainer.strategy.broadcast(scores)  # what is decided by them is decided alike everywhere
         metrics = {f"mteb/{task}": score for task, score in scores.tasks.items()}
         metrics |= {f"mteb/category/{category}": score for category, score in scores.categories.items()}

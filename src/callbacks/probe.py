@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -67,6 +68,12 @@ def embed_sides(module: GRACE, triplets: Sequence[Triplet], n: int, seed: int = 
     texts = texts_of(triplets, "query") + texts_of(triplets, "negative")
     others = unit_vectors(module, sample(module, texts, module.hparams["other_temperature"], seed + 1))
     return Embeddings(others[:b], unit_vectors(module, positive).unflatten(0, (b, n)), others[b:].unflatten(0, (b, m)))
+
+
+def start_embeddings(trainer: L.Trainer, module: PolicyModule, folder: str | None) -> Path | None:
+    """Where the embeddings of the policy as it is are kept: in `folder` while it is the starting policy, which other runs begin with
+    too, and else nowhere. Nor with several processes: one that finds a text there would not take part in what others do for it."""
+    return Path(folder) if folder and module.rollout_batches == 0 and trainer.world_size == 1 else None
 
 
 def is_due(module: PolicyModule, every_n_rollout_batches: int) -> bool:

@@ -1,7 +1,12 @@
 """Names for what an encoder computes: results and embeddings are kept under them, so two encoders that differ share none."""
 
+import ast
+import functools
 import hashlib
+import importlib.util
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +17,7 @@ from src.modules.lora import lora_settings
 from src.modules.policy import Policy
 from src.modules.rollout_hf import end_tokens
 
-_FORMAT = 1  # raise when a change of the code moves embeddings
-_MOVE_NOTHING = ("batch_size", "gpu_memory_utilization", "cpu_kv_cache_gib", "sleep", "tensor_parallel")  # settings of engines
+_MOVE_NOTHING = ("batch_tokens", "gpu_memory_utilization", "cpu_kv_cache_gib", "sleep", "tensor_parallel")  # settings of engines
 _NAMES_ONLY = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}  # of configs: where from, not what
 _LEFT_BY_CALLS = {"truncation", "padding"}  # of tokenizers: what the last call asked for
 
@@ -33,7 +37,8 @@ def settings_of(encoder: RationaleEncoder) -> dict[str, Any]:
     The batch size does not: a text's embedding is the same in any company, greedy or sampled.
     """
     policy, engine = encoder.policy, encoder.engine
-    settings: dict[str, Any] = encoder.settings.to_dict() | {"format": _FORMAT, "rationale": encoder.rationale}
+    settings: dict[str, Any] = encoder.settings.to_dict() | {"rationale": encoder.rationale}
+    settings["code"] = code_digest(RationaleEncoder.__module__, type(engine).__module__)
     settings |= {"model": _config_of(policy.model.config), "lora": lora_settings(policy.model)}
     if policy.frozen_encoder is not None:
         settings["frozen_encoder"] = _config_of(policy.frozen_encoder.config)  # type: ignore[arg-type]
@@ -46,6 +51,38 @@ def settings_of(encoder: RationaleEncoder) -> dict[str, Any]:
         settings |= {f"engine.{key}": value for key, value in vars(engine).items() if key not in _MOVE_NOTHING and _is_plain(value)}
         settings["engine"] = type(engine).__qualname__
     return settings
+
+
+@functools.cache
+def code_digest(*modules: str) -> str:
+    """Hexadecimal digest of the files of these modules and of those of this project that they import, one after another.
+
+    What was computed before a change of the prompt, the pooling or the sampling is then never taken for what comes after it;
+    a change of a reward leaves it as it was.
+    """
+    files: dict[str, bytes] = {}
+    found = list(modules)
+    while found:
+        name = found.pop()
+        if name in files:
+            continue
+        file = _file_of(name)
+        files[name] = file.read_bytes() if file else b""
+        imported = [node.module or "" for node in ast.walk(ast.parse(files[name])) if isinstance(node, ast.ImportFrom)]
+        found += [module for module in imported if module.startswith("src.")]
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{name} {len(content)}".encode() + content)
+    return digest.hexdigest()
+
+
+def _file_of(module: str) -> Path | None:
+    if module in sys.modules:  # also of a script or a notebook, which may have none
+        file = getattr(sys.modules[module], "__file__", None)
+    else:
+        spec = importlib.util.find_spec(module)
+        file = spec.origin if spec else None
+    return Path(file) if file else None
 
 
 def frames(encoder: RationaleEncoder) -> dict[str, tuple[list[int], int]]:

@@ -17,6 +17,7 @@ from src.callbacks.mteb_eval import MTEBEvaluation
 from src.callbacks.rationale_table import RationaleTable
 from src.datamodules.offline_sets import OfflineSize
 from src.datamodules.offline_tasks import offline_tasks
+from src.modules.encoder import RationaleEncoder
 from src.modules.grace import GRACE
 from src.modules.policy import Policy
 from src.modules.settings import EncoderSettings
@@ -43,6 +44,28 @@ def test_mteb_at_start_every_n_and_end(module: GRACE, retrieval: Callable[[], li
     assert float(trainer.callback_metrics["mteb/average"]) == pytest.approx(logged[-1].value)
     assert checkpoint.best_model_score == pytest.approx(max(metric.value for metric in logged[1:]))
     assert client.get_metric_history(run_id, "mteb/category/Retrieval")[-1].value == pytest.approx(logged[-1].value)
+
+
+def test_a_starting_policy_is_embedded_once_for_all_runs_that_begin_with_it(
+    tiny_policy_folder: Path, retrieval: Callable[[], list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded: list[int] = []
+    encode = RationaleEncoder.encode
+    monkeypatch.setattr(RationaleEncoder, "encode", lambda self, texts, **k: embedded.append(len(texts)) or encode(self, texts, **k))
+    kept, scores = tmp_path / "embeddings", []
+    for run in ("first", "second"):
+        module = make_module(Policy.load(str(tiny_policy_folder)))
+        report = FinalReport(str(tmp_path / run), retrieval, embeddings_dir=str(kept))
+        before = len(embedded)
+        fit(module, [MTEBEvaluation(retrieval, embeddings_dir=str(kept)), report], tmp_path, batches=1)
+        scores.append((report.rows["Base"], report.rows["Base + reasoning"]))
+        calls = len(embedded) - before
+        if run == "first":
+            first = calls
+    assert scores[0] == scores[1]
+    # by side (queries, documents): Base, Base + reasoning (also of the other callback), and the trained policy twice
+    assert (first, calls) == (8, 4)
+    assert len(list(kept.glob("*.sqlite"))) == 2  # of the starting policy without and with rationales, none of the trained one
 
 
 def test_mteb_of_a_resumed_run_does_not_score_the_start_again_and_knows_the_last_score(

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, normalizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from src.modules.encoder import RationaleEncoder
-from src.modules.fingerprint import revision
+from src.modules.fingerprint import code_digest, revision
 from src.modules.policy import Policy
 from src.modules.rollout_hf import HFRollouts
 from src.modules.settings import EncoderSettings
@@ -42,6 +42,26 @@ def test_whatever_moves_an_embedding_has_a_revision_of_its_own(tiny_policy: Poli
         tiny_policy.model.base_model.norm.weight[0] += 1e-4
     revisions.append(revision(encoder(tiny_policy)))
     assert len(set(revisions)) == len(revisions)
+
+
+def test_the_code_that_embeds_is_part_of_a_revision_and_that_of_rewards_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "src" / "modules"
+    package.mkdir(parents=True)
+    for file in (ROOT / "src" / "modules").glob("*.py"):
+        (package / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(
+        "src.modules.fingerprint._file_of", lambda name: tmp_path / f"{name.replace('.', '/')}.py" if "modules" in name else None
+    )
+
+    def digest_after(changed: str) -> str:
+        with (package / changed).open("a") as file:
+            file.write("\n# changed\n")
+        return code_digest.__wrapped__("src.modules.encoder", "src.modules.rollout_hf")
+
+    before = code_digest.__wrapped__("src.modules.encoder", "src.modules.rollout_hf")
+    assert digest_after("rewards.py") == before
+    digests = {digest_after(name) for name in ("pooling.py", "prompt.py", "shared_cache.py", "rollout_hf.py")}
+    assert len(digests | {before}) == 5
 
 
 def change_epsilon(policy: Policy) -> None:
