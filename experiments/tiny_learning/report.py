@@ -78,10 +78,10 @@ def diagnostic_rows(runs: pd.DataFrame, last: int = 10) -> list[list[str]]:
     for form, group in runs.groupby("form"):
         cells = []
         for metric in DIAGNOSTICS:
-            series = [[value for _, value in sorted(history(client, run, metric).items())] for run in group["run_id"]]
-            series = [values for values in series if values]
-            begin, end = (fmean(fmean(v[part]) for v in series) if series else float("nan") for part in (slice(last), slice(-last, None)))
-            cells.append(f"{begin:.2f} -> {end:.2f}")
+            series = [values for run in group["run_id"] if (values := history(client, run, metric))]
+            begin = [fmean(value for step, value in values.items() if step < min(values) + last) for values in series]
+            end = [fmean(value for step, value in values.items() if step > max(values) - last) for values in series]
+            cells.append(f"{fmean(begin):.2f} -> {fmean(end):.2f}" if series else "-")
         rows.append([f"GRACE {form}", *cells])
     return rows
 
