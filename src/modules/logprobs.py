@@ -12,8 +12,8 @@ _LEAST_TOKENS = 64  # in a chunk: below that, reading the weights costs more tha
 
 
 def tokens_at_a_time(vocabulary: int, device: str) -> int:
-    """Tokens whose logits may exist at once, on a device of this type (`cpu`, `cuda`)."""
-    return max(_LEAST_TOKENS, _CHUNK_LOGITS[device] // vocabulary)
+    """Tokens whose logits may exist at once, on a device of this type (`cpu`, or any accelerator's)."""
+    return max(_LEAST_TOKENS, _CHUNK_LOGITS.get(device, _CHUNK_LOGITS["cuda"]) // vocabulary)
 
 
 class _SelectedLogprobs(torch.autograd.Function):
