@@ -28,7 +28,7 @@ from src.utils.secrets import redact
 
 log = logging.getLogger(__name__)
 
-RUN, UNSENT = "run.json", "unsent.jsonl"
+RUN, UNSENT, UNSENT_FILES = "run.json", "unsent.jsonl", "unsent_files.jsonl"
 
 # The run waits for each call: what cannot be sent soon is kept, so MLflow's own minutes of trying again would only cost time.
 _IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
@@ -40,7 +40,7 @@ class RunLogger(MLFlowLogger):
     A run that goes on computes again what came after its last checkpoint. MLflow takes every point and every file once: what
     it has already is left out, so a history has neither gaps nor doubles. While a server does not answer, or its store of files
     takes none, training goes on, and what is logged is kept in the folder and sent later, if need be by the next process. That is
-    said once.
+    said once. Files wait by themselves: a store that takes none keeps back no metric.
 
     Args:
         experiment_name: in MLflow.
@@ -61,7 +61,9 @@ class RunLogger(MLFlowLogger):
         else:
             super().__init__(experiment_name, **settings)
         self.resumed = self._run_id is not None
-        self._outbox = None if self._folder is None else Outbox(self._folder / UNSENT, seconds_between_tries)
+        kept = () if self._folder is None else (self._folder / UNSENT, self._folder / UNSENT_FILES)
+        self._outboxes = [Outbox(file, seconds_between_tries) for file in kept]  # of values and of files, or none
+        self._said: set[str] = set()  # what keeps MLflow from taking something
         self._held: Held | None = None if self.resumed else Held()
 
     @property
@@ -92,12 +94,13 @@ class RunLogger(MLFlowLogger):
 
     def begin_anew(self) -> None:
         """Leaves the run that the folder began as it is, and begins another, tagged with it (`resumed_from`)."""
-        if not self.resumed or self._folder is None or self._outbox is None:
+        if not self.resumed or self._folder is None:
             return
         begun = str(self._run_id)
-        if self._outbox.waits and not self._empty(self._outbox):
-            log.warning("what MLflow was not sent of run %s stays in %s/unsent_%s.jsonl", begun, self._folder, begun)
-        for file in (self._folder / RUN, self._folder / UNSENT):
+        for outbox in self._last_tries():
+            kept = outbox.file.with_stem(f"{outbox.file.stem}_{begun}")
+            log.warning("what MLflow was not sent of run %s stays in %s", begun, kept)
+        for file in (self._folder / RUN, self._folder / UNSENT, self._folder / UNSENT_FILES):
             if file.exists():
                 file.replace(file.with_stem(f"{file.stem}_{begun}"))
         self.tags = {**(self.tags or {}), "resumed_from": begun}
@@ -154,15 +157,17 @@ class RunLogger(MLFlowLogger):
             return
         if isinstance(sys.exc_info()[1], SIGTERMException):
             status = "KILLED"
-        if self._outbox is not None and self._outbox.waits and not self._empty(self._outbox):
-            log.warning(
-                "MLflow still does not answer: what it was not sent is in %s, and goes with the next ckpt_path=last", self._outbox.file
-            )
-            return
+        waiting = self._last_tries()
+        if waiting:
+            away, places = waiting[0] is self._outboxes[0], " and ".join(str(outbox.file) for outbox in waiting)
+            what = "does not answer" if away else "does not store files"
+            log.warning("MLflow still %s: what it was not sent is in %s, and goes with the next ckpt_path=last", what, places)
+            if away:
+                return
         try:
             super().finalize(status)
         except NO_ANSWER as error:
-            if self._outbox is None:
+            if not self._outboxes:
                 raise
             log.warning("MLflow does not answer (%s): the run is left open there", short(error))
 
@@ -170,20 +175,36 @@ class RunLogger(MLFlowLogger):
 
     def _send(self, message: Message) -> None:
         _ = self.experiment
-        if self._outbox is None:
+        if not self._outboxes:
             self._deliver(message)
             return
-        if self._outbox.waits and not (self._outbox.is_due and self._empty(self._outbox)):
-            self._outbox.put(message)
+        values, files = self._outboxes
+        outbox = values if message["call"] == "log_batch" else files
+        away = self._still_waits(values)  # then so is its store of files, which is not tried
+        if away or (self._still_waits(files) and outbox is files):
+            outbox.put(message)
             return
         error = self._try(message)
         if error is not None:
-            self._outbox.put(message)
-            log.warning(
-                "MLflow at %s %s (%s): training goes on; what is logged is kept in %s, and sent when it does",
-                *(redact(self._tracking_uri), "does not answer" if isinstance(error, NO_ANSWER) else "does not store files"),
-                *(short(error), self._outbox.file),
-            )
+            outbox.put(message)
+            what = "does not answer" if isinstance(error, NO_ANSWER) else "does not store files"
+            if what not in self._said:
+                self._said.add(what)
+                log.warning(
+                    "MLflow at %s %s (%s): training goes on; what is logged is kept in %s, and sent when it does",
+                    *(redact(self._tracking_uri), what, short(error), outbox.file),
+                )
+
+    def _still_waits(self, outbox: Outbox) -> bool:
+        return outbox.waits and not (outbox.is_due and self._empty(outbox))
+
+    def _last_tries(self) -> list[Outbox]:
+        """The outboxes that wait though they were tried now; files are not where values wait, as nobody answers."""
+        waiting: list[Outbox] = []
+        for outbox in self._outboxes:
+            if outbox.waits and (waiting or not self._empty(outbox)):
+                waiting.append(outbox)
+        return waiting
 
     def _empty(self, outbox: Outbox) -> bool:
         """Sends what waits; whether all of it could be sent. What the server calls wrong is left out: it would never be taken."""
@@ -197,6 +218,7 @@ class RunLogger(MLFlowLogger):
 
         sent = outbox.empty(send)
         if sent and not outbox.waits:
+            self._said.clear()
             log.warning("MLflow answers again: %d entries that waited were sent", sent)
         return not outbox.waits
 
@@ -227,7 +249,7 @@ class RunLogger(MLFlowLogger):
 
     def _recall(self, client: MlflowClient, run_id: str) -> Held:
         try:
-            held = Held.of(client, run_id, self._outbox.messages() if self._outbox is not None else ())
+            held = Held.of(client, run_id, self._outboxes[0].messages() if self._outboxes else ())
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST" or self._folder is None:
                 raise

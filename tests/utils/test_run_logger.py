@@ -109,12 +109,14 @@ def test_what_waited_and_is_refused_is_left_out_and_named(
     client.log_param(run_id, "rate", "1")
     waiting = Outbox(tmp_path / "run" / "unsent.jsonl")
     waiting.put({"call": "log_batch", "params": {"rate": "2"}})
-    waiting.put({"call": "log_artifact", "local_path": str(tmp_path / "gone.png"), "artifact_path": "figures"})
+    files = Outbox(tmp_path / "run" / "unsent_files.jsonl")
+    files.put({"call": "log_artifact", "local_path": str(tmp_path / "gone.png"), "artifact_path": "figures"})
     waiting.put({"call": "log_batch", "metrics": [["loss", 0.5, 1_700_000_000_000, 3]]})
     with caplog.at_level(logging.WARNING):
         ours.log_metrics({"loss": 1.0}, 4)
     assert steps(client, run_id, "loss") == [3, 4]
     assert not waiting.waits
+    assert not files.waits
     said = [record.message for record in caplog.records]
     assert any(line.startswith("MLflow refuses rate, which waited (") for line in said)
     assert f"{tmp_path}/gone.png is gone before MLflow was sent it: it is left out" in said
@@ -130,12 +132,39 @@ def test_a_full_disk_below_the_store_s_files_does_not_end_a_run(
         (disk / "someone_elses").write_bytes(bytes(shutil.disk_usage(disk).free))
         with caplog.at_level(logging.WARNING):
             ours.log_text("a report " * 9000, "report.md")
+            ours.log_metrics({"loss": 0.5}, 2)
             ours.log_table({"text": ["a" * 90_000]}, "table.json")
-        assert f"MLflow at {tracking_uri} does not store files ([Errno 28] No space left on device" in caplog.text
+        assert caplog.text.count(f"MLflow at {tracking_uri} does not store files ([Errno 28] No space left on device") == 1
+        assert steps(ours.experiment, str(ours.run_id), "loss") == [1, 2]  # the store of files keeps no metric back
         (disk / "someone_elses").unlink()
         ours.finalize("success")
         assert mlflow.artifacts.load_text(f"runs:/{ours.run_id}/report.md") == "a report " * 9000
         assert ours.experiment.get_run(str(ours.run_id)).info.status == "FINISHED"
+
+
+def test_a_store_that_stays_full_lets_a_run_end_and_the_next_process_sends_its_files(
+    tracking_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with small_disk(tmp_path / "disk", megabytes=1) as disk:
+        settings = {"tracking_uri": tracking_uri, "artifact_location": f"file://{disk}/artifacts"}
+
+        def logger() -> RunLogger:
+            return RunLogger(tmp_path.name, folder=str(tmp_path / "run"), seconds_between_tries=0.0, **settings)
+
+        ours = logger()
+        ours.log_metrics({"loss": 1.0}, 1)
+        (disk / "someone_elses").write_bytes(bytes(shutil.disk_usage(disk).free))
+        with caplog.at_level(logging.WARNING):
+            ours.log_text("a report " * 9000, "report.md")
+            ours.finalize("success")
+        kept = tmp_path / "run" / "unsent_files.jsonl"
+        assert f"MLflow still does not store files: what it was not sent is in {kept}, and goes with" in caplog.text
+        assert ours.experiment.get_run(str(ours.run_id)).info.status == "FINISHED"
+        (disk / "someone_elses").unlink()
+        again = logger()
+        again.log_metrics({"loss": 0.5}, 2)
+        assert not kept.exists()
+        assert mlflow.artifacts.load_text(f"runs:/{ours.run_id}/report.md") == "a report " * 9000
 
 
 def test_a_run_that_mlflow_does_not_know_is_one_line(logger: Callable[[], RunLogger], tmp_path: Path) -> None:
@@ -202,7 +231,8 @@ def test_a_server_that_goes_away_and_comes_back_misses_nothing(tracking_uri: str
     def said() -> list[str]:
         return [record.message for record in caplog.records if record.name == "src.utils.run_logger"]
 
-    still_away = f"MLflow still does not answer: what it was not sent is in {folder}/unsent.jsonl, and goes with the next ckpt_path=last"
+    kept = f"{folder}/unsent.jsonl and {folder}/unsent_files.jsonl"
+    still_away = f"MLflow still does not answer: what it was not sent is in {kept}, and goes with the next ckpt_path=last"
     first = logger()
     with server(tracking_uri, tmp_path / "artifacts", port):
         for step in (1, 2):
