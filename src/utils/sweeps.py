@@ -52,7 +52,7 @@ def run_point(cfg: DictConfig, function: Callable[[DictConfig], float | None]) -
     tags = point_tags(parent, cfg, hydra)
     with open_dict(cfg):
         cfg.logger.tags, cfg.logger.run_name = tags, run_name(tags)
-    result = function(cfg)
+    result = function(cfg.copy())  # Hydra's instantiate resolves in place what a node refers to, and a point goes by what is written
     run_id = own_run(client, parent, cfg, hydra)
     client.set_tag(run_id, RESULT, json.dumps(result))
     client.set_terminated(run_id)

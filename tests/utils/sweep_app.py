@@ -11,7 +11,7 @@ os.environ.setdefault("PROJECT_ROOT", str(Path(__file__).resolve().parents[2]))
 
 import hydra
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from src.utils.sweeps import run_point
 
@@ -22,6 +22,7 @@ def compute(cfg: DictConfig) -> float:
     point = f"{a} {b} {cfg.seed}"
     if point == os.environ.get("FAIL_EARLY"):
         raise ValueError("failed before there was a run")
+    OmegaConf.resolve(cfg.policy)  # as Hydra's instantiate leaves it where a module refers to it
     logger = instantiate(cfg.logger)
     logger.log_hyperparams({"seed": cfg.seed})
     if point == os.environ.get("KILL_AT"):
