@@ -4,6 +4,7 @@ Files are parsed with `ast`, never imported, so nothing of a package runs and no
 """
 
 import ast
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -14,7 +15,7 @@ import re
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,8 +70,13 @@ def package_version(package: str) -> str:
     """Version of the distribution that owns a package; Python's own for the standard library."""
     if package == STDLIB:
         return sys.version.split()[0]
-    owners = importlib.metadata.packages_distributions().get(package)
+    owners = _owners().get(package)
     return importlib.metadata.version(owners[0]) if owners else "unknown"
+
+
+@functools.cache  # it reads the files of every distribution: seconds, where many are installed
+def _owners() -> Mapping[str, list[str]]:
+    return importlib.metadata.packages_distributions()
 
 
 def cut_between_words(text: str, max_chars: int) -> str:
