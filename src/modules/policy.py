@@ -18,7 +18,7 @@ from src.modules.pooling import PoolingName, pool
 from src.modules.pretrained import load_model, load_tokenizer, require_files
 from src.modules.sequences import Rollouts
 from src.modules.settings import check_pooling
-from src.modules.shared_prompt import PACKED_ATTENTION, pack, unpack
+from src.modules.shared_prompt import PACKED_ATTENTION, Packed, pack, unpack
 from src.modules.states import states_at
 
 ENCODER_FOLDER = "encoder"
@@ -145,7 +145,13 @@ class Policy(nn.Module):
 
         Updates go through this one call: around it weights that are cut over several devices are gathered.
         """
-        return self.logprobs(rollouts, self.hidden_states(rollouts, groups), temperature)
+        rows, columns = rollouts.rationale_mask.nonzero(as_tuple=True)
+        if groups is None:
+            before = self.hidden_states(rollouts)[rows, columns - 1]
+        else:  # straight from the packed row: unpacked, states would grow with K copies of a prompt
+            packed = pack(rollouts, groups)
+            before = _packed_states(self.model.base_model, packed)[0][packed.source[rows, columns - 1]]
+        return self._logprobs_after(before, rollouts, rows, columns, temperature)
 
     def hidden_states(self, rollouts: Rollouts, groups: Tensor | None = None) -> Tensor:
         """[N, T, D] last hidden states of the live model, after its final norm.
@@ -179,12 +185,16 @@ class Policy(nn.Module):
         Returns:
             Two [N, T] float32 tensors, 0 outside the rationale: log pi(token t | tokens before t) at position t.
         """
-        mask = rollouts.rationale_mask
-        rows, columns = mask.nonzero(as_tuple=True)
-        values, entropies = selected_logprobs(
-            hidden[rows, columns - 1], self.model.get_output_embeddings().weight, rollouts.input_ids[rows, columns], temperature
-        )
-        zeros = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+        rows, columns = rollouts.rationale_mask.nonzero(as_tuple=True)
+        return self._logprobs_after(hidden[rows, columns - 1], rollouts, rows, columns, temperature)
+
+    def _logprobs_after(
+        self, before: Tensor, rollouts: Rollouts, rows: Tensor, columns: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """As `logprobs`, from [n, D] states before the n tokens at `rows` and `columns`."""
+        weight, targets = self.model.get_output_embeddings().weight, rollouts.input_ids[rows, columns]
+        values, entropies = selected_logprobs(before, weight, targets, temperature)
+        zeros = torch.zeros(rollouts.input_ids.shape, dtype=values.dtype, device=values.device)
         return zeros.index_put((rows, columns), values), zeros.index_put((rows, columns), entropies)
 
 
@@ -218,7 +228,11 @@ def _hidden_states(backbone: nn.Module, rollouts: Rollouts, groups: Tensor | Non
     if groups is None:
         return states_at(backbone, layer, input_ids=rollouts.input_ids, use_cache=False)[1]
     packed = pack(rollouts, groups)
+    return unpack(_packed_states(backbone, packed, layer), packed)
+
+
+def _packed_states(backbone: nn.Module, packed: Packed, layer: int = -1) -> Tensor:
+    """[1, L, D] states of the packed row."""
     with attending_by(backbone, PACKED_ATTENTION):
         inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False, "packed": packed}
-        states = states_at(backbone, layer, **inputs)[1]
-    return unpack(states, packed)
+        return states_at(backbone, layer, **inputs)[1]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from src.modules.attention import refuse_unread
@@ -116,6 +117,7 @@ def packed_attention(
         ValueError: a layer with a sliding window, sinks or a soft cap, which are not read here.
     """
     refuse_unread(kwargs, "rollouts that share a prompt cannot be computed together by")
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation has made float32 of these two
     sizes = [size for group in packed.groups for size in (group.prompt, group.rationales)]
     parts = list(zip(*(states[0].transpose(0, 1).split(sizes) for states in (query, key, value)), strict=True))
     outputs = []
@@ -123,8 +125,9 @@ def packed_attention(
         q, k, v = (states.transpose(0, 1).unsqueeze(0) for states in prompt)
         output = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=True)
         outputs.append(output[0].transpose(0, 1))
-        if group.rationales:
-            outputs.append(_rationales_attention(prompt, rationales, group, dropout, scaling))
+        if group.rationales:  # computed again in the backward pass: kept, its copies of the prompt would grow with K
+            arguments = (prompt, rationales, group, dropout, scaling)
+            outputs.append(checkpoint(_rationales_attention, *arguments, use_reentrant=False, preserve_rng_state=dropout > 0))
     return torch.cat(outputs).unsqueeze(0), None
 
 

@@ -113,11 +113,14 @@ def while_updating(shape: Shape, load: Load) -> list[Row]:
         rows.append(
             Row("weights in bfloat16", 2 * kept * shape.layer, f"2 B x {kept} layers x {shape.layer:,}, kept for the backward pass")
         )
-    a_layer = activations(shape, load.half, load.tokens, load.prompt, load.rationale, load.rollouts)
-    how = f"{kept} layers x {a_layer / 2**20:,.0f} MiB: {load.tokens:,} tokens x {per_token(shape, load.half):,} B, and keys and values"
-    rows.append(Row("activations", kept * a_layer, how))
+    a_token = per_token(shape, load.half)
+    rows.append(Row("activations", kept * load.tokens * a_token, f"{kept} layers x {load.tokens:,} tokens x {a_token:,} B"))
     if load.checkpointing:
         rows.append(Row("states between layers", shape.layers * load.tokens * 4 * shape.hidden, "layers x tokens x hidden x 4 B"))
+    together = load.rollouts * (load.prompt + load.rationale)
+    width = shape.heads * shape.head_dim * (2 if load.half else 4)
+    how = f"{load.rollouts} x ({load.prompt} + {load.rationale}) tokens of one layer x {width:,} B x 4 (keys, values, gradients)"
+    rows.append(Row("attention of a prompt's rationales", 4 * together * width, how))
     logits = 16 * _LOGITS_AT_A_TIME
     head = (8 if shape.head_trained else 2) * shape.embedding
     rows.append(Row("logits", logits + head, f"{_LOGITS_AT_A_TIME:,} at a time x 16 B, and {head / 2**20:,.0f} MiB of the output layer"))
@@ -125,29 +128,12 @@ def while_updating(shape: Shape, load: Load) -> list[Row]:
 
 
 def per_token(shape: Shape, half: bool) -> int:
-    """Bytes that a layer keeps of each token for its backward pass, keys and values aside.
+    """Bytes that a layer keeps of each token for its backward pass.
 
-    Under autocast: inputs of the two norms and what they make of them (float32), the inputs of seven projections, and what
-    the gated unit multiplies (bfloat16). tests/utils/test_memory.py counts them.
+    Under autocast: inputs of the two norms and what they make of them (float32), the inputs of seven projections, queries, keys,
+    values and what attention makes of them, and what the gated unit multiplies (bfloat16). tests/utils/test_memory.py counts them.
     """
     attended = shape.heads * shape.head_dim
     if half:
-        return 26 * shape.hidden + 8 * shape.intermediate + 8 * attended + 4 * shape.heads + 8
-    return 24 * shape.hidden + 16 * shape.intermediate + 16 * attended + 4 * shape.heads + 8
-
-
-def activations(shape: Shape, half: bool, tokens: int, prompt: int, rationale: int, rollouts: int) -> float:
-    """Bytes that one layer keeps of a micro-batch of so many tokens, most of all lengths of its rationales.
-
-    A prompt's keys and values are copied for each of its rationales, so many short ones take more than few long ones.
-    """
-    each = (4 if half else 12) * shape.heads * shape.head_dim  # in float32 a copy more than the two
-    return tokens * per_token(shape, half) + each * max(_attended(tokens, prompt, r, rollouts) for r in range(1, rationale + 1))
-
-
-def _attended(tokens: int, prompt: int, rationale: int, rollouts: int) -> int:
-    """Positions whose keys and values are kept, where rationales are all of one length."""
-    whole, rest = divmod(tokens, prompt + rollouts * rationale)
-    more = max(0, rest - prompt) // rationale
-    positions = whole * (prompt + rollouts * (prompt + rationale))
-    return positions + (prompt + more * (prompt + rationale) if more else 0)
+        return 26 * shape.hidden + 8 * shape.intermediate + 10 * attended + 4 * shape.heads + 8
+    return 24 * shape.hidden + 16 * shape.intermediate + 20 * attended + 4 * shape.heads + 8

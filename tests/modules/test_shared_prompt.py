@@ -73,6 +73,20 @@ def test_states_and_gradients_are_those_of_each_sequence_alone(architecture: str
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * scale)
 
 
+def test_log_probs_and_their_gradients_are_those_of_separate_rows() -> None:
+    policy = small_policy()
+    rollouts, groups = grouped_rollouts(policy, LENGTHS)
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    (ours, entropy), (theirs, expected) = policy(rollouts, groups, 0.7), policy(rollouts, None, 0.7)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy, expected, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(0))
+    fast, slow = (torch.autograd.grad((values * upstream).sum(), parameters) for values in (ours, theirs))
+    scale = max(float(gradient.abs().max()) for gradient in slow)
+    for one, other in zip(fast, slow, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * scale)
+
+
 @settings(max_examples=15, deadline=None)
 @given(lengths=st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=4), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_any_mix_of_lengths_has_the_states_of_each_sequence_alone(lengths: list[list[int]], seed: int) -> None:
@@ -109,6 +123,27 @@ def test_dropout_in_the_attention_is_that_of_the_model() -> None:
         runs = [policy.train(mode).hidden_states(rollouts, groups)[mask] for mode in (False, False, True)]
     assert torch.equal(runs[0], runs[1])
     assert not torch.allclose(runs[0], runs[2], atol=1e-2)
+
+
+def test_the_backward_pass_drops_what_the_forward_pass_dropped() -> None:
+    policy = small_policy(attention_dropout=0.5).train()
+    rollouts, groups = grouped_rollouts(policy, LENGTHS)
+    weight = policy.model.base_model.layers[-1].self_attn.v_proj.weight
+    with torch.no_grad():
+        step = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+
+    def loss() -> Tensor:
+        torch.manual_seed(3)
+        return policy(rollouts, groups)[0].sum()
+
+    (gradient,) = torch.autograd.grad(loss(), weight)
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * step
+            values.append(float(loss()))
+            weight -= sign * step
+    assert float((gradient * step).sum()) == pytest.approx((values[0] - values[1]) / 2, rel=0.05)
 
 
 def test_under_autocast_states_are_those_of_float32_but_for_rounding() -> None:

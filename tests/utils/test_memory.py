@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausa
 from src.modules.attention import recomputing_alike
 from src.modules.policy import Policy
 from src.modules.sequences import Rollouts
-from src.utils.memory import activations
+from src.utils.memory import per_token
 from src.utils.model_shape import Shape, find_config, shape_of
 from tests.builders import small_tokenizer
 from tests.conftest import ROOT
@@ -58,12 +58,12 @@ def test_a_model_without_a_config_is_one_line() -> None:
 G, K, P, R = 2, 4, 40, 60
 
 
-def kept(model: PreTrainedModel, half: bool) -> int:
-    """Bytes that autograd keeps of an update's pass over G prompts with K rationales each, parameters aside."""
+def kept(model: PreTrainedModel, half: bool, k: int = K, r: int = R) -> int:
+    """Bytes that autograd keeps of an update's pass over G prompts with k rationales of r tokens each, parameters aside."""
     policy = Policy(model, small_tokenizer()).train()
-    n = G * K
+    n = G * k
     ones = torch.ones(n, dtype=torch.long)
-    rollouts = Rollouts(torch.randint(5, 300, (n, P + R)), 0 * ones, P * ones, (P + R) * ones, ones.bool())
+    rollouts = Rollouts(torch.randint(5, 300, (n, P + r)), 0 * ones, P * ones, (P + r) * ones, ones.bool())
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     held: dict[int, Tensor] = {}
 
@@ -73,7 +73,7 @@ def kept(model: PreTrainedModel, half: bool) -> int:
 
     context = torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False)
     with context, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        policy.hidden_states(rollouts, torch.arange(G).repeat_interleave(K))
+        policy(rollouts, torch.arange(G).repeat_interleave(k))
     return sum(tensor.untyped_storage().nbytes() for place, tensor in held.items() if place not in own)
 
 
@@ -89,20 +89,14 @@ def model_of(layers: int, heads: int, hidden: int, intermediate: int) -> PreTrai
 def test_the_estimate_of_activations_is_what_autograd_keeps_or_a_little_more(widths: tuple[int, int, int], half: bool) -> None:
     small, large = (model_of(layers, *widths) for layers in (1, 3))
     a_layer = (kept(large, half) - kept(small, half)) / 2
-    shape = shape_of(large.config)
-    tokens = G * (P + K * R)
-    estimate = activations(shape, half, tokens, P, R, K) + (2 * shape.layer if half else 0)
-    assert a_layer <= estimate * 1.02  # masks, which are small, are left out
-    longest_alone = _at_full_length(shape, half, tokens) + (2 * shape.layer if half else 0)
-    assert 0.9 * longest_alone <= a_layer <= 1.02 * longest_alone
+    shape, tokens = shape_of(large.config), G * (P + K * R)
+    estimate = tokens * per_token(shape, half) + (2 * shape.layer if half else 0)
+    assert 0.9 * estimate <= a_layer <= estimate
 
 
-def _at_full_length(shape: Shape, half: bool, tokens: int) -> float:
-    """The estimate for rationales that are all as long as they may be, as those measured are."""
-    shorter = activations(shape, half, tokens, P, R, K) - activations(shape, half, tokens, P, 1, K)
-    assert shorter >= 0
-    attended = G * (P + K * (P + R))
-    return activations(shape, half, tokens, 10**9, 1, K) + (4 if half else 12) * shape.heads * shape.head_dim * attended
+def test_what_is_kept_of_a_micro_batch_does_not_grow_with_the_number_of_its_rationales() -> None:
+    few, many = (kept(model_of(2, 4, 64, 256), False, k, 240 // k) for k in (2, 60))
+    assert many == pytest.approx(few, rel=0.02)
 
 
 def test_checkpointing_keeps_one_state_a_layer() -> None:
