@@ -12,7 +12,7 @@ from src.modules.attention import recomputing_alike
 from src.modules.policy import Policy
 from src.modules.sequences import Rollouts
 from src.utils.memory import per_token
-from src.utils.model_shape import Shape, find_config, shape_of
+from src.utils.model_shape import find_config, shape_of
 from tests.builders import small_tokenizer
 from tests.conftest import ROOT
 
