@@ -9,6 +9,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,11 +35,11 @@ def measure(spec: Spec) -> tuple[float, float]:
     return statistics.median(timed["seconds"]), weighed["bytes"] / MIB
 
 
-def grow(base: Spec, doublings: int) -> dict[str, list[Point]]:
+def grow(base: Spec, doublings: int, ways: Sequence[str] = tuple(WAYS)) -> dict[str, list[Point]]:
     """The points of every way to grow; the first of each is the base."""
     start = measure(base)
     points: dict[str, list[Point]] = {}
-    for way in WAYS:
+    for way in ways:
         smallest: int = getattr(base, way)
         points[way] = [(smallest, *start)]
         for doubling in range(1, doublings + 1):
@@ -50,7 +51,9 @@ def grow(base: Spec, doublings: int) -> dict[str, list[Point]]:
 def draw(points: dict[str, list[Point]], file: Path) -> None:
     """Seconds and MiB over size, both axes logarithmic; a grey line shows what linear growth would be."""
     plt.switch_backend("Agg")
-    figure, axes = plt.subplots(2, len(points), figsize=(12, 5.6), dpi=120, layout="constrained", sharex="col", sharey="row")
+    figure, axes = plt.subplots(
+        2, len(points), squeeze=False, figsize=(3 * len(points), 5.6), dpi=120, layout="constrained", sharex="col", sharey="row"
+    )
     for column, (way, own) in enumerate(points.items()):
         sizes = [size for size, _, _ in own]
         for row, name in ((0, "seconds a step"), (1, "peak above the model, MiB")):
@@ -77,7 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--new-tokens", type=int, default=16, help="length of the smallest")
     parser.add_argument("--vocab-size", type=int, default=4096, help="vocabulary of the smallest")
     parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="the same everywhere")
-    parser.add_argument("--sampled-tokens", type=int, default=2048, help="held while rationales are written; the same everywhere")
+    parser.add_argument("--sampled-tokens", type=int, default=10240, help="held while rationales are written; the same everywhere")
+    parser.add_argument("--grow", nargs="+", choices=list(WAYS), default=list(WAYS), help="what is doubled")
     parser.add_argument("--doublings", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5, help="measured steps of a point")
     parser.add_argument("--packages", nargs="+", default=["sklearn", "sqlalchemy"], help="whose docstrings")
@@ -95,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         vocab_size=a.vocab_size,
         packages=tuple(a.packages),
     )
-    points = grow(base, a.doublings)
+    points = grow(base, a.doublings, a.grow)
     rows = []
     for way, own in points.items():
         for before, (size, seconds, memory) in zip([None, *own], own, strict=False):
@@ -104,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     setting = f"B = {a.instances}, K = {a.rollouts}, {a.new_tokens} new tokens, vocabulary {a.vocab_size}"
     head = ["grows", "to", "seconds a step", "/ half the size", "peak above the model, MiB", "/ half the size"]
     report(
-        f"{machine()}, {a.repeats} steps a point; {a.micro_batch_tokens} tokens a micro-batch; otherwise {setting}\n\n" + table(head, rows),
+        f"{machine()}, {a.repeats} steps a point; {a.micro_batch_tokens} tokens a micro-batch, {a.sampled_tokens} held while rationales are written; otherwise {setting}\n\n" + table(head, rows),
         a.output,
     )
     if a.output is not None:

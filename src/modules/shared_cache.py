@@ -50,6 +50,7 @@ class SharedPromptCache:
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any) -> tuple[Tensor, Tensor]:
         """Keeps the keys and values [rows, H, tokens, d] of a layer; what to attend to is up to the attention."""
+        keys = keys.to(values.dtype)  # under autocast rotation has made float32 of them, which every step would round again
         if self.step < 0:
             heads, d = keys.shape[1], keys.shape[3]
             self.prompt.append((keys.flatten(0, 1), values.flatten(0, 1)))

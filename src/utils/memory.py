@@ -68,13 +68,13 @@ def always(shape: Shape, load: Load) -> list[Row]:
 
 
 def while_sampling(shape: Shape, load: Load) -> list[Row]:
-    """Held while rationales are written; keys are float32, as the rotation leaves them."""
+    """Held while rationales are written."""
     rows = []
     if load.sharded and load.ranks > 1:
         rows.append(Row("weights, gathered whole", 4 * shape.parameters, f"4 B x {shape.parameters:,}"))
     if not load.at_once:
         return rows
-    width, each = shape.kv_heads * shape.head_dim, 4 + (2 if load.half else 4)
+    width, each = shape.kv_heads * shape.head_dim, 4 if load.half else 8
     calls = [
         (prompts, prompts * n)
         for texts, n in load.calls
@@ -120,7 +120,7 @@ def while_updating(shape: Shape, load: Load) -> list[Row]:
     together = load.rollouts * (load.prompt + load.rationale)
     width = shape.heads * shape.head_dim * (2 if load.half else 4)
     how = f"{load.rollouts} x ({load.prompt} + {load.rationale}) tokens of one layer x {width:,} B x 4 (keys, values, gradients)"
-    rows.append(Row("attention of a prompt's rationales", 4 * together * width, how))
+    rows.append(Row("attention of one prompt", 4 * together * width, how))
     logits = 16 * _LOGITS_AT_A_TIME
     head = (8 if shape.head_trained else 2) * shape.embedding
     rows.append(Row("logits", logits + head, f"{_LOGITS_AT_A_TIME:,} at a time x 16 B, and {head / 2**20:,.0f} MiB of the output layer"))

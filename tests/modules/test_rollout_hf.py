@@ -3,7 +3,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from src.modules import logprobs
+from src.modules import logprobs, rollout_hf
 from src.modules.policy import Policy
 from src.modules.pooling import pool_prefixes
 from src.modules.prompt import PromptRenderer, Prompts
@@ -90,6 +90,18 @@ def test_every_pooling_and_layer_is_that_of_a_plain_pass(pooling, layer):
         torch.testing.assert_close(rollouts.prefix_embeddings, prefixes, atol=1e-4, rtol=0)
         logprobs, _ = policy.logprobs(rollouts, policy.hidden_states(rollouts))
     torch.testing.assert_close(rollouts.logprobs, logprobs, atol=1e-4, rtol=0)  # of the last layer, whatever is pooled
+
+
+def test_under_autocast_keys_and_values_are_held_as_they_are_attended_to(monkeypatch):
+    policy, held = small_policy(), []
+    cache = rollout_hf.SharedPromptCache
+    monkeypatch.setattr(rollout_hf, "SharedPromptCache", lambda *how: held.append(cache(*how)) or held[-1])
+    with torch.autocast("cpu", torch.bfloat16):
+        rollouts = HFRollouts(16).generate(policy, prompts_of(policy), n=3, seed=3)
+    assert {buffer.dtype for pair in held[0].prompt + held[0].own for buffer in pair} == {torch.bfloat16}
+    with torch.no_grad():
+        logprobs, _ = policy.logprobs(rollouts, policy.hidden_states(rollouts))
+    assert float((rollouts.logprobs - logprobs).abs().mean()) < 0.05
 
 
 def test_the_same_seed_gives_the_same_rationales_whatever_is_sampled_together():
