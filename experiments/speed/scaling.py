@@ -108,7 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
     setting = f"B = {a.instances}, K = {a.rollouts}, {a.new_tokens} new tokens, vocabulary {a.vocab_size}"
     head = ["grows", "to", "seconds a step", "/ half the size", "peak above the model, MiB", "/ half the size"]
     report(
-        f"{machine()}, {a.repeats} steps a point; {a.micro_batch_tokens} tokens a micro-batch, {a.sampled_tokens} held while rationales are written; otherwise {setting}\n\n" + table(head, rows),
+        f"{machine()}, {a.repeats} steps a point; {a.micro_batch_tokens} tokens a micro-batch, {a.sampled_tokens} held while rationales are written; otherwise {setting}\n\n"
+        + table(head, rows),
         a.output,
     )
     if a.output is not None:
