@@ -8,13 +8,15 @@ tokens in place of K (P + R). Positions are those that each sequence would have 
 are those of separate rows, but for rounding.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from src.modules.attention import refuse_unread
@@ -125,22 +127,48 @@ def packed_attention(
         q, k, v = (states.transpose(0, 1).unsqueeze(0) for states in prompt)
         output = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=True)
         outputs.append(output[0].transpose(0, 1))
-        if group.rationales:  # computed again in the backward pass: kept, its copies of the prompt would grow with K
-            arguments = (prompt, rationales, group, dropout, scaling)
-            outputs.append(checkpoint(_rationales_attention, *arguments, use_reentrant=False, preserve_rng_state=dropout > 0))
+        if group.rationales:
+            attend = functools.partial(_rationales_attention, group, dropout, scaling)
+            outputs.append(attend(*prompt[1:], *rationales) if dropout else _Again.apply(attend, *prompt[1:], *rationales))
     return torch.cat(outputs).unsqueeze(0), None
 
 
-_Triple = tuple[Tensor, Tensor, Tensor]  # queries, keys and values, [tokens, heads, d]
+class _Again(torch.autograd.Function):
+    """A function of tensors, without randomness, that the backward pass computes again.
+
+    Kept, the copies of a prompt's keys and values for its rationales would grow with K. What torch.utils.checkpoint keeps for
+    this are reference cycles, and they wait for the garbage collector: 150 MiB in a thousand steps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        with torch.enable_grad():
+            output = ctx.function(*inputs)
+        return None, *torch.autograd.grad(output, inputs, upstream)
 
 
-def _rationales_attention(prompt: _Triple, rationales: _Triple, group: Group, dropout: float, scaling: float) -> Tensor:
-    """The K rationales of a group as a batch of their own, each over the prompt and itself; [tokens, heads, d]."""
+def _rationales_attention(
+    group: Group, dropout: float, scaling: float, prompt_key: Tensor, prompt_value: Tensor, *rationales: Tensor
+) -> Tensor:
+    """The K rationales of a group as a batch of their own, each over the prompt and itself; [tokens, heads, d].
+
+    Args:
+        prompt_key, prompt_value: [tokens, heads, d].
+        rationales: their queries, keys and values, alike.
+    """
     longest = len(group.visible)
     query, key, value = (x.index_select(0, group.padded).unflatten(0, (-1, longest)).transpose(1, 2) for x in rationales)
     key, value = (
         torch.cat([shared.transpose(0, 1).expand(len(query), -1, -1, -1), own], dim=2)
-        for shared, own in zip(prompt[1:], (key, value), strict=True)
+        for shared, own in ((prompt_key, key), (prompt_value, value))
     )
     grouped = query.shape[1] != key.shape[1]
     if grouped and query.device.type != "cpu":  # with a mask, only the CPU's fast kernel reads grouped heads as they are
