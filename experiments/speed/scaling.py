@@ -105,13 +105,10 @@ def main(arguments: list[str] | None = None) -> None:
         for before, (size, seconds, memory) in zip([None, *own], own, strict=False):
             factors = ["", ""] if before is None else [f"{seconds / before[1]:.2f}", f"{memory / before[2]:.2f}"]
             rows.append([WAYS[way], size, f"{seconds:.2f}", factors[0], f"{memory:.0f}", factors[1]])
-    setting = f"B = {a.instances}, K = {a.rollouts}, {a.new_tokens} new tokens, vocabulary {a.vocab_size}"
+    fixed = f"{a.micro_batch_tokens} tokens a micro-batch, {a.sampled_tokens} held while rationales are written"
+    setting = f"{fixed}; otherwise B = {a.instances}, K = {a.rollouts}, {a.new_tokens} new tokens, vocabulary {a.vocab_size}"
     head = ["grows", "to", "seconds a step", "/ half the size", "peak above the model, MiB", "/ half the size"]
-    report(
-        f"{machine()}, {a.repeats} steps a point; {a.micro_batch_tokens} tokens a micro-batch, {a.sampled_tokens} held while rationales are written; otherwise {setting}\n\n"
-        + table(head, rows),
-        a.output,
-    )
+    report(f"{machine()}, {a.repeats} steps a point; {setting}\n\n" + table(head, rows), a.output)
     if a.output is not None:
         draw(points, a.output.with_suffix(".png"))
 
