@@ -135,6 +135,7 @@ def test_bfloat16_weights_stay_close_to_float32_ones() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_an_engine_that_slept_wakes_with_the_trainers_weights() -> None:
     policy = policy_of("shipped").to("cuda")
     for _ in range(3):
