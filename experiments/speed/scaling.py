@@ -36,7 +36,7 @@ def measure(spec: Spec) -> tuple[float, float]:
 
 
 def grow(base: Spec, doublings: int, ways: Sequence[str] = tuple(WAYS)) -> dict[str, list[Point]]:
-    """The points of every way to grow; the first of each is the base."""
+    """The points of each of some ways to grow (keys of WAYS); the first of each is the base."""
     start = measure(base)
     points: dict[str, list[Point]] = {}
     for way in ways:
