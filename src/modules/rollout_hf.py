@@ -209,16 +209,16 @@ def choose(hidden: Tensor, weight: Tensor, draws: Tensor, temperature: float) ->
 def _choose(hidden: Tensor, weight: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Inverse-transform sampling: one uniform draw a row against the cumulative distribution. Noise over the whole
     vocabulary, as `torch.multinomial` draws it, took half of the time on a CPU."""
-    logits = (hidden @ weight.T).float()
     if temperature > 0:
-        logits /= temperature
-        cumulative = torch.softmax(logits, dim=-1)
-        cumulative.cumsum_(dim=-1)
+        logits = (hidden / temperature @ weight.T).float()  # [N, D] divided in place of [N, V]
+        probabilities = torch.softmax(logits, dim=-1)
+        cumulative = torch.cumsum(probabilities, dim=-1, out=logits)  # in their place
         # rounding may leave the last entry below 1: draws are taken relative to it
         targets = (draws * cumulative[:, -1]).unsqueeze(1)
-        ids = torch.searchsorted(cumulative, targets, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
-    else:
-        ids = logits.argmax(dim=-1)
+        ids = torch.searchsorted(cumulative, targets, right=True).clamp(max=len(weight) - 1)
+        return ids.squeeze(1), probabilities.gather(1, ids).squeeze(1).log()  # a token of probability 0 is never drawn
+    logits = (hidden @ weight.T).float()
+    ids = logits.argmax(dim=-1)
     return ids, logits.gather(1, ids.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=-1)
 
 
