@@ -88,7 +88,7 @@ class RationaleEncoder:
         require_room(policy.context, settings.max_prompt_tokens, engine.max_new_tokens if rationale else 0)
         self.policy, self.settings, self.engine = policy, settings, engine
         self.rationale, self.temperature, self.seed, self.batch_size = rationale, temperature, seed, _positive(batch_size)
-        self._renderers = {side: self._renderer(side) for side in ("query", "document", None)}
+        self.renderers = {side: self._renderer(side) for side in ("query", "document", None)}
 
     def _renderer(self, prompt_type: str | None) -> PromptRenderer:
         s = self.settings
@@ -185,7 +185,7 @@ class RationaleEncoder:
             return np.zeros((0, self.dimension), dtype=np.float32), []
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # a repeated text is written about once
         distinct = list(place)
-        prompts = self._renderers[prompt_type](distinct)
+        prompts = self.renderers[prompt_type](distinct)
         embeddings = np.zeros((len(distinct), self.dimension), dtype=np.float32)
         rationales: list[Tensor] = [torch.empty(0, dtype=torch.long)] * len(distinct)
         order = prompts.lengths.argsort(descending=True, stable=True)  # like lengths together: less padding

@@ -90,8 +90,8 @@ def frames(encoder: RationaleEncoder) -> dict[str, tuple[list[int], int]]:
 
     They say more than the chat template, which may write today's date.
     """
-    renderers = encoder._renderers  # those that are in use: made now, they might show another date
-    sides = {side or "none": renderer([""]) for side, renderer in renderers.items()}
+    # those that are in use: made now, they might show another date
+    sides = {side or "none": renderer([""]) for side, renderer in encoder.renderers.items()}
     return {side: (frame.ids[0].tolist(), int(frame.prefix_lengths[0])) for side, frame in sides.items()}
 
 
