@@ -127,10 +127,14 @@ class RolloutCheckpoint(ModelCheckpoint):
         return Path(str(self.dirpath))
 
     def _go_on(self, trainer: L.Trainer, module: PolicyModule, origin: Path) -> None:
-        """Makes the checkpoint that is gone on from the last one, and logs what its process may have had no time to log."""
+        """Makes the checkpoint that is gone on from the last one, and its best the best; logs what its process may have had no time for."""
         self._saved_at = module.rollout_batches
         if trainer.is_global_zero:
             self._point(LAST, origin)
+            if self.best_model_path:  # that of the checkpoint: what came after it is given up, its best too
+                self._point(BEST, Path(self.best_model_path))
+            else:
+                (self._folder / BEST).unlink(missing_ok=True)
         pending = dict(self._not_logged_yet)  # Lightning logs right after this checkpoint is saved; MLflow takes nothing twice
         if pending:
             log_metrics(trainer, pending, step=int(pending.pop("step")))

@@ -70,12 +70,18 @@ class FinalReport(Watcher):
         self.temperature, self.examples = temperature, examples
         self.rows: dict[str, dict[str, float]] = {}  # row -> category or average -> score
         self._tasks: list[Any] = []
+        self._on: dict[str, str] | None = None  # the data of each task by its name, once the starting policy was scored
 
     def at_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
         with undisturbed(module):
             self._tasks = self.make_tasks()
-        if self.rows:
-            return  # resumed: the checkpoint brought what the starting policy scored
+        on = {task.metadata.name: str(task.metadata.dataset["revision"]) for task in self._tasks}
+        if self._on is not None:  # resumed: the checkpoint brought what the starting policy scored
+            if self._on != on:
+                log.warning("the held-out tasks are not those of before the stop: the starting policy's scores on them stay unknown")
+                self.rows, self._on = {}, on
+            return
+        self._on = on
         with_them = module.settings.rationale
         log.info("scoring the starting policy on %d held-out tasks, without%s rationales", len(self._tasks), " and with" * with_them)
         self.score(trainer, module, BASE, rationale=False)
@@ -129,7 +135,7 @@ class FinalReport(Watcher):
         console = Console(width=None if sys.stdout.isatty() else 110)
         console.print(score_table(self.rows))
         watched = [callback for callback in trainer.callbacks if isinstance(callback, RationaleTable)]  # type: ignore[attr-defined]
-        if watched and self.examples:
+        if watched and watched[0].before and self.examples:
             console.print(example_table(watched[0], self.examples))
         for what, where in self.places(trainer):
             console.print(f"{what:34s} {where}", soft_wrap=True, highlight=False, markup=False)
@@ -142,10 +148,10 @@ class FinalReport(Watcher):
         return found + [("MLflow run (make ui)", str(logger.run_id)) for logger in mlflow_loggers(trainer)]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": {row: scores for row, scores in self.rows.items() if row in (BASE, REASONING)}}
+        return {"rows": {row: scores for row, scores in self.rows.items() if row in (BASE, REASONING)}, "on": self._on}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = dict(state_dict["rows"])
+        self.rows, self._on = dict(state_dict["rows"]), state_dict["on"]
 
 
 def _slug(row: str) -> str:

@@ -43,15 +43,23 @@ class GeneralAbilities(Watcher):
         self.asked: dict[str, Any] = {"tasks": tasks if isinstance(tasks, str) else list(tasks), "packages": list(packages)}
         self.asked |= {"cache_dir": cache_dir, "count": count, "batch_size": batch_size}
         self.before: dict[str, AbilityScore] = {}
+        self._questions: dict[str, Any] | None = None  # that the starting policy was asked
         self.changes: dict[str, Change] = {}
 
     def at_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
-        if not self.before:  # else resumed: the checkpoint brought what the starting policy scored
+        questions = {name: self.asked[name] for name in ("tasks", "packages", "count")}
+        if self._questions not in (None, questions):
+            log.warning("general abilities are asked for by other questions than before the stop: they are not compared with the start's")
+            self.before = {}
+        elif self._questions is None:  # else resumed: the checkpoint brought what the starting policy scored
             log.info("scoring the starting policy's general abilities")
             with undisturbed(module):
                 self.before = run_abilities(module.policy, **self.asked)
+        self._questions = questions
 
     def at_end(self, trainer: L.Trainer, module: PolicyModule) -> None:
+        if not self.before:
+            return
         log.info("scoring the trained policy's general abilities")
         with undisturbed(module):
             after = run_abilities(module.policy, **self.asked)
@@ -63,7 +71,8 @@ class GeneralAbilities(Watcher):
             log_text(trainer, ability_markdown(self.changes), "report/abilities.md")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"before": {task: asdict(score) for task, score in self.before.items()}}
+        return {"before": {task: asdict(score) for task, score in self.before.items()}, "questions": self._questions}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.before = {task: AbilityScore(**score) for task, score in state_dict["before"].items()}
+        self._questions = state_dict["questions"]

@@ -98,14 +98,18 @@ class RationaleTable(Watcher):
         self.before: list[Rationale] = []
         self.after: list[Rationale] = []
         self._triplets: list[Triplet] = []
+        self._from_start = True  # whether the starting policy has been seen with these texts, or can be
         self._written_at = -1
 
     def at_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
         self._triplets = fixed_triplets(trainer, self.texts)
         if len(self._triplets) == 1:
             log.warning("one record is held out: its rationales are logged without reward terms, which compare texts of a batch")
-        if not self.before:  # else resumed: the checkpoint brought what the starting policy wrote
+        if self._from_start and not self.before:  # else resumed: the checkpoint brought what the starting policy wrote
             self.before = self.write(trainer, as_grace(module))
+        elif [row.text for row in self.before] != texts_of(self._triplets, "positive"):
+            log.warning("the watched texts are not those of before the stop: there will be no list of rationales before and after")
+            self.before, self._from_start = [], False
 
     def after_batch(self, trainer: L.Trainer, module: PolicyModule) -> None:
         if is_due(module, self.every):
@@ -114,7 +118,7 @@ class RationaleTable(Watcher):
     def at_end(self, trainer: L.Trainer, module: PolicyModule) -> None:
         if self._written_at != module.rollout_batches:
             self.after = self.write(trainer, as_grace(module))
-        if trainer.is_global_zero and self.after:
+        if trainer.is_global_zero and self.before and self.after:
             markdown = before_and_after(self.before, self.after, module.rollout_batches)
             write_text(self.path, markdown)
             log_text(trainer, markdown, f"rationales/{self.path.name}")
@@ -129,7 +133,8 @@ class RationaleTable(Watcher):
         return rows
 
     def state_dict(self) -> dict[str, Any]:
-        return {"before": [vars(row) for row in self.before]}
+        return {"before": [vars(row) for row in self.before], "from_start": self._from_start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.before = [Rationale(**row) for row in state_dict["before"]]
+        self._from_start = state_dict.get("from_start", True)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from src.callbacks.watcher import Watcher, last_report
+from src.modules.algorithm import Algorithm
 from src.modules.grace import GRACE
 from src.modules.policy_module import PolicyModule
 from src.modules.report import StepReport
@@ -47,11 +49,21 @@ def diagnose(report: StepReport) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
+def _by_group(algorithm: Algorithm) -> bool:
+    """Whether advantages stay as they are when a group's rewards, a greedy rollout's included, are raised by one number."""
+    rewards = torch.tensor([[0.0, 1.0], [0.0, 2.0]])
+    raised = rewards + torch.tensor([[0.0], [5.0]])
+    keep = torch.ones_like(rewards, dtype=torch.bool)
+    plain, other = (algorithm.advantage(r, keep, *([r[:, 0]] if algorithm.greedy_baseline else [])) for r in (rewards, raised))
+    return torch.allclose(plain, other)
+
+
 class RewardDiagnostics(Watcher):
     """Logs `diagnose(module.report)` after every rollout batch and draws the reward terms over them at the end.
 
     A group baseline removes whatever is the same for all rollouts of an instance. So a weighted term without spread
-    within groups is warned about, once: it shows in the reward and not in the gradient.
+    within groups is warned about, once: it shows in the reward and not in the gradient. (Not where another baseline is taken, or
+    rollouts of queries and negatives are learned from, which such terms may tell apart.)
 
     Args:
         figure_path: where the figure goes (PNG), besides MLflow; null draws none.
@@ -62,10 +74,13 @@ class RewardDiagnostics(Watcher):
         self.history: dict[str, TermHistory] = {}
         self.weights: dict[str, float] = {}
         self._warned: set[str] = set()
+        self._needs_spread = True
 
     def at_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
         if not isinstance(module, GRACE):
             raise TypeError(f"callbacks.reward_diagnostics: {type(module).__name__} has no rewards to watch; choose callbacks=contrastive")
+        # what is one number for a group moves nothing, if its baseline is the group's and its positives alone are learned from
+        self._needs_spread = _by_group(module.algorithm) and not module.hparams["also_learn_from"]
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Lightning would send what an earlier batch had as this one's too, where this one has none: no update, no loss."""
@@ -91,8 +106,8 @@ class RewardDiagnostics(Watcher):
             term.within_group_std.append(metrics.get(f"reward/{name}/within_group_std", math.nan))
 
     def _warn(self, report: StepReport, metrics: dict[str, float]) -> None:
-        if report.advantages.shape[1] < 2:
-            return  # with K = 1 no term has any spread: the algorithm has its own word on that
+        if not self._needs_spread:
+            return
         for name, weight in report.reward.weights.items():
             if weight and name not in self._warned and metrics.get(f"reward/{name}/within_group_std", math.inf) < _NO_SPREAD:
                 self._warned.add(name)

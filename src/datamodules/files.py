@@ -1,6 +1,7 @@
 """Where records lie: a file, a folder of files, or a data set on the hub."""
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ def find_files(path: str, patterns: Sequence[str], revision: str | None = None) 
         if local.suffix in _PACKED[1:]:
             raise ValueError(f"{path!r} is packed in a way that is not read here: unpack it, or pack it as .gz")
         return [DataFile(local, local.name)]
+    if local.is_dir() and (linked := _linked_elsewhere(local, patterns)):
+        raise ValueError(f"{path!r} has links to folders that lie elsewhere ({_few(linked)}): copy them there, or name one in their place")
     root = local if local.is_dir() else _download(path, patterns, revision)
     names = _matching(root, patterns)
     left_out = sorted(set(_matching(root, ["*"])) - set(names)) if local.is_dir() else []  # of the hub, nothing else is downloaded
@@ -81,6 +84,13 @@ def _matching(root: Path, patterns: Sequence[str]) -> list[str]:
     """Names in a folder, sorted; hidden ones are left out."""
     matching = {file.relative_to(root).as_posix() for pattern in patterns for file in root.rglob(pattern) if file.is_file()}
     return sorted(name for name in matching if not any(part.startswith(".") for part in name.split("/")))
+
+
+def _linked_elsewhere(root: Path, patterns: Sequence[str]) -> list[str]:
+    """Names of linked folders with files that match and that are not read in their own place: links to folders are not followed."""
+    folders = [Path(folder, name) for folder, names, _ in os.walk(root) for name in names]
+    linked = [link for link in folders if link.is_symlink() and not link.resolve().is_relative_to(root.resolve())]
+    return sorted(link.relative_to(root).as_posix() for link in linked if _matching(link, patterns))
 
 
 def _fits(name: PurePosixPath, patterns: Sequence[str]) -> bool:

@@ -90,7 +90,9 @@ def read_lines(file: Path, columns: Columns) -> Iterator[Line]:
             raise ValueError(str(values))
         if not isinstance(values, dict):
             raise ValueError(f"{where}: a row is a JSON object")
-        yield Line(where, {renamed.get(str(name), str(name)): value for name, value in values.items()})
+        # a column of the file's own that has the name which another is given is not that one
+        kept = {name: value for name, value in values.items() if name in renamed or name not in renamed.values()}
+        yield Line(where, {renamed.get(str(name), str(name)): value for name, value in kept.items()})
 
 
 def _tsv_rows(chunk: Chunk, names: list[str] | None) -> Iterator[tuple[str, Any]]:

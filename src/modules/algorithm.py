@@ -1,5 +1,6 @@
 """What a policy-gradient algorithm is here: functions and numbers, put together by a config."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -73,7 +74,19 @@ class Algorithm:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)}: it must be at least 0")
         if self.importance_cap is not None and self.importance_cap <= 0:
             raise ValueError(f"algorithm.importance_cap={self.importance_cap}: it must be above 0, or null for no correction")
-        choices = {"kl_estimator": tuple(ESTIMATORS), "kl_in": ("loss", "reward"), "importance_level": get_args(Level)}
+        try:
+            inspect.signature(self.advantage).bind(*[None] * (3 if self.greedy_baseline else 2))
+        except TypeError as error:
+            raise ValueError(
+                f"algorithm.greedy_baseline={str(self.greedy_baseline).lower()} does not go with algorithm.advantage: with it the function "
+                f"is given the greedy rollouts' rewards too, as remax takes them, and without it rewards and keep alone ({error})"
+            ) from error
+        choices = {
+            "truncation": get_args(Penalty),
+            "kl_estimator": tuple(ESTIMATORS),
+            "kl_in": ("loss", "reward"),
+            "importance_level": get_args(Level),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)!r}: it is {' or '.join(allowed)}")
@@ -99,9 +112,9 @@ class Algorithm:
         """
         if self.overlong is not None:
             rewards = rewards + self.overlong(lengths)
-        if divergence is not None:
-            rewards = rewards - self.kl_weight * divergence
-        return penalise_truncated(rewards, finished, self.truncation, self.truncation_size)
+        rewards, keep = penalise_truncated(rewards, finished, self.truncation, self.truncation_size)
+        # last: a rationale that met the limit is charged for its distance like any other
+        return rewards if divergence is None else rewards - self.kl_weight * divergence, keep
 
     def divergence(self, logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
         """[N, T] float32: estimates of the divergence from the reference by token, from log-probs [N, T] of both; 0 where masked."""

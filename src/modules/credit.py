@@ -26,7 +26,7 @@ def prefix_rewards(reward: Callable[[Tensor], Tensor], prefixes: Tensor) -> Tens
     return torch.stack([reward(prefixes[:, :, t]) for t in range(prefixes.shape[2])], dim=2)
 
 
-def token_returns(prefix_rewards: Tensor, at_end: Tensor, lengths: Tensor, decay: float) -> Tensor:
+def token_returns(prefix_rewards: Tensor, at_end: Tensor, lengths: Tensor, decay: float, costs: Tensor | None = None) -> Tensor:
     """What the reward gained from each token on, later tokens counting less.
 
     G[t] = sum_{l >= 0} decay^l (F[t + l + 1] - F[t + l]), F[t] the reward after t tokens: generalised advantage estimation
@@ -41,6 +41,7 @@ def token_returns(prefix_rewards: Tensor, at_end: Tensor, lengths: Tensor, decay
         at_end: [B, K], what the last token gains besides: the rationale's reward, with any penalty, less F at its length.
         lengths: [B, K] int64, tokens of each rationale, at least 1.
         decay: 0 to 1.
+        costs: [B, K, R], what each token loses besides, such as its divergence from the reference; 0 past the end.
 
     Returns:
         [B, K, R] float32, 0 past a rationale's end.
@@ -49,6 +50,8 @@ def token_returns(prefix_rewards: Tensor, at_end: Tensor, lengths: Tensor, decay
     positions = torch.arange(steps, device=prefix_rewards.device)
     ends = positions == lengths.unsqueeze(2) - 1
     gains = (prefix_rewards[:, :, 1:] - prefix_rewards[:, :, :-1]) * (positions < lengths.unsqueeze(2)) + at_end.unsqueeze(2) * ends
+    if costs is not None:
+        gains = gains - costs
     returns = torch.zeros_like(gains)
     ahead = torch.zeros_like(at_end)
     for t in range(steps - 1, -1, -1):
@@ -62,6 +65,15 @@ def token_advantages(advantage: Callable[[Tensor, Tensor], Tensor], returns: Ten
     reached = torch.arange(returns.shape[2], device=returns.device) < lengths.unsqueeze(2)
     columns = [advantage(returns[:, :, t], keep & reached[:, :, t]) for t in range(returns.shape[2])]
     return torch.stack(columns, dim=2)
+
+
+def from_tokens(values: Tensor, rollouts: Rollouts, longest: int) -> Tensor:
+    """[N, R] of the rationales' tokens from values [N, T] at their positions, 0 past a rationale's end; R = `longest`."""
+    mask = rollouts.rationale_mask
+    rows, columns = mask.nonzero(as_tuple=True)
+    taken = values.new_zeros(len(mask), longest)
+    taken[rows, columns - rollouts.prompt_lengths[rows]] = values[rows, columns]
+    return taken
 
 
 def at_tokens(values: Tensor, rollouts: Rollouts) -> Tensor:

@@ -124,7 +124,8 @@ class RationaleEncoder:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         engine = HFRollouts(settings.max_new_tokens)
-        return cls(policy.to(device), settings, engine, temperature=temperature, seed=seed, batch_size=batch_size)
+        own = settings.rationale  # what was trained without rationales is read without
+        return cls(policy.to(device), settings, engine, own, temperature=temperature, seed=seed, batch_size=batch_size)
 
     @property
     def dimension(self) -> int:
@@ -145,7 +146,7 @@ class RationaleEncoder:
             texts: any number of them; one that occurs again is read once.
             prompt_type: `query` or `document`. They are read alike, as GRACE was trained, unless the settings have a
                 `query_instruction`.
-            rationale: whether rationales are written; None: as the encoder was made (with).
+            rationale: whether rationales are written; None: as the encoder was made, which is as its policy was trained.
             batch_size: texts at a time; None: the encoder's own.
             show_progress: a bar of texts done and time left, on standard error.
 

@@ -76,7 +76,7 @@ def load_policy(path: Path | str, trust_remote_code: bool = False) -> tuple[Poli
         ValueError: a checkpoint that is not whole, or that GRACE did not write.
     """
     path = str(path)
-    if path.endswith(CHECKPOINT_SUFFIX):
+    if Path(path).suffix == CHECKPOINT_SUFFIX:
         return _load_checkpoint(Path(path), trust_remote_code)
     is_folder_name = Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1  # no hub name looks like that
     if is_folder_name and not Path(path).is_dir():

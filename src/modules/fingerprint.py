@@ -68,8 +68,10 @@ def code_digest(*modules: str) -> str:
             continue
         file = _file_of(name)
         files[name] = file.read_bytes() if file else b""
-        imported = [node.module or "" for node in ast.walk(ast.parse(files[name])) if isinstance(node, ast.ImportFrom)]
-        found += [module for module in imported if module.startswith("src.")]
+        statements = [node for node in ast.walk(ast.parse(files[name])) if isinstance(node, ast.ImportFrom)]
+        imported = ["." * node.level + (node.module or "") for node in statements]
+        absolute = [importlib.util.resolve_name(module, name.rpartition(".")[0]) for module in imported]
+        found += [module for module in absolute if module.startswith("src.")]
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
         digest.update(f"{name} {len(content)}".encode() + content)

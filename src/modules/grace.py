@@ -3,7 +3,7 @@
 batch -> rollouts -> embeddings, log-probs -> reward terms -> advantages -> loss -> steps
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from src.modules.policy import Policy
 from src.modules.policy_module import PolicyModule
 from src.modules.reference import Reference
 from src.modules.report import step_report
-from src.modules.rewards import Embeddings, Reward
+from src.modules.rewards import RewardFunction, without_autocast
 from src.modules.scorer import Scorer
 from src.modules.scoring import Scored
 from src.modules.sharding import gradient_exchange, shard, whole
@@ -66,7 +66,7 @@ class GRACE(PolicyModule):
         self,
         policy: Policy,
         engine: RolloutEngine,
-        reward: Callable[[Embeddings], Reward],
+        reward: RewardFunction,
         algorithm: Algorithm,
         instruction: str,
         max_prompt_tokens: int = 1024,
@@ -74,7 +74,7 @@ class GRACE(PolicyModule):
         num_rollouts: int = 8,
         positive_temperature: float = 1.0,
         other_temperature: float = 0.5,
-        also_learn_from: Sequence[Side] = (),
+        also_learn_from: Sequence[Side] | None = (),
         micro_batch_tokens: int = 8192,
         encode_batch_size: int = 64,
         learning_rate: float = 1e-6,
@@ -91,6 +91,7 @@ class GRACE(PolicyModule):
                 f"module.positive_temperature={positive_temperature}, module.other_temperature={other_temperature}: the first must be "
                 "above 0, as greedy rollouts do not differ; the second may be 0 (greedy)"
             )
+        also_learn_from = tuple(map(str, also_learn_from or ()))  # type: ignore[arg-type]  # plain, to be kept in checkpoints
         if unknown := set(also_learn_from) - set(OTHERS):
             raise ValueError(
                 f"module.also_learn_from={list(also_learn_from)}: {', '.join(sorted(unknown))} is not one of {', '.join(OTHERS)}"
@@ -98,9 +99,8 @@ class GRACE(PolicyModule):
         for name, value in (("micro_batch_tokens", micro_batch_tokens), ("encode_batch_size", encode_batch_size)):
             if value < 1:
                 raise ValueError(f"module.{name}={value}: it must be at least 1")
-        also_learn_from = tuple(map(str, also_learn_from))  # type: ignore[arg-type]  # plain, to be kept in checkpoints
         self.save_hyperparameters(ignore=["policy", "engine", "reward", "algorithm", "template_kwargs"])
-        self.reward, self.algorithm = reward, algorithm
+        self.reward, self.algorithm = without_autocast(reward), algorithm
         self.reference = Reference(policy) if algorithm.kl_weight else None
         self.buffer = GroupBuffer(algorithm.min_group_std, algorithm.max_extra_batches)
 
@@ -140,7 +140,7 @@ class GRACE(PolicyModule):
             update = self.update(ready, gap)
         self.rollout_batches += 1
         advantages, names = experiences["positive"].advantages, ids_of(batch, "positive")
-        self.report = step_report(scored, reward, judged, advantages, update, gap, seconds, ranks, names)
+        self.report = step_report(scored, reward, judged, advantages, ready, update, gap, seconds, ranks, names)
 
     def scorer(self, seconds: dict[str, float]) -> Scorer:
         """Samples and scores the next rollout batch."""

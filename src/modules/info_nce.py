@@ -36,5 +36,5 @@ def cosines(queries: Tensor, documents: Tensor, left_out: Tensor | None = None) 
 
 def mean_reciprocal_rank(queries: Tensor, documents: Tensor) -> Tensor:
     """Scalar: mean of 1 / rank of document i for query i by cosine; queries and documents are [B, D]."""
-    similarity = F.normalize(queries, dim=-1) @ F.normalize(documents, dim=-1).T
+    similarity = cosines(queries, documents)
     return (1.0 / (similarity >= similarity.diagonal().unsqueeze(1)).sum(dim=1)).mean()

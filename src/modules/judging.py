@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from src.modules.algorithm import Algorithm
-from src.modules.credit import at_tokens, prefix_rewards, token_advantages, token_returns
+from src.modules.credit import at_tokens, from_tokens, prefix_rewards, token_advantages, token_returns
 from src.modules.scoring import ScoredSide
 
 SideReward = Callable[[Tensor], Tensor]
@@ -58,7 +58,7 @@ def judge(algorithm: Algorithm, reward: SideReward, side: ScoredSide, greedy: Gr
     earned = reward(side.embeddings)
     b, k = earned.shape
     lengths, finished = side.rollouts.rationale_lengths.view(b, k), side.rollouts.finished.view(b, k)
-    divergence = _divergence(algorithm, side).view(b, k) if algorithm.kl_in_reward else None
+    divergence = _divergence(algorithm, side).sum(dim=1).view(b, k) if algorithm.kl_in_reward else None
     if greedy is None:
         return Judged(earned, *algorithm.judged(earned, lengths, finished, divergence), baseline=None)
     together = reward(torch.cat([side.embeddings, greedy.embeddings], dim=1))
@@ -72,10 +72,10 @@ def judge(algorithm: Algorithm, reward: SideReward, side: ScoredSide, greedy: Gr
 
 
 def _divergence(algorithm: Algorithm, side: ScoredSide) -> Tensor:
-    """[G*K] float32: from the reference, summed over each rationale's tokens."""
+    """[G*K, T] float32: from the reference by token, 0 outside of the rationales."""
     if side.old_logprobs is None or side.reference_logprobs is None:
         raise ValueError("algorithm.kl_in=reward needs log-probs of the policy and of its reference, and the batch was scored without")
-    return algorithm.divergence(side.old_logprobs, side.reference_logprobs, side.rollouts.rationale_mask).sum(dim=1)
+    return algorithm.divergence(side.old_logprobs, side.reference_logprobs, side.rollouts.rationale_mask)
 
 
 def by_token(algorithm: Algorithm, reward: SideReward, side: ScoredSide, judged: Judged) -> Tensor:
@@ -91,5 +91,10 @@ def by_token(algorithm: Algorithm, reward: SideReward, side: ScoredSide, judged:
     after = prefix_rewards(reward, side.prefixes)
     # with all others cut at its own length a rationale earns something else than with all of them whole
     at_end = judged.rewards - after.gather(2, lengths.unsqueeze(2)).squeeze(2)
-    returns = token_returns(after, at_end, lengths, algorithm.credit_decay)
+    costs = None
+    if algorithm.kl_in_reward:  # of the token that caused it, and not of the last
+        by_tokens = algorithm.kl_weight * _divergence(algorithm, side)
+        costs = from_tokens(by_tokens, side.rollouts, after.shape[2] - 1).unflatten(0, keep.shape)
+        at_end = at_end + costs.sum(dim=2)
+    returns = token_returns(after, at_end, lengths, algorithm.credit_decay, costs)
     return at_tokens(token_advantages(algorithm.advantage, returns, lengths, keep).flatten(0, 1), side.rollouts)

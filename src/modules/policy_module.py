@@ -21,6 +21,9 @@ from src.modules.resuming import use_new_settings
 from src.modules.settings import EncoderSettings
 from src.modules.sharding import whole_norm
 
+PRECISIONS = ("32-true", "bf16-mixed")
+"""Of the trainer: weights are float32."""
+
 
 class PolicyModule(L.LightningModule):
     """Trains a policy on batches of triplets, by manual optimisation; how is up to `training_step` of the class below it.
@@ -83,11 +86,13 @@ class PolicyModule(L.LightningModule):
         """Refuses what would train wrongly in silence.
 
         Raises:
-            ValueError: float16 arithmetic (its gradients are scaled where they are clipped here).
+            ValueError: float16 arithmetic (its gradients are scaled where they are clipped here), or weights in bfloat16 (most steps
+                are smaller than the distance to the next of its numbers).
         """
-        if self.trainer.precision.startswith("16"):
+        if self.trainer.precision not in PRECISIONS:
             raise ValueError(
-                f"trainer.precision={self.trainer.precision}: use bf16-mixed or 32-true, float16 would overflow its loss scale"
+                f"trainer.precision={self.trainer.precision}: use bf16-mixed or 32-true. float16 would overflow its loss scale, and "
+                "weights in bfloat16 stay where they are at the rates of training"
             )
 
     @property

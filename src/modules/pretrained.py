@@ -1,11 +1,14 @@
 """Models and tokenizers from a folder or the hub: no code of theirs runs and no pickle is read, unless asked for by name."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"]
 _PICKLES = ("pytorch_model*.bin", "adapter_model*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle")
@@ -46,11 +49,24 @@ def load_model(
     settings: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "trust_remote_code": trust_remote_code}
     settings |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True, **settings)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True, **settings)
     except ValueError as error:
         raise _plain(error, path) from error
     except SafetensorError as error:
         raise ValueError(f"the weights at {str(path)!r} are no safetensors, or cut off ({error}): copy the folder again") from error
+    _make_savable(model, path)
+    return model
+
+
+def _make_savable(model: PreTrainedModel, path: Path | str) -> None:
+    """Some folders ask for a temperature and not for sampling: transformers reads that, and would not write it into a checkpoint."""
+    generation = model.generation_config
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        log.warning("%s: its generation_config.json contradicts itself; what it says of sampling is left out of what is saved", path)
+        kept = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**kept)
 
 
 def require_files(path: str) -> None:

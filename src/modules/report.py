@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from src.modules.batch_report import speed
+from src.modules.experience import Experience
 from src.modules.judging import Judged
 from src.modules.logprob_gap import LogprobGap
 from src.modules.ranks import Ranks
@@ -66,6 +67,7 @@ def step_report(
     reward: Reward,
     judged: Mapping[Side, Judged],
     advantages: Tensor,
+    learned_from: Experience | None,
     update: dict[str, float],
     gap: LogprobGap,
     seconds: dict[str, float],
@@ -78,6 +80,7 @@ def step_report(
         scored, judged, gap, seconds: of this rank.
         reward: of the positives of all ranks, [B, K] terms.
         advantages: of this rank's positives, by token.
+        learned_from: what this rank updated on; None while groups are gathered.
         update: of all ranks.
         instance_ids: of all ranks.
     """
@@ -89,7 +92,7 @@ def step_report(
         return ranks.gather(values.view(own, -1), own).cpu()
 
     rationales = torch.tensor([hash(tuple(ids.tolist())) for ids in rollouts.rationales()])
-    updated = sum(int((part.rollouts.lengths * judged[side].keep.flatten()).sum()) for side, part in scored.sides.items())
+    updated = 0 if learned_from is None else int((learned_from.rollouts.lengths * learned_from.keep.flatten()).sum())
     rollout_tokens, update_tokens = ranks.total(scored.rollout_tokens, updated)
     return StepReport(
         reward=Reward({name: term.cpu() for name, term in reward.terms.items()}, reward.weights, reward.total.cpu()),

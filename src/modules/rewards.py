@@ -5,7 +5,9 @@ arXiv 2510.04506, section 3), but for the forms that are this project's own, whi
 write one more function here with the same first argument and result, and one YAML that names it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -46,6 +48,19 @@ class Reward:
     terms: dict[str, Tensor]
     weights: dict[str, float]
     total: Tensor
+
+
+RewardFunction = Callable[[Embeddings], Reward]
+
+
+def without_autocast(reward: RewardFunction) -> RewardFunction:
+    """The same reward in float32 under autocast too: products in bfloat16 would round away most of what a group's rollouts differ by."""
+    return partial(_in_float32, reward)
+
+
+def _in_float32(reward: RewardFunction, e: Embeddings) -> Reward:
+    with torch.autocast(e.positive.device.type, enabled=False):
+        return reward(e)
 
 
 def combine(terms: dict[str, Tensor], weights: dict[str, float], scale: float = 1.0) -> Reward:

@@ -131,7 +131,8 @@ def unrelated_similarity(positive: Tensor) -> float:
     if b == 1:
         return float("nan")
     means = positive.mean(dim=1)  # the mean of all cross similarities is that of the means
-    return float(((means @ means.T).sum() - means.square().sum()) / (b * (b - 1)))
+    # the sum of all products as the square of the sum, which autocast leaves in float32
+    return float((means.sum(dim=0).square().sum() - means.square().sum()) / (b * (b - 1)))
 
 
 def micro_batches(rollouts: Rollouts, rows: Tensor, k: int, tokens: int) -> Iterator[Tensor]:

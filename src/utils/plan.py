@@ -77,7 +77,7 @@ def plan(cfg: DictConfig) -> tuple[Work, Shape, Load]:
     load = Load(
         ranks=work.ranks,
         sharded=work.strategy == "fsdp",
-        half=str(cfg.trainer.precision).startswith("bf16"),
+        half=str(cfg.trainer.precision) in ("bf16", "bf16-mixed"),
         calls=work.calls(),
         at_once=cfg.rollout.get("batch_tokens", 0),
         prompt=work.prompt,

@@ -48,8 +48,9 @@ def choose_folder(root: str, name: str, now: str, ckpt_path: str | None, seed: i
         if own:
             return str(own[0])
     if ckpt_path == "last":
-        if alike:
-            return str(alike[0])
+        trained = [folder for folder in alike if read_settings(folder) is not None]  # others failed before they had begun
+        if trained or alike:
+            return str((trained or alike)[0])
         if not restarted():
             others = f"; of another seed there is ckpt_path={begun[0].parent / CHECKPOINTS / LAST}" if begun else ""
             raise FileNotFoundError(f"ckpt_path=last: no run with seed={seed} was begun in {Path(root, name)}{others}")

@@ -22,7 +22,7 @@ def starting_policy(path: str, policy: Policy) -> str:
     Raises:
         ValueError: nobody knows.
     """
-    start = policy.path if path.endswith(CHECKPOINT_SUFFIX) else _configured(Path(path))
+    start = policy.path if Path(path).suffix == CHECKPOINT_SUFFIX else _configured(Path(path))
     if not start:
         raise ValueError(
             f"abilities.tasks compares {path} with the policy that its training began with, which is not known here: name it by base="

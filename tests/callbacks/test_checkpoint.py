@@ -131,3 +131,21 @@ def test_random_states_survive_a_checkpoint(tmp_path: Path) -> None:
         set_random_states(loaded["ranks"][0])
         assert draw() == expected
         assert torch.equal(random_states()["torch"], torch.get_rng_state())
+
+
+def test_going_back_to_an_earlier_checkpoint_gives_up_what_came_after_it(tiny_policy_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+
+    def run(scores: dict[int, float], until: int, ckpt_path: Path | None = None) -> None:
+        saving = RolloutCheckpoint(str(folder), every_n_rollout_batches=1, monitor="mteb/average")
+        callbacks = [Metric(scores, folder), saving, Interrupt(at=until)]
+        module = make_module(Policy.load(str(tiny_policy_folder)))
+        with pytest.raises(RuntimeError, match="interrupted"):
+            fit(module, callbacks, tmp_path, batches=5, ckpt_path=None if ckpt_path is None else str(ckpt_path))
+
+    run({1: 0.5, 2: 0.4}, 2)
+    run({3: 0.6}, 3, folder / "batch_2.ckpt")
+    assert about(folder / "best.ckpt") == (3, pytest.approx(0.6))
+    run({3: 0.3, 4: 0.35}, 4, folder / "batch_2.ckpt")
+    assert about(folder / "best.ckpt") == (1, pytest.approx(0.5))
+    assert about(folder / "last.ckpt") == (4, pytest.approx(0.35))

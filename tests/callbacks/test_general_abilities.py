@@ -1,3 +1,4 @@
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,9 +57,21 @@ def test_a_policy_whose_weights_are_cut_is_scored_whole(module: GRACE, tiny_poli
 def test_a_resumed_run_compares_with_its_first_start(module: GRACE, tmp_path: Path) -> None:
     first, second = callback(tmp_path), callback(tmp_path)
     first.before = {"docstring_choice": AbilityScore("acc", True, (1.0,) * 8, (1.0,) * 8)}
+    first._questions = {name: first.asked[name] for name in ("tasks", "packages", "count")}
     second.load_state_dict(first.state_dict())
     fit(module, [second], tmp_path, batches=1)
     assert second.changes["docstring_choice"].before == 1.0
+
+
+def test_a_resumed_run_that_asks_other_questions_compares_nothing(module: GRACE, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = callback(tmp_path), callback(tmp_path)
+    first.before = {"docstring_choice": AbilityScore("acc", True, (1.0,) * 8, (1.0,) * 8)}
+    first._questions = {name: first.asked[name] for name in ("tasks", "packages")} | {"count": 9}
+    second.load_state_dict(first.state_dict())
+    with caplog.at_level(logging.WARNING):
+        fit(module, [second], tmp_path, batches=1)
+    assert "asked for by other questions than before the stop" in caplog.text
+    assert second.changes == {}
 
 
 def test_the_config_asks_held_out_packages(compose: Compose) -> None:

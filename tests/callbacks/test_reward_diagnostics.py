@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -7,7 +8,7 @@ import torch
 
 from src.callbacks.reward_diagnostics import RewardDiagnostics, diagnose, within_group_std
 from src.callbacks.throughput import Throughput, peak_memory, speeds
-from src.modules import rewards
+from src.modules import advantages, rewards
 from src.modules.grace import GRACE
 from src.modules.policy import Policy
 from src.modules.report import StepReport
@@ -105,3 +106,13 @@ def test_state_survives_a_round_trip(module: GRACE, tmp_path: Path) -> None:
     fit(module, [callback], tmp_path)
     resumed.load_state_dict(callback.state_dict())
     assert resumed.history == callback.history
+
+
+def test_terms_that_move_something_else_are_not_warned_about(tiny_policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    of_queries, over_the_batch = make_module(tiny_policy, rewards.paper), make_module(tiny_policy, rewards.paper)
+    of_queries.hparams["also_learn_from"] = ("query",)
+    over_the_batch.algorithm = replace(over_the_batch.algorithm, advantage=advantages.reinforce_pp)
+    with caplog.at_level(logging.WARNING):
+        for module in (of_queries, over_the_batch):
+            fit(module, [RewardDiagnostics()], tmp_path, batches=1)
+    assert "cannot move the gradient" not in caplog.text

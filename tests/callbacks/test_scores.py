@@ -1,6 +1,7 @@
 """The callbacks that score and export: real MTEB tasks on a few docstrings, a real MLflow store."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def test_final_report(
 
 
 def test_final_report_of_a_resumed_run_keeps_the_starting_rows(
-    tiny_policy: Policy, retrieval: Callable[[], list[Any]], tmp_path: Path
+    tiny_policy: Policy, retrieval: Callable[[], list[Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     callback, resumed = FinalReport(str(tmp_path / "a"), retrieval), FinalReport(str(tmp_path / "b"), retrieval)
     module = make_module(tiny_policy)
@@ -128,6 +129,12 @@ def test_final_report_of_a_resumed_run_keeps_the_starting_rows(
     assert list(resumed.rows) == ["Base", "Base + reasoning"]
     fit(make_module(module.policy), [resumed], tmp_path)  # its weights are no longer those of the start
     assert {row: resumed.rows[row] for row in ("Base", "Base + reasoning")} == callback.state_dict()["rows"]
+    elsewhere = FinalReport(str(tmp_path / "c"), retrieval)
+    elsewhere.load_state_dict(callback.state_dict() | {"on": {"OtherTask": "1"}})
+    with caplog.at_level(logging.WARNING):
+        fit(make_module(module.policy), [elsewhere], tmp_path)
+    assert "the held-out tasks are not those of before the stop" in caplog.text
+    assert list(elsewhere.rows) == ["GRACE"]
 
 
 def test_markdown_has_percent_and_links_what_is_there(tmp_path: Path) -> None:

@@ -233,3 +233,22 @@ def test_no_texts_to_watch() -> None:
     trainer.datamodule = None  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="fixed_triplets"):
         fixed_triplets(trainer, 2)
+
+
+def test_a_resumed_run_with_other_texts_has_no_list_of_before_and_after(
+    tiny_policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, wider = RationaleTable(str(tmp_path / "a.md"), texts=2), RationaleTable(str(tmp_path / "b.md"), texts=4)
+    module = make_module(tiny_policy)
+    fit(module, [first], tmp_path)
+    assert (tmp_path / "a.md").exists()
+    wider.load_state_dict(first.state_dict())
+    with caplog.at_level(logging.WARNING):
+        fit(make_module(module.policy), [wider], tmp_path)
+    assert "the watched texts are not those of before the stop" in caplog.text
+    assert len(wider.after) == 4
+    assert not (tmp_path / "b.md").exists()
+    again = RationaleTable(str(tmp_path / "c.md"), texts=4)  # what it finds is not the start either
+    again.load_state_dict(wider.state_dict())
+    fit(make_module(module.policy), [again], tmp_path)
+    assert not (tmp_path / "c.md").exists()

@@ -20,6 +20,20 @@ def test_a_folder_is_its_matching_files_sorted_and_hidden_ones_are_left_out(tmp_
     assert all(file.path.is_file() for file in found)
 
 
+def test_links_to_folders_are_told_unless_they_are_read_in_their_own_place(tmp_path):
+    data, other = tmp_path / "data", tmp_path / "other"
+    for folder in (data / "sub", other):
+        folder.mkdir(parents=True)
+        (folder / "a.jsonl").write_text("x")
+    (data / "inner").symlink_to(data / "sub")
+    (data / "empty").symlink_to(tmp_path / "nowhere")
+    assert [file.name for file in find_files(str(data), ["*.jsonl"])] == ["sub/a.jsonl"]
+    (data / "sub" / "link").symlink_to(other)
+    with pytest.raises(ValueError, match=r"has links to folders that lie elsewhere \(sub/link\): copy them there"):
+        find_files(str(data), ["*.jsonl"])
+    assert [file.name for file in find_files(str(data), ["*.json"] + ["sub/a.jsonl"])] == ["sub/a.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("name", "stem"),
     [

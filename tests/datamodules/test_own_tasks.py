@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import spearmanr
 from sklearn.metrics import average_precision_score
 
+from src.datamodules.own_rows import read_lines
 from src.datamodules.own_tasks import KINDS, find_own_tasks, own_task
 from src.modules.encoder import RationaleEncoder
 from src.modules.policy import Policy
@@ -182,3 +183,14 @@ def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
     describe(tmp_path / "more", "Same", "STS", "data: x.tsv")
     with pytest.raises(ValueError, match=r"both describe a task named Same: rename one"):
         find_own_tasks(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("similarity", "score"), ("score", "similarity")])
+def test_a_column_that_is_named_is_taken_before_one_that_has_the_name_already(names: tuple[str, str], tmp_path: Path) -> None:
+    values = {"similarity": "0.25", "score": "1"}
+    tsv(tmp_path / "sts.tsv", [("sentence1", "sentence2", *names), ("a", "b", *(values[name] for name in names))])
+    (line,) = read_lines(tmp_path / "sts.tsv", {"score": "similarity"})
+    assert line.number("score") == 0.25
+    jsonl(tmp_path / "swapped.jsonl", [{"text": "a label", "label": "a text"}])
+    (line,) = read_lines(tmp_path / "swapped.jsonl", {"text": "label", "label": "text"})
+    assert (line.text("text"), line.name("label")) == ("a text", "a label")

@@ -8,9 +8,10 @@ from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.modules.advantages import grpo
+from src.modules.advantages import grpo, remax
 from src.modules.algorithm import Algorithm
 from src.modules.losses import ppo_clip
+from src.modules.truncation import Penalty
 from tests import oracles
 from tests.conftest import ROOT, Compose
 
@@ -116,6 +117,8 @@ def test_importance_weights_scale_the_policy_gradient_and_not_the_divergence() -
         ({"kl_weight": 0.1, "kl_estimator": "k1"}, "k1 in the loss pushes nowhere"),
         ({"credit_decay": 1.5}, "credit_decay=1.5"),
         ({"credit_decay": 0.9, "greedy_baseline": True}, "set credit_decay to null"),
+        ({"greedy_baseline": True}, "greedy_baseline=true does not go with algorithm.advantage"),
+        ({"truncation": "absolute"}, "truncation='absolute': it is relative or constant or mask or none"),
     ],
 )
 def test_numbers_without_sense_are_refused_by_name(numbers: dict[str, object], message: str) -> None:
@@ -129,3 +132,20 @@ def test_what_an_algorithm_needs_and_does_not_get_is_named() -> None:
         Algorithm(grpo, ppo_clip, importance_cap=2.0).token_loss(x, x, x, mask)
     with pytest.raises(ValueError, match="needs log-probs of the reference"):
         Algorithm(grpo, ppo_clip, kl_weight=0.1).token_loss(x, x, x, mask)
+
+
+def test_an_advantage_that_needs_greedy_rollouts_is_not_left_without() -> None:
+    with pytest.raises(ValueError, match=r"greedy_baseline=false does not go with algorithm.advantage"):
+        Algorithm(advantage=remax, loss=ppo_clip)
+    Algorithm(advantage=remax, loss=ppo_clip, greedy_baseline=True)
+
+
+@pytest.mark.parametrize("truncation", ["constant", "relative", "mask", "none"])
+def test_a_rationale_that_met_the_limit_is_charged_for_its_distance_too(truncation: Penalty) -> None:
+    rewards, lengths = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[4, 5, 6]])
+    finished, divergence = torch.tensor([[True, True, False]]), torch.tensor([[1.0, 2.0, 20.0]])
+    algorithm = Algorithm(grpo, ppo_clip, truncation=truncation, kl_weight=0.1, kl_in="reward", kl_estimator="k1")
+    plain, kept = algorithm.judged(rewards, lengths, finished)
+    charged, kept_too = algorithm.judged(rewards, lengths, finished, divergence)
+    torch.testing.assert_close(plain - charged, 0.1 * divergence)
+    assert torch.equal(kept, kept_too)

@@ -133,3 +133,34 @@ def test_rationales_of_mixed_lengths_are_credited_with_what_they_earned(reward):
     first = by_token(algorithm, value, side, judged)[:, 2].view(b, k)  # the first token's return
     start = reward(Embeddings(e.query, prefixes[:, :, 0], e.negative)).total
     torch.testing.assert_close(first, reward(e).total - start)
+
+
+def test_the_divergence_is_charged_to_the_token_that_caused_it() -> None:
+    generator = torch.Generator().manual_seed(2)
+    b, k, r, decay = 2, 3, 4, 0.5
+    lengths = torch.tensor([[4, 2, 3], [1, 4, 4]])
+    prompts = torch.tensor([2, 3, 2, 4, 2, 3])
+    rollouts = Rollouts(
+        input_ids=torch.zeros(b * k, 8, dtype=torch.long),
+        prefix_lengths=torch.ones(b * k, dtype=torch.long),
+        prompt_lengths=prompts,
+        lengths=prompts + lengths.flatten(),
+        finished=torch.tensor([True, False, True, True, True, False]),
+    )
+    logprobs, reference = torch.randn(2, b * k, 8, generator=generator)
+    embeddings = torch.nn.functional.normalize(torch.randn(b, k, 5, generator=generator), dim=-1)
+    side = ScoredSide(rollouts, embeddings, logprobs, reference, embeddings.unsqueeze(2).expand(b, k, r + 1, 5), ("a", "b"))
+
+    def flat(own: torch.Tensor) -> torch.Tensor:  # nothing but the divergence tells rationales apart
+        return torch.zeros(own.shape[:2])
+
+    algorithm = Algorithm(
+        lambda rewards, keep: rewards, ppo_clip, truncation="none", credit_decay=decay, kl_weight=0.1, kl_in="reward", kl_estimator="k1"
+    )
+    got = by_token(algorithm, flat, side, judge(algorithm, flat, side))
+    for row, (prompt, length) in enumerate(zip(prompts.tolist(), lengths.flatten().tolist(), strict=True)):
+        cost = [0.1 * float(logprobs[row, prompt + t] - reference[row, prompt + t]) for t in range(length)]
+        wanted = [-sum(decay ** (s - t) * cost[s] for s in range(t, length)) for t in range(length)]
+        assert got[row, prompt : prompt + length].tolist() == pytest.approx(wanted, abs=1e-5)
+        assert got[row, :prompt].eq(0).all()
+        assert got[row, prompt + length :].eq(0).all()

@@ -160,6 +160,9 @@ def test_from_pretrained_reads_an_exported_folder(tiny_policy: Policy, tmp_path:
     folder = export(tiny_policy, SETTINGS, tmp_path / "export")
     loaded = RationaleEncoder.from_pretrained(folder)
     np.testing.assert_allclose(loaded.encode(TEXTS), encoder(tiny_policy).encode(TEXTS), atol=1e-6)
+    bare = export(tiny_policy, replace(SETTINGS, rationale=False), tmp_path / "bare")  # of a baseline, trained without rationales
+    without = encoder(tiny_policy, rationale=False).encode(TEXTS)
+    np.testing.assert_allclose(RationaleEncoder.from_pretrained(bare).encode(TEXTS), without, atol=1e-6)
     short = RationaleEncoder.from_pretrained(str(folder), max_new_tokens=2)
     assert short.settings.max_new_tokens == short.engine.max_new_tokens == 2
     with pytest.raises(FileNotFoundError, match=r"no model at .*nowhere: name an exported folder"):

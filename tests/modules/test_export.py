@@ -150,3 +150,10 @@ def test_a_file_name_that_leads_out_of_the_checkpoint_is_refused(tiny_policy: Po
     files = {"../escaped": torch.zeros(1, dtype=torch.uint8)}
     with pytest.raises(ValueError, match="leads out of its folder"):
         policy_of(files, {}, "", "live", "mean", -1, None)
+
+
+def test_a_checkpoint_may_be_named_as_the_folder_that_it_is(tiny_policy_folder: Path, tmp_path: Path) -> None:
+    policy = moved(Policy.load(str(tiny_policy_folder)))
+    file = checkpoint_of(trained(policy), tmp_path / "last.ckpt", FolderCheckpoints())
+    loaded, _ = load_policy(f"{file}/")
+    assert same_weights(loaded, policy)

@@ -60,8 +60,8 @@ def test_the_code_that_embeds_is_part_of_a_revision_and_that_of_rewards_is_not(t
 
     before = code_digest.__wrapped__("src.modules.encoder", "src.modules.rollout_hf")
     assert digest_after("rewards.py") == before
-    digests = {digest_after(name) for name in ("pooling.py", "prompt.py", "shared_cache.py", "rollout_hf.py")}
-    assert len(digests | {before}) == 5
+    digests = {digest_after(name) for name in ("pooling.py", "prompt.py", "plain_text.py", "shared_cache.py", "rollout_hf.py")}
+    assert len(digests | {before}) == 6
 
 
 def change_epsilon(policy: Policy) -> None:

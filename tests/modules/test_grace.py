@@ -53,10 +53,11 @@ class Watch(L.Callback):
         self.reports.append(pl_module.report)
 
 
-def fit(module: GRACE, batches: list[list[Triplet]]) -> Watch:
+def fit(module: GRACE, batches: list[list[Triplet]], precision: Any = "32-true") -> Watch:
     watch = Watch()
     trainer = L.Trainer(
         accelerator="cpu",
+        precision=precision,
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,
@@ -316,3 +317,44 @@ def test_prefixes_from_the_engine_and_from_a_pass_give_the_same_gradient():
 
     for a, b in zip(run(False), run(True), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("credit_decay", [None, 0.9])
+@pytest.mark.parametrize("form", [paper, document, listwise])
+def test_in_bfloat16_arithmetic_rewards_are_those_of_float32(form: Any, credit_decay: float | None) -> None:
+    """Products of unit vectors in bfloat16 would leave a group's rollouts two or three different rewards."""
+    earned: list[tuple[Embeddings, Tensor]] = []
+
+    def watched(e: Embeddings) -> Reward:
+        reward = form(e)
+        earned.append((e, reward.total))
+        return reward
+
+    module = make(watched, algorithm={"credit_decay": credit_decay})
+    report = fit(module, [TRIPLETS], precision="bf16-mixed").reports[0]
+    assert len(earned) > (2 if credit_decay else 1)
+    for e, total in earned:
+        assert e.positive.dtype == total.dtype == torch.float32
+        torch.testing.assert_close(total, form(e).total, atol=1e-6, rtol=1e-6)
+    means = earned[0][0].positive.mean(dim=1)
+    unrelated = (means @ means.T)[~torch.eye(len(means), dtype=torch.bool)].mean()
+    assert report.unrelated_similarity == pytest.approx(float(unrelated), abs=1e-6)
+    assert report.advantages.dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_arithmetic_that_trains_wrongly_is_refused(precision: str) -> None:
+    with pytest.raises(ValueError, match=rf"^trainer.precision={precision}: use bf16-mixed or 32-true"):
+        fit(make(), [TRIPLETS], precision=precision)
+
+
+def test_no_other_sides_may_be_written_as_null() -> None:
+    assert make(also_learn_from=None).hparams["also_learn_from"] == ()
+
+
+def test_tokens_are_those_of_what_was_updated_on() -> None:
+    module = make(algorithm={"min_group_std": 1e-9, "max_extra_batches": 1, "updates_per_batch": 1})
+    both, alone = fit(module, [TRIPLETS[:3]]).reports[0], fit(make(), [TRIPLETS[:3]]).reports[0]
+    assert both.update_tokens == alone.update_tokens > 0
+    gathering = make(algorithm={"min_group_std": 1e9, "max_extra_batches": 1})
+    assert [report.update_tokens for report in fit(gathering, [TRIPLETS[:3]] * 2).reports] == [0, 0]

@@ -1,6 +1,7 @@
 """Model folders that would like to run code."""
 
 import json
+import logging
 import pickle
 import shutil
 import sys
@@ -12,8 +13,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from src.datamodules.prompt_limit import PromptLimit
-from src.modules.export import load_policy
+from src.modules.export import export, load_policy
 from src.modules.policy import ENCODER_FOLDER, Policy
+from src.modules.policy_files import policy_files
 from src.utils.checkpoint_io import CheckpointError
 from tests.conftest import Compose
 from train import train
@@ -151,3 +153,18 @@ def test_a_file_of_safetensors_that_is_none_is_one_error(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(whole[:20])
     with pytest.raises(ValueError, match="are no safetensors, or cut off"):
         Policy.load(str(folder))
+
+
+@pytest.mark.parametrize("written", [{"temperature": 0.9, "top_p": 0.6}, {"do_sample": False, "temperature": 0.9}])
+def test_sampling_settings_that_contradict_each_other_do_not_keep_a_policy_from_being_saved(
+    folder: Path, tmp_path: Path, written: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    file = folder / "generation_config.json"
+    ends = {"eos_token_id": [1, 2], "pad_token_id": 0}
+    file.write_text(json.dumps({**written, **ends}))
+    with caplog.at_level(logging.WARNING):
+        policy, settings = load_policy(str(folder))
+    assert "generation_config.json contradicts itself" in caplog.text
+    assert "generation_config.json" in policy_files(policy)
+    again, _ = load_policy(export(policy, settings, tmp_path / "export"))
+    assert {name: getattr(again.model.generation_config, name) for name in ends} == ends

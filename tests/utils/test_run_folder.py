@@ -175,3 +175,10 @@ def test_a_run_is_refused_before_hydra_writes_and_rank_zero_alone_writes(tmp_pat
     OwnFolder().on_run_start(other)
     assert other.hydra.output_subdir is None
     assert other.hydra.job_logging.root.handlers == ["console"]
+
+
+def test_last_is_not_a_run_that_failed_before_it_had_begun(tmp_path: Path) -> None:
+    good = begun(tmp_path / "tiny" / "a", 10)
+    write_settings(good, {"seed": 0})
+    begun(tmp_path / "tiny" / "b", 20)  # with a lock and no settings, whatever its seed was
+    assert choose_folder(str(tmp_path), "tiny", "now", "last", seed=0) == str(good)
