@@ -27,6 +27,9 @@ class RolloutCheckpoint(ModelCheckpoint):
     one before the last is kept, in case the last is damaged; the rest is removed before the next is written, so there are
     never more than three.
 
+    A run that goes back to an earlier checkpoint of its folder gives up what came after it: that one is the last then, and the best
+    that it knew, if it is still there, the best.
+
     Lightning's own counts optimizer steps, misses any rollout batch whose steps do not add up to a multiple of its
     interval, and waits for a validation loop where the metric is not there yet. A batch that raises (a reward or
     gradient that is not finite) is never saved, so `last.ckpt` is the last good state.

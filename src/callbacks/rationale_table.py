@@ -137,4 +137,4 @@ class RationaleTable(Watcher):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.before = [Rationale(**row) for row in state_dict["before"]]
-        self._from_start = state_dict.get("from_start", True)
+        self._from_start = state_dict["from_start"]

@@ -46,8 +46,8 @@ def find_files(path: str, patterns: Sequence[str], revision: str | None = None) 
 
     Raises:
         FileNotFoundError: nothing of that name, or no file in it that matches.
-        ValueError: a link in the folder leads out of it; or files that match but for how they are packed, and would be passed
-            over in silence, or read beside what was packed.
+        ValueError: a link in the folder, to a file or to a folder with such files, leads out of it; or files that match but for how
+            they are packed, and would be passed over in silence, or read beside what was packed.
     """
     local = Path(path).expanduser()
     if local.is_file():
@@ -83,14 +83,19 @@ def find_files(path: str, patterns: Sequence[str], revision: str | None = None) 
 def _matching(root: Path, patterns: Sequence[str]) -> list[str]:
     """Names in a folder, sorted; hidden ones are left out."""
     matching = {file.relative_to(root).as_posix() for pattern in patterns for file in root.rglob(pattern) if file.is_file()}
-    return sorted(name for name in matching if not any(part.startswith(".") for part in name.split("/")))
+    return sorted(name for name in matching if not _hidden(name))
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _linked_elsewhere(root: Path, patterns: Sequence[str]) -> list[str]:
     """Names of linked folders with files that match and that are not read in their own place: links to folders are not followed."""
     folders = [Path(folder, name) for folder, names, _ in os.walk(root) for name in names]
     linked = [link for link in folders if link.is_symlink() and not link.resolve().is_relative_to(root.resolve())]
-    return sorted(link.relative_to(root).as_posix() for link in linked if _matching(link, patterns))
+    names = sorted(link.relative_to(root).as_posix() for link in linked if _matching(link, patterns))
+    return [name for name in names if not _hidden(name)]
 
 
 def _fits(name: PurePosixPath, patterns: Sequence[str]) -> bool:

@@ -33,13 +33,14 @@ class Algorithm:
         min_group_std, max_extra_batches: see `GroupBuffer`.
         kl_weight: of the divergence from the reference, the policy as training began; 0 keeps no reference in memory.
         kl_estimator: see src/modules/kl.py.
-        kl_in: `loss`, token by token; `reward`, the sum over a rollout's tokens is taken off its reward.
+        kl_in: `loss`, token by token; `reward`, the sum over a rollout's tokens is taken off its reward, whatever truncation made of
+            that; with `credit_decay` each token's own is taken off what it earned.
         importance_cap, importance_level: see `truncated_importance`; None leaves it out, as where engine and trainer agree.
             The old log-probs of the loss are then the trainer's own, as they are wherever the engine gives no embeddings and so
             a pass is made; else they are the engine's.
 
     Raises:
-        ValueError: a number or a name without sense.
+        ValueError: a number or a name without sense, or an advantage function that `greedy_baseline` gives too much or too little.
     """
 
     advantage: Callable[..., Tensor]

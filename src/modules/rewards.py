@@ -51,6 +51,7 @@ class Reward:
 
 
 RewardFunction = Callable[[Embeddings], Reward]
+"""Unit vectors of a batch -> what its B x K rollouts earned."""
 
 
 def without_autocast(reward: RewardFunction) -> RewardFunction:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from src.datamodules.records import Triplet
-from src.modules.rewards import Embeddings, Reward
+from src.modules.rewards import Embeddings, RewardFunction
 
 Side = Literal["positive", "query", "negative"]
 OTHERS: tuple[Side, ...] = ("query", "negative")
@@ -26,7 +26,7 @@ def ids_of(batch: Sequence[Triplet], side: Side) -> tuple[str, ...]:
     return tuple(triplet.id for triplet in batch for _ in (triplet.negatives if side == "negative" else [None]))
 
 
-def standing_in(reward: Callable[[Embeddings], Reward], embeddings: Embeddings, side: Side) -> Callable[[Tensor], Tensor]:
+def standing_in(reward: RewardFunction, embeddings: Embeddings, side: Side) -> Callable[[Tensor], Tensor]:
     """The reward of a side's rollouts, as a function of their unit vectors [G, K, D] to [G, K] float32.
 
     A positive's rollout earns what the reward says, as published. The rollout of a query or a negative earns what its

@@ -34,7 +34,8 @@ def choose_folder(root: str, name: str, now: str, ckpt_path: str | None, seed: i
     """The folder of the run that the command line asks for.
 
     For a job that a scheduler has started again, the one that the same command was at work in; its command line tells a job's
-    runs apart. Else that of the run that is gone on with: `last`, the one of this name and seed that was started last; a
+    runs apart. Else that of the run that is gone on with: `last`, the one of this name and seed that was started last
+    (and did not fail before it had begun); a
     checkpoint `<run>/checkpoints/<any>.ckpt`, its own. Else a new one, <root>/<name>/<now>, with Slurm's number of the job.
 
     Raises:
