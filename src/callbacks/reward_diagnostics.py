@@ -79,8 +79,10 @@ class RewardDiagnostics(Watcher):
     def at_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
         if not isinstance(module, GRACE):
             raise TypeError(f"callbacks.reward_diagnostics: {type(module).__name__} has no rewards to watch; choose callbacks=contrastive")
-        # what is one number for a group moves nothing, if its baseline is the group's and its positives alone are learned from
-        self._needs_spread = _by_group(module.algorithm) and not module.hparams["also_learn_from"]
+        # what is one number for a group moves nothing, if its baseline is the group's and its positives alone are learned from; the
+        # pathwise term has no baseline
+        moved = module.hparams["pathwise_weight"] > 0 and module.pathwise_by_reward
+        self._needs_spread = _by_group(module.algorithm) and not module.hparams["also_learn_from"] and not moved
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Lightning would send what an earlier batch had as this one's too, where this one has none: no update, no loss."""

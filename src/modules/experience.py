@@ -21,6 +21,7 @@ class Experience:
         old_logprobs: [B*K, T] float32 of the sampling policy; None where one update makes them those of the update.
         reference_logprobs: [B*K, T] float32; None where the algorithm has no reference.
         instance_ids: B record ids.
+        embedding_gradients: [B*K, D] float32, derivative of the rewards in each rollout's unit vector; None without a pathwise term.
     """
 
     rollouts: Rollouts
@@ -29,6 +30,7 @@ class Experience:
     old_logprobs: Tensor | None
     reference_logprobs: Tensor | None
     instance_ids: tuple[str, ...]
+    embedding_gradients: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.instance_ids)
@@ -46,7 +48,8 @@ class Experience:
         columns = rollouts.input_ids.shape[1]
         old, reference = (None if x is None else x[rows, :columns] for x in (self.old_logprobs, self.reference_logprobs))
         ids = tuple(self.instance_ids[i] for i in groups.tolist())
-        return Experience(rollouts, self.advantages[rows, :columns], self.keep[groups], old, reference, ids)
+        gradients = None if self.embedding_gradients is None else self.embedding_gradients[rows]
+        return Experience(rollouts, self.advantages[rows, :columns], self.keep[groups], old, reference, ids, gradients)
 
     def to(self, device: torch.device | str) -> "Experience":
         """The same on another device."""
@@ -74,6 +77,7 @@ def concatenate(parts: Sequence[Experience]) -> Experience:
         _joined_if_there([part.old_logprobs for part in parts], columns),
         _joined_if_there([part.reference_logprobs for part in parts], columns),
         tuple(name for part in parts for name in part.instance_ids),
+        _joined_if_there([part.embedding_gradients for part in parts]),
     )
 
 
@@ -87,6 +91,6 @@ def _joined(tensors: Sequence[Tensor], columns: int | None = None) -> Tensor:
     return torch.cat([x if columns is None else torch.nn.functional.pad(x, (0, columns - x.shape[-1])) for x in tensors])
 
 
-def _joined_if_there(tensors: Sequence[Tensor | None], columns: int) -> Tensor | None:
+def _joined_if_there(tensors: Sequence[Tensor | None], columns: int | None = None) -> Tensor | None:
     present = [x for x in tensors if x is not None]
     return _joined(present, columns) if len(present) == len(tensors) else None

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from torch import nn
 
 from src.modules.lora import merged
+from src.modules.packaged_model import local_path
 from src.modules.policy import ENCODER_FOLDER, Policy
 from src.modules.policy_files import policy_of
 from src.modules.sentence_transformers_files import write_sentence_transformers_files
@@ -84,7 +85,7 @@ def load_policy(path: Path | str, trust_remote_code: bool = False) -> tuple[Poli
             f"no model at {path}: name an exported folder (`python train.py` leaves one in outputs/<run>/<time>/export), "
             "a training checkpoint (*.ckpt) or a model on the hub"
         )
-    settings = EncoderSettings.load(path)
+    settings = EncoderSettings.load(local_path(path))
     return Policy.load(path, pooling=settings.pooling, layer=settings.layer, trust_remote_code=trust_remote_code), settings
 
 

@@ -20,6 +20,7 @@ from src.modules.experience import Experience, concatenate, interleaving
 from src.modules.judging import Judged, SideReward, by_token, judge
 from src.modules.logprob_gap import LogprobGap
 from src.modules.non_finite import NonFiniteError
+from src.modules.pathwise import SIDES, Companions, PathwiseTerm, companions_of, first_of_group, reward_gradients
 from src.modules.policy import Policy
 from src.modules.policy_module import PolicyModule
 from src.modules.reference import Reference
@@ -27,7 +28,7 @@ from src.modules.report import step_report
 from src.modules.rewards import RewardFunction, without_autocast
 from src.modules.scorer import Scorer
 from src.modules.scoring import Scored
-from src.modules.sharding import gradient_exchange, shard, whole
+from src.modules.sharding import gradient_exchange, shard, whole, whole_dot, whole_norm
 from src.modules.sides import OTHERS, Side, ids_of, standing_in
 from src.modules.update import MinibatchPass, minibatch_gradient
 from src.utils.timing import timed
@@ -45,6 +46,15 @@ class GRACE(PolicyModule):
         engine: samples them.
         reward: Embeddings -> Reward.
         algorithm: see Algorithm.
+        score_function_weight: of the algorithm's loss, whose gradient says which rationales are written; 1 as published.
+        pathwise_weight: of the derivative of the mean reward in the embeddings, whose gradient says how what is written is embedded (see
+            src/modules/pathwise.py); 0 as published. The derivative is taken once a rollout batch, at the embeddings of the policy that
+            sampled, and held over its updates; each update embeds anew. All rollouts take part, those left out of the algorithm's loss
+            too.
+        pathwise_sides: whose embeddings are moved: `positive`, `query`, `negative`.
+        pathwise_reward: Embeddings -> Reward, what the embeddings are moved by; None: `reward`.
+        gradient_parts_every: rollout batches between those whose first update takes a pass more, to log the norms of both parts of the
+            gradient and the cosine between them; 0: never.
         instruction, max_prompt_tokens, template_kwargs: of the prompt renderer.
         num_rollouts: K.
         positive_temperature, other_temperature: of sampling; the second for queries and negatives.
@@ -57,7 +67,8 @@ class GRACE(PolicyModule):
         seed: of the rollouts; each batch and side draws its own stream from it, whatever the number of processes.
 
     Raises:
-        ValueError: num_rollouts < 2, as a group of one has no baseline; a temperature, a side or a size without sense.
+        ValueError: num_rollouts < 2, as a group of one has no baseline; a temperature, a side, a weight or a size without sense; a
+            pathwise term with a frozen encoder, which nothing moves, or with an algorithm that leaves groups out.
     """
 
     unit = "rollout batch"
@@ -82,6 +93,11 @@ class GRACE(PolicyModule):
         weight_decay: float = 0.0,
         max_gradient_norm: float = 1.0,
         seed: int = 0,
+        score_function_weight: float = 1.0,
+        pathwise_weight: float = 0.0,
+        pathwise_sides: Sequence[Side] = SIDES,
+        pathwise_reward: RewardFunction | None = None,
+        gradient_parts_every: int = 10,
     ) -> None:
         super().__init__(policy, engine, instruction, max_prompt_tokens, template_kwargs, rationale=True)
         if num_rollouts < 2:
@@ -99,8 +115,12 @@ class GRACE(PolicyModule):
         for name, value in (("micro_batch_tokens", micro_batch_tokens), ("encode_batch_size", encode_batch_size)):
             if value < 1:
                 raise ValueError(f"module.{name}={value}: it must be at least 1")
-        self.save_hyperparameters(ignore=["policy", "engine", "reward", "algorithm", "template_kwargs"])
+        pathwise_sides = tuple(map(str, pathwise_sides))  # type: ignore[arg-type]  # plain, to be kept in checkpoints
+        _check_weights(score_function_weight, pathwise_weight, pathwise_sides, policy, algorithm)
+        self.save_hyperparameters(ignore=["policy", "engine", "reward", "algorithm", "template_kwargs", "pathwise_reward"])
         self.reward, self.algorithm = without_autocast(reward), algorithm
+        self.pathwise_by_reward = pathwise_reward is None
+        self.pathwise_reward = without_autocast(pathwise_reward or reward)
         self.reference = Reference(policy) if algorithm.kl_weight else None
         self.buffer = GroupBuffer(algorithm.min_group_std, algorithm.max_extra_batches)
 
@@ -130,14 +150,15 @@ class GRACE(PolicyModule):
             reward = self.reward(scored.embeddings)
             self._require_finite({**reward.terms, "total": reward.total}, ids_of(batch, "positive"))
             judged = {side: self._judge(batch, share, scorer, scored, side) for side in scored.sides}
-            experiences = {side: self._experience(scored, side, judged[side]) for side in scored.sides}
+            pathwise = self._pathwise(scored, len(batch)) if self.hparams["pathwise_weight"] else None
+            experiences = {side: self._experience(scored, side, judged[side], pathwise) for side in scored.sides}
         order = interleaving([len(part) for part in experiences.values()])
         rewards = torch.cat([part.rewards for part in judged.values()])[order]
         ready = self.buffer.add(concatenate(list(experiences.values())).select(order), rewards, ranks)
         self.policy.train()
         gap = LogprobGap()
         with timed(seconds, "update"):
-            update = self.update(ready, gap)
+            update = self.update(ready, gap, pathwise)
         self.rollout_batches += 1
         advantages, names = experiences["positive"].advantages, ids_of(batch, "positive")
         self.report = step_report(scored, reward, judged, advantages, ready, update, gap, seconds, ranks, names)
@@ -158,36 +179,90 @@ class GRACE(PolicyModule):
         self._require_finite({f"{side} rollouts": self.ranks.gather(judged.earned, len(share))}, ids_of(batch, side))
         return judged
 
-    def _experience(self, scored: Scored, side: Side, judged: Judged) -> Experience:
+    def _pathwise(self, scored: Scored, instances: int) -> PathwiseTerm:
+        """The derivative of the rewards of the whole batch in this rank's embeddings; `instances` is B of all ranks."""
+        sides, k = self.hparams["pathwise_sides"], self.hparams["num_rollouts"]
+        found, mean = reward_gradients(self.pathwise_reward, scored.embeddings, sides)
+        own = len(scored.positive.instance_ids)
+        rows = {side: self.ranks.own(getattr(found, side).flatten(0, -2), own) for side in SIDES}
+        learned = {side: rows[side] if side == "positive" else first_of_group(rows[side], k) for side in scored.sides}
+        return PathwiseTerm(learned, companions_of(scored.others, rows, sides, own), instances, mean)
+
+    def _experience(self, scored: Scored, side: Side, judged: Judged, pathwise: PathwiseTerm | None) -> Experience:
         own = scored.sides[side]
         advantage = self.ranks.on_whole(self.algorithm.advantage, len(scored.positive.instance_ids))
         advantages = by_token(replace(self.algorithm, advantage=advantage), self._reward_of(scored, side), own, judged)
         rollouts = replace(own.rollouts, embeddings=None, prefix_embeddings=None)  # judged by now, and large
-        return Experience(rollouts, advantages, judged.keep, own.old_logprobs, own.reference_logprobs, own.instance_ids)
+        gradients = None if pathwise is None else pathwise.gradients[side]
+        return Experience(rollouts, advantages, judged.keep, own.old_logprobs, own.reference_logprobs, own.instance_ids, gradients)
 
     # ---- the update
 
-    def update(self, experience: Experience | None, gap: LogprobGap) -> dict[str, float]:
+    def update(self, experience: Experience | None, gap: LogprobGap, pathwise: PathwiseTerm | None = None) -> dict[str, float]:
         """`updates_per_batch` optimiser steps, each on its share of the groups; means of what they saw.
 
         A step is all ranks', each with its own groups, and is left out where no rank has anything to learn from.
 
         `gap` takes in the log-probs of the first step, which are still those of the policy that the engine sampled from.
         """
-        ranks, owned = self.ranks, 0 if experience is None else len(experience)
-        how = MinibatchPass(self.hparams["micro_batch_tokens"], self.hparams["positive_temperature"], self._backward, ranks)
+        ranks, owned, count = self.ranks, 0 if experience is None else len(experience), self.algorithm.updates_per_batch
+        own = 0 if pathwise is None else pathwise.instances // ranks.count
         sums: dict[str, float] = {}
+        parts: dict[str, float] = {}
         steps = 0
-        for groups in torch.arange(owned).tensor_split(self.algorithm.updates_per_batch):
+        for number, groups in enumerate(torch.arange(owned).tensor_split(count)):
             part = experience.select(groups) if experience is not None and len(groups) else None
-            if not ranks.total(0 if part is None else part.tokens)[0]:  # all masked out (truncated), or still gathered
+            # all masked out (truncated), or still gathered
+            if pathwise is None and not ranks.total(0 if part is None else part.tokens)[0]:
                 continue
-            stats = minibatch_gradient(self.policy, self.algorithm, part, how, gap if steps == 0 else None)
+            companions = None
+            if pathwise is not None and pathwise.companions is not None:
+                bounds = torch.arange(own).tensor_split(count)[number].tolist()
+                companions = pathwise.companions.of(bounds[0], bounds[-1] + 1) if bounds else None
+            measured = steps == 0 and self._is_measured(pathwise)
+            stats = self._gradient(part, companions, pathwise, gap if steps == 0 else None, parts if measured else None)
             stats["gradient_norm"] = self.take_step(() if part is None else part.instance_ids)
             sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
             steps += 1
-        groups_learned = ranks.total(owned)[0]
-        return {**{name: value / steps for name, value in sums.items()}, "updates": float(steps), "groups": groups_learned}
+        means = {name: value / steps for name, value in sums.items()} | parts
+        if pathwise is not None:
+            means["pathwise_reward"] = pathwise.mean
+        return {**means, "updates": float(steps), "groups": ranks.total(owned)[0]}
+
+    def _is_measured(self, pathwise: PathwiseTerm | None) -> bool:
+        """Whether this batch logs the two parts of the gradient apart."""
+        every = self.hparams["gradient_parts_every"]
+        both = pathwise is not None and self.hparams["score_function_weight"] > 0
+        return bool(both and every and self.rollout_batches % every == 0)
+
+    def _gradient(
+        self,
+        part: Experience | None,
+        companions: Companions | None,
+        pathwise: PathwiseTerm | None,
+        gap: LogprobGap | None,
+        parts: dict[str, float] | None,
+    ) -> dict[str, float]:
+        """Adds up the gradient of one update; `parts`, where given, takes in the norms of its two parts and their cosine."""
+        h = self.hparams
+        # the mean over instances of an update: those of the batch are shared out over updates_per_batch of them
+        scale = 0.0 if pathwise is None else h["pathwise_weight"] * self.algorithm.updates_per_batch / pathwise.instances
+        how = MinibatchPass(
+            h["micro_batch_tokens"], h["positive_temperature"], self._backward, self.ranks, h["score_function_weight"], scale
+        )
+        if parts is None:
+            return minibatch_gradient(self.policy, self.algorithm, part, how, gap, companions)
+        stats = minibatch_gradient(self.policy, self.algorithm, part, replace(how, pathwise_scale=0.0), gap)
+        first = [None if p.grad is None else p.grad.clone() for p in self.policy.parameters()]
+        minibatch_gradient(self.policy, self.algorithm, part, replace(how, score_function_scale=0.0), None, companions)
+        second = [p.grad - (0 if a is None else a) for p, a in zip(self.policy.parameters(), first, strict=True) if p.grad is not None]
+        before = [
+            torch.zeros_like(p.grad) if a is None else a for p, a in zip(self.policy.parameters(), first, strict=True) if p.grad is not None
+        ]
+        norms = whole_norm(before), whole_norm(second)
+        parts["score_function_gradient_norm"], parts["pathwise_gradient_norm"] = norms
+        parts["gradient_parts_cosine"] = whole_dot(before, second) / max(norms[0] * norms[1], 1e-30)
+        return stats
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         with gradient_exchange(self.policy, self.trainer.strategy, now=last):
@@ -211,3 +286,35 @@ class GRACE(PolicyModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.buffer.load_state_dict(shared_out(checkpoint["grace"]["held"], self.ranks))
+
+
+def _check_weights(score_function: float, pathwise: float, sides: Sequence[str], policy: Policy, algorithm: Algorithm) -> None:
+    """Refuses weights of the gradient's two parts that train nothing, or not what they say.
+
+    Raises:
+        ValueError: see GRACE.
+    """
+    if score_function < 0 or pathwise < 0:
+        raise ValueError(
+            f"module.score_function_weight={score_function}, module.pathwise_weight={pathwise}: both must be at least 0, as a negative "
+            "weight would train against the reward"
+        )
+    if not score_function and not pathwise:
+        raise ValueError("module.score_function_weight=0 and module.pathwise_weight=0: nothing would be learned; set one above 0")
+    if unknown := set(sides) - set(SIDES):
+        raise ValueError(f"module.pathwise_sides={list(sides)}: {', '.join(sorted(unknown))} is not one of {', '.join(SIDES)}")
+    if not pathwise:
+        return
+    if not sides:
+        raise ValueError(
+            f"module.pathwise_sides=[] and module.pathwise_weight={pathwise}: no embedding would be moved; set the weight to 0"
+        )
+    if policy.frozen_encoder is not None:
+        raise ValueError(
+            f"module.pathwise_weight={pathwise} moves the encoder, and policy.encoder=frozen holds it: use policy.encoder=live, or weight 0"
+        )
+    if algorithm.min_group_std > 0:
+        raise ValueError(
+            f"module.pathwise_weight={pathwise} takes part in every rollout batch, and algorithm.min_group_std={algorithm.min_group_std} "
+            "leaves groups out and waits for others: set one of the two to 0"
+        )

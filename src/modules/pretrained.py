@@ -8,6 +8,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from src.modules.packaged_model import local_path
+
 log = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"]
@@ -25,7 +27,7 @@ def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bo
         ValueError: it brings code, and that was not asked for.
     """
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(local_path(path), revision=revision, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise _plain(error, path) from error
 
@@ -49,7 +51,7 @@ def load_model(
     settings: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "trust_remote_code": trust_remote_code}
     settings |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True, **settings)
+        model = AutoModelForCausalLM.from_pretrained(local_path(str(path)), dtype=torch.float32, use_safetensors=True, **settings)
     except ValueError as error:
         raise _plain(error, path) from error
     except SafetensorError as error:

@@ -78,7 +78,8 @@ class Scorer:
         negative = ones["negative"] if m else ones["query"][:0]
         own = (ones["query"], sides["positive"].embeddings, negative.unflatten(0, (len(batch), m)))
         embeddings = Embeddings(*(self.ranks.gather(side, len(batch)) for side in own))
-        return Scored(sides, embeddings, sampled_tokens(*groups.values(), *others))
+        one_each = (tuple(rest), others[0]) if others else None
+        return Scored(sides, embeddings, sampled_tokens(*groups.values(), *others), one_each)
 
     def greedy(self, batch: Sequence[Triplet], side: Side) -> Greedy:
         """One greedy rollout of each text of a side."""

@@ -44,11 +44,14 @@ class Scored:
         sides: those that are learned from, the positives first.
         embeddings: unit vectors of all sides, one rollout of each query and negative.
         rollout_tokens: tokens sampled, all sides.
+        others: the sides that are not learned from, one rollout of each text, with the rollouts of all of them one side behind the
+            other; None where every side is learned from.
     """
 
     sides: dict[Side, ScoredSide]
     embeddings: Embeddings
     rollout_tokens: int
+    others: tuple[tuple[Side, ...], Rollouts] | None = None
 
     @property
     def positive(self) -> ScoredSide:

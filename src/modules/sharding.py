@@ -85,6 +85,12 @@ def whole_norm(gradients: Sequence[Tensor]) -> float:
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
+def whole_dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """The inner product of two lists of tensors, of cut ones over the ranks."""
+    products = [(a * b).sum() for a, b in zip(left, right, strict=True)]
+    return sum(float(x.full_tensor() if isinstance(x, DTensor) else x) for x in products)
+
+
 def plain_copy(policy: Policy) -> Policy:
     """The same policy in CPU memory with weights of its own that are not cut; within `whole` where it is.
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from src.modules.attention import refuse_unread
+from src.modules.pooling import POOLINGS, PoolingName
 from src.modules.sequences import Rollouts
 
 PACKED_ATTENTION = "grace_packed"
@@ -53,12 +54,14 @@ class Packed:
         input_ids, position_ids: [1, L] int64.
         groups: what stands in it, one after the other.
         source: [N, T] int64, where each position of each rollout stands; 0 on padding.
+        lead: [N] int64, the rollout that brings the prompt of each.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     groups: tuple[Group, ...]
     source: Tensor
+    lead: Tensor
 
 
 def pack(rollouts: Rollouts, groups: Tensor) -> Packed:
@@ -81,6 +84,7 @@ def pack(rollouts: Rollouts, groups: Tensor) -> Packed:
         position_ids=positions[taken].unsqueeze(0),
         groups=tuple(_group(prompt, lengths, device) for prompt, lengths in zip(prompts[leads].tolist(), own, strict=True)),
         source=source.masked_fill(~rollouts.attention_mask, 0),
+        lead=first,
     )
 
 
@@ -97,6 +101,34 @@ def _group(prompt: int, rationales: Tensor, device: torch.device) -> Group:
 def unpack(hidden: Tensor, packed: Packed) -> Tensor:
     """[1, L, D] states of the packed row as [N, T, D] states of the rollouts (anything on padding)."""
     return hidden[0][packed.source]
+
+
+def pool_packed(hidden: Tensor, packed: Packed, rollouts: Rollouts, pooling: PoolingName) -> Tensor:
+    """Returns [N, D] float32 embeddings, not normalised, as `pool` makes them of the unpacked states.
+
+    A prompt is pooled once for all its rollouts: unpacked, its states would be copied K times.
+
+    Args:
+        hidden: [1, L, D] states of the packed row.
+        rollouts: those that were packed.
+    """
+    states, n = hidden[0], len(packed.lead)
+    own = torch.arange(n, device=states.device)
+    if pooling == "eos":
+        return states[packed.source[own, rollouts.lengths - 1]].float()
+    text = rollouts.pooling_mask & ~rollouts.rationale_mask & (packed.lead == own).unsqueeze(1)
+    segment = torch.full((states.shape[0],), 2 * n, device=states.device)  # 0 .. n - 1 prompts, n .. 2n - 1 rationales, 2n the rest
+    for mask, first in ((text, 0), (rollouts.rationale_mask, n)):
+        rows, columns = mask.nonzero(as_tuple=True)
+        segment[packed.source[rows, columns]] = rows + first
+    if pooling == "mean":
+        sums = torch.zeros(2 * n + 1, states.shape[1], device=states.device).index_add(0, segment, states.float())
+        pooled = sums[packed.lead] + sums[n + own]
+    else:
+        lowest = torch.full((2 * n + 1, states.shape[1]), -torch.inf, device=states.device)
+        highest = lowest.scatter_reduce(0, segment.unsqueeze(1).expand_as(states), states.float(), "amax", include_self=False)
+        pooled = torch.maximum(highest[packed.lead], highest[n + own])
+    return POOLINGS[pooling].finish(pooled, rollouts.pooling_mask.sum(dim=1))
 
 
 def packed_attention(

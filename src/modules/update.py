@@ -1,7 +1,8 @@
 """The gradient of one minibatch, micro-batch by micro-batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from src.modules.experience import Experience
 from src.modules.kl import k3
 from src.modules.logprob_gap import LogprobGap
 from src.modules.non_finite import require_finite
+from src.modules.pathwise import Companions, pathwise_loss
 from src.modules.policy import Policy
 from src.modules.ranks import Ranks
 from src.modules.scoring import micro_batches
@@ -25,30 +27,45 @@ class MinibatchPass:
         backward: takes a scalar and adds its gradient up; told that it is the minibatch's last, it leaves every rank with the
             mean over the ranks of what they have added up.
         ranks: those that share the minibatch.
+        score_function_scale: factor of the algorithm's loss; at 0 no log-probs are computed.
+        pathwise_scale: factor of the derivative of the rewards in the embeddings, which is summed over instances; at 0 nothing is embedded.
     """
 
     micro_batch_tokens: int
     temperature: float
     backward: Callable[[Tensor, bool], None]
     ranks: Ranks
+    score_function_scale: float = 1.0
+    pathwise_scale: float = 0.0
+
+
+Pass = Callable[[], tuple[Tensor, dict[str, Tensor], list[str]]]
+"""Computes the loss of a micro-batch; what is seen of its tokens, [n, T] each; and the records it is of."""
 
 
 def minibatch_gradient(
-    policy: Policy, algorithm: Algorithm, experience: Experience | None, how: MinibatchPass, gap: LogprobGap | None = None
+    policy: Policy,
+    algorithm: Algorithm,
+    experience: Experience | None,
+    how: MinibatchPass,
+    gap: LogprobGap | None = None,
+    companions: Companions | None = None,
 ) -> dict[str, float]:
-    """Adds up the gradient of the algorithm's loss over all groups of `experience`; the same whatever the micro-batches.
+    """Adds up the gradient of the algorithm's loss and of the pathwise term; the same whatever the micro-batches.
 
-    Rollouts that are left out of the loss are not computed. What the loss is divided by is that of the groups of all ranks.
+    What the algorithm's loss is divided by is that of the groups of all ranks. Rollouts that are left out of that loss are passed
+    only where the pathwise term needs their embeddings.
     Ranks with fewer micro-batches than others make up the number with passes that add nothing: where weights are cut, a pass
     needs every rank.
 
     Args:
-        experience: this rank's; at least one rollout of all ranks' is kept, and has tokens.
+        experience: this rank's.
         gap: takes in the log-probs of policy and engine, if given.
+        companions: this rank's queries and negatives with a part in the pathwise term alone.
 
     Returns:
-        Over the groups of all ranks: loss; and by token clip_share, approx_kl (to the sampling policy), entropy in nats, and,
-        with a reference, reference_kl (k3).
+        Over the groups of all ranks: loss, the algorithm's; and by token clip_share, approx_kl (to the sampling policy), entropy in
+        nats, and, with a reference, reference_kl (k3). Nothing where `how` leaves the algorithm's loss out.
     """
     ranks = how.ranks
     kept, lengths = (
@@ -62,28 +79,62 @@ def minibatch_gradient(
     everywhere, own = ranks.gather_uneven(lengths[kept])
     weights = torch.zeros(lengths.shape, device=lengths.device)
     weights[kept] = algorithm.aggregation(everywhere)[own]
-    tokens = int(everywhere.sum())
-    parts = [] if experience is None else list(micro_batches(experience.rollouts, kept, experience.keep.shape[1], how.micro_batch_tokens))
-    passes = int(ranks.largest(len(parts))[0])
-    sums = dict.fromkeys(["loss", "clip_share", "approx_kl", "entropy", *(["reference_kl"] if algorithm.kl_weight else [])], 0.0)
-    for number in range(passes):
-        last = number == passes - 1
-        if experience is None or number >= len(parts):
-            how.backward(0.0 * policy(blank(policy.pad_id).to(policy.device))[0].sum(), last)
+    tokens = max(int(everywhere.sum()), 1)
+    passes = list(_passes(policy, algorithm, experience, companions, weights, kept, how, gap))
+    count = int(ranks.largest(len(passes))[0])
+    names = ["loss", "clip_share", "approx_kl", "entropy", *(["reference_kl"] if algorithm.kl_weight else [])]
+    sums = dict.fromkeys(names if how.score_function_scale else [], 0.0)
+    for number in range(count):
+        last = number == count - 1
+        if number >= len(passes):
+            how.backward(0.0 * _nothing(policy), last)
             continue
-        rows = parts[number]
-        loss, seen = _one_pass(policy, algorithm, experience, rows, weights[rows], how, gap)
+        loss, seen, records = passes[number]()
         if ranks.count == 1:  # of several, all stop at the gradient's norm: one that stopped here would leave the others waiting
-            k = experience.keep.shape[1]
-            require_finite(loss.detach(), [experience.instance_ids[group] for group in sorted({int(row) // k for row in rows})])
+            require_finite(loss.detach(), records)
         how.backward(loss * ranks.count, last)  # as the mean over ranks is taken of what belongs to a sum
-        sums["loss"] += float(loss.detach())
         for name, values in seen.items():
-            sums[name] += float(values.sum() / tokens)
+            sums[name] += float(values.sum() / (1 if name == "loss" else tokens))
     return dict(zip(sums, ranks.total(*sums.values()), strict=True))
 
 
-def _one_pass(
+def _nothing(policy: Policy) -> Tensor:
+    """A scalar from a pass of the policy that means nothing."""
+    logprobs, _, _ = policy(blank(policy.pad_id).to(policy.device))
+    return logprobs.sum()
+
+
+def _passes(
+    policy: Policy,
+    algorithm: Algorithm,
+    experience: Experience | None,
+    companions: Companions | None,
+    weights: Tensor,
+    kept: Tensor,
+    how: MinibatchPass,
+    gap: LogprobGap | None,
+) -> Iterator[Pass]:
+    """Yields the micro-batches of groups, then those of companions."""
+    embeds = how.pathwise_scale != 0
+    if experience is not None:
+        rows = torch.arange(len(weights)) if embeds and experience.embedding_gradients is not None else kept
+        for part in micro_batches(experience.rollouts, rows, experience.keep.shape[1], how.micro_batch_tokens):
+            yield partial(_group_pass, policy, algorithm, experience, part, weights[part], how, gap)
+    if companions is not None and embeds:
+        for part in micro_batches(companions.rollouts, torch.arange(len(companions)), 1, how.micro_batch_tokens):
+            yield partial(_companion_pass, policy, companions, part, how)
+
+
+def _companion_pass(
+    policy: Policy, companions: Companions, rows: Tensor, how: MinibatchPass
+) -> tuple[Tensor, dict[str, Tensor], list[str]]:
+    part = companions.rollouts[rows]
+    _, _, embeddings = policy(part, rows, logprobs=False, embeddings=True)
+    loss = how.pathwise_scale * pathwise_loss(embeddings, companions.gradients[rows])
+    return loss, {}, [f"query or negative of instance {i}" for i in companions.instances[rows].tolist()]
+
+
+def _group_pass(
     policy: Policy,
     algorithm: Algorithm,
     experience: Experience,
@@ -91,10 +142,26 @@ def _one_pass(
     weights: Tensor,
     how: MinibatchPass,
     gap: LogprobGap | None,
+) -> tuple[Tensor, dict[str, Tensor], list[str]]:
+    """The loss of some rollouts, [n] int64 rows of the experience with weights [n] in the algorithm's loss."""
+    part, k = experience.rollouts[rows], experience.keep.shape[1]
+    scores, embeds = how.score_function_scale != 0, how.pathwise_scale != 0 and experience.embedding_gradients is not None
+    logprobs, entropy, embeddings = policy(part, rows // k, how.temperature, logprobs=scores, embeddings=embeds)
+    loss, seen = weights.new_zeros(()), {}
+    if scores:
+        own, seen = _algorithm_loss(algorithm, experience, rows, weights, logprobs, entropy, gap)
+        loss = loss + how.score_function_scale * own
+    if embeds:
+        assert experience.embedding_gradients is not None
+        loss = loss + how.pathwise_scale * pathwise_loss(embeddings, experience.embedding_gradients[rows])
+    return loss, seen, [experience.instance_ids[group] for group in sorted({int(row) // k for row in rows})]
+
+
+def _algorithm_loss(
+    algorithm: Algorithm, experience: Experience, rows: Tensor, weights: Tensor, logprobs: Tensor, entropy: Tensor, gap: LogprobGap | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of some rollouts, [n] int64 rows of the experience with weights [n], and what is seen of their tokens, [n, T] each."""
+    """The algorithm's loss of some rollouts from their log-probs and entropies, [n, T] each, and what is seen of their tokens."""
     part = experience.rollouts[rows]
-    logprobs, entropy = policy(part, rows // experience.keep.shape[1], how.temperature)
     columns, mask = logprobs.shape[1], part.rationale_mask
     old, reference = (None if x is None else x[rows, :columns] for x in (experience.old_logprobs, experience.reference_logprobs))
     if gap is not None:
@@ -102,7 +169,9 @@ def _one_pass(
     result = algorithm.token_loss(
         logprobs, logprobs.detach() if old is None else old, experience.advantages[rows, :columns], mask, reference, part.logprobs
     )
-    seen = {"clip_share": result.clipped, "approx_kl": result.kl, "entropy": entropy * mask}
+    loss = (result.loss.sum(dim=1) * weights).sum()
+    mask = mask & (weights > 0).unsqueeze(1)  # of what is left out of the loss, nothing is seen
+    seen = {"loss": loss.detach(), "clip_share": result.clipped * mask, "approx_kl": result.kl * mask, "entropy": entropy * mask}
     if reference is not None:
         seen["reference_kl"] = k3(logprobs.detach(), reference) * mask
-    return (result.loss.sum(dim=1) * weights).sum(), seen
+    return loss, seen

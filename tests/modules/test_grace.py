@@ -128,7 +128,7 @@ def test_rollouts_that_are_left_out_of_the_loss_are_not_computed(monkeypatch):
     monkeypatch.setattr("src.modules.grace.require_readable", lambda policy: None)  # which has passes of its own
     seen = []
     forward = module.policy.forward
-    monkeypatch.setattr(module.policy, "forward", lambda part, *how: seen.append(part.finished) or forward(part, *how))
+    monkeypatch.setattr(module.policy, "forward", lambda part, *how, **asked: seen.append(part.finished) or forward(part, *how, **asked))
     report = fit(module, [TRIPLETS]).reports[0]
     assert torch.cat(seen).all()
     assert len(torch.cat(seen)) == int(report.finished.sum()) < report.finished.numel()

@@ -77,7 +77,7 @@ def test_log_probs_and_their_gradients_are_those_of_separate_rows() -> None:
     policy = small_policy()
     rollouts, groups = grouped_rollouts(policy, LENGTHS)
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    (ours, entropy), (theirs, expected) = policy(rollouts, groups, 0.7), policy(rollouts, None, 0.7)
+    (ours, entropy, _), (theirs, expected, _) = policy(rollouts, groups, 0.7), policy(rollouts, None, 0.7)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy, expected, rtol=1e-5, atol=1e-5)
     upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,143 @@
+"""The pathwise term of the gradient: how the embedding of what was written should move. Pure functions on tensors.
+
+The policy also embeds, so the objective J = E_{y ~ pi}[R(h(x, y))] depends on the weights in two ways (stochastic computation graphs,
+Schulman et al., arXiv 1506.05254; Mohamed et al., arXiv 1906.10652):
+
+    grad J = E[(R - b) grad log pi(y | x)]   score-function term: which rationales are written (all that GRACE keeps)
+           + E[grad R(h(x, y))]              pathwise term: how what was written is embedded
+
+The derivative of the batch's rewards in the unit vectors is taken once, before any update. Each update pools the states of the sequences
+that it passes and adds -sum(derivative * unit vector) to the loss, whose gradient is that of the rewards (the cached gradient of GradCache,
+arXiv 2101.06983).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from src.modules.rewards import Embeddings, RewardFunction
+from src.modules.sequences import Rollouts
+from src.modules.sides import Side
+
+SIDES: tuple[Side, ...] = ("positive", "query", "negative")
+
+
+@dataclass(frozen=True)
+class Companions:
+    """Sequences that are embedded in the update and not learned from by their log-probs: queries and negatives of B instances.
+
+    Attributes:
+        rollouts: N of them, one rollout each.
+        gradients: [N, D] float32, derivative of the rewards in the unit vector of each.
+        instances: [N] int64, 0 to B - 1, whose query or negative it is.
+    """
+
+    rollouts: Rollouts
+    gradients: Tensor
+    instances: Tensor
+
+    def __len__(self) -> int:
+        return len(self.instances)
+
+    def of(self, first: int, last: int) -> "Companions | None":
+        """Returns those of the instances first to last - 1; None where there are none."""
+        rows = ((self.instances >= first) & (self.instances < last)).nonzero().flatten()
+        if len(rows) == 0:
+            return None
+        return Companions(self.rollouts[rows], self.gradients[rows], self.instances[rows])
+
+
+@dataclass(frozen=True)
+class PathwiseTerm:
+    """The pathwise term of one rollout batch, for the updates on it. What it holds is of this rank, but for the two numbers.
+
+    Attributes:
+        gradients: by side that is learned from, [G*K, D] float32, derivative of the rewards in each rollout's unit vector.
+        companions: queries and negatives that are not learned from; None where none takes part.
+        instances: of all ranks.
+        mean: of the rewards that are differentiated.
+    """
+
+    gradients: dict[Side, Tensor]
+    companions: Companions | None
+    instances: int
+    mean: float
+
+
+def reward_gradients(reward: RewardFunction, embeddings: Embeddings, sides: Sequence[Side] = SIDES) -> tuple[Embeddings, float]:
+    """Returns the derivative of sum_i mean_k R[i, k] in every unit vector, and the mean of R.
+
+    It is the sum over instances, not their mean: an update divides by the number of instances that it has.
+
+    Args:
+        reward: Embeddings -> Reward.
+        embeddings: [B, D], [B, K, D], [B, M, D] unit vectors of the global batch.
+        sides: those that are differentiated; the others' derivative is 0.
+
+    Returns:
+        Tensors of the same shapes, float32; the mean total reward.
+
+    Raises:
+        ValueError: the reward has no derivative in the embeddings of these sides (a rank, a threshold, a detached tensor).
+    """
+    asked = [side for side in SIDES if side in sides]
+    with torch.enable_grad():
+        leaves = {side: getattr(embeddings, side).detach().float().requires_grad_() for side in SIDES}
+        total = reward(Embeddings(**leaves)).total
+        found: Sequence[Tensor | None] = [None]
+        if total.requires_grad:
+            found = torch.autograd.grad(total.mean(dim=1).sum(), [leaves[side] for side in asked], allow_unused=True)
+    if all(gradient is None for gradient in found):
+        raise ValueError(
+            f"module.pathwise_weight: the reward is not differentiable in the embeddings ({', '.join(asked)}), as a rank, a threshold or a "
+            "detached tensor is not, so there is no pathwise term. Name a reward that is by module.pathwise_reward, or set the weight to 0"
+        )
+    zeros = {side: torch.zeros_like(leaf.detach()) for side, leaf in leaves.items()}
+    gradients: dict[Any, Tensor] = zeros | {side: g for side, g in zip(asked, found, strict=True) if g is not None}
+    return Embeddings(**gradients), float(total.detach().mean())
+
+
+def pathwise_loss(embeddings: Tensor, gradients: Tensor) -> Tensor:
+    """Returns -sum(gradients * unit vectors), a scalar, whose gradient is minus that of the rewards.
+
+    Args:
+        embeddings: [N, D] pooled and not normalised, with a graph.
+        gradients: [N, D] of the rewards in the unit vectors.
+    """
+    return -(normalize(embeddings.float(), dim=-1) * gradients).sum()
+
+
+def first_of_group(gradients: Tensor, k: int) -> Tensor:
+    """[G*K, D] from [G, D]: the reward looks at the first of K rollouts, and so the others' derivative is 0."""
+    spread = gradients.new_zeros(len(gradients), k, gradients.shape[1])
+    spread[:, 0] = gradients
+    return spread.flatten(0, 1)
+
+
+def companions_of(
+    others: tuple[tuple[Side, ...], Rollouts] | None, gradients: dict[Side, Tensor], sides: Sequence[Side], instances: int
+) -> Companions | None:
+    """Returns the companions of a batch's sides that are not learned from; None where no side of `sides` is among them.
+
+    Args:
+        others: these sides, and one rollout of each of their texts, side behind side.
+        gradients: by side, [B, D] of queries and [B*M, D] of negatives.
+        sides: those that take part.
+        instances: B.
+    """
+    if others is None:
+        return None
+    names, rollouts = others
+    counts = [len(gradients[side]) for side in names]
+    starts = torch.tensor([0, *counts[:-1]]).cumsum(0).tolist()
+    taken = [(side, start, count) for side, start, count in zip(names, starts, counts, strict=True) if side in sides and count]
+    if not taken:
+        return None
+    rows = torch.cat([torch.arange(start, start + count) for _, start, count in taken])
+    places = torch.cat([torch.arange(count) // (count // instances) for _, _, count in taken])
+    plain = replace(rollouts[rows], logprobs=None, embeddings=None, prefix_embeddings=None)
+    return Companions(plain, torch.cat([gradients[side] for side, _, _ in taken]), places)
