@@ -101,7 +101,7 @@ def _read_model(file: Path) -> LlamaForCausalLM:
     for key in ("quantization_config", "_name_or_path", "architectures", "model_type"):
         config.pop(key, None)
     with no_init_weights():
-        model = LlamaForCausalLM(LlamaConfig(**config)).to(torch.float32)
+        model = LlamaForCausalLM(LlamaConfig(**config)).float()
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
     model.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -147,7 +147,8 @@ def _group_pass(
     part, k = experience.rollouts[rows], experience.keep.shape[1]
     scores, embeds = how.score_function_scale != 0, how.pathwise_scale != 0 and experience.embedding_gradients is not None
     logprobs, entropy, embeddings = policy(part, rows // k, how.temperature, logprobs=scores, embeddings=embeds)
-    loss, seen = weights.new_zeros(()), {}
+    loss = weights.new_zeros(())
+    seen: dict[str, Tensor] = {}
     if scores:
         own, seen = _algorithm_loss(algorithm, experience, rows, weights, logprobs, entropy, gap)
         loss = loss + how.score_function_scale * own

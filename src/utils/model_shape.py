@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from src.modules.lora import add_lora
+from src.modules.packaged_model import local_path
 
 
 @dataclass(frozen=True)
