@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from src.datamodules.offline_tasks import offline_tasks
+from src.datamodules.wordnet_tasks import wordnet_tasks
 from src.modules.encoder import RationaleEncoder
 from src.modules.export import load_policy
 from src.modules.policy import Policy
@@ -39,6 +40,9 @@ log = logging.getLogger(__name__)
 
 SHIPPED = "experiments/tiny_policy/weights"
 """The base where none is named, in the project's folder."""
+
+EVERYDAY = "experiments/everyday_english/data"
+"""The everyday English that benchmark=everyday is made of, in the project's folder."""
 
 
 def device_of(cfg: DictConfig) -> str:
@@ -66,16 +70,20 @@ def load_tasks(cfg: DictConfig) -> list[Any]:
     """The MTEB tasks that the config names.
 
     Raises:
-        FileNotFoundError, ValueError: see `named_tasks` and `offline_tasks`; or both test and validation are named, or nothing is.
+        FileNotFoundError, ValueError: see `named_tasks`, `offline_tasks` and `wordnet_tasks`; or both test and validation are named,
+            or nothing is.
     """
     names = [cfg.benchmark] if isinstance(cfg.benchmark, str) else list(cfg.benchmark)
     if not names:
-        raise ValueError("benchmark names no task: it is test, validation, a benchmark of MTEB, a task, or a list of them")
+        raise ValueError("benchmark names no task: it is test, validation, everyday, a benchmark of MTEB, a task, or a list of them")
     offline = [name for name in dict.fromkeys(names) if name in ("test", "validation")]
     if len(offline) > 1:
         raise ValueError("benchmark names test and validation: their tasks have the same names, so score them one after the other")
-    docstrings = [offline_tasks(list(cfg.packages[name]), cfg.paths.cache_dir, size=cfg.size, load=False) for name in offline]
-    return [*(task for tasks in docstrings for task in tasks), *named_tasks([n for n in names if n not in offline], cfg.data_dir)]
+    own = [offline_tasks(list(cfg.packages[name]), cfg.paths.cache_dir, size=cfg.size, load=False) for name in offline]
+    if "everyday" in names:
+        own.append(wordnet_tasks(Path(cfg.paths.root, EVERYDAY), cfg.paths.cache_dir, size=cfg.size, load=False))
+    others = [name for name in names if name not in (*offline, "everyday")]
+    return [*(task for tasks in own for task in tasks), *named_tasks(others, cfg.data_dir)]
 
 
 def log_row(cfg: DictConfig, row: Contender, scores: EvaluationScores) -> None:

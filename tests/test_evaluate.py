@@ -69,6 +69,24 @@ def test_what_is_missing_is_one_line(compose: Compose, tiny_policy_folder: Path,
     assert "\n" not in str(caught.value)
 
 
+EVERYDAY = ["WordNetRetrieval", "WordNetSimilarity", "WordNetClassification", "WordNetPairs"]
+
+
+def test_everyday_english_is_scored_beside_docstrings(compose: Compose, tiny_policy_folder: Path) -> None:
+    for benchmark, size, count in (("everyday", "large", 4), ("[test,everyday]", "mini", 9), ("[everyday,BIOSSES]", "small", 5)):
+        cfg = compose(f"benchmark={benchmark}", f"size={size}", config_name="evaluate")
+        found = [task.metadata.name for task in evaluate.load_tasks(cfg)]
+        assert (len(found), set(EVERYDAY) <= set(found)) == (count, True)
+    options = ["benchmark=everyday", "size=small", "rationale=false", "~logger", f"model={tiny_policy_folder}"]
+    (scores,) = evaluate.evaluate(compose(*options, config_name="evaluate")).values()
+    assert (list(scores.tasks), scores.failures) == (EVERYDAY, {})
+
+
+def test_an_everyday_size_that_does_not_exist_is_named(compose: Compose) -> None:
+    with pytest.raises(ValueError, match=r"everyday tasks of size 'huge' do not exist; sizes are mini, small, large"):
+        evaluate.load_tasks(compose("benchmark=everyday", "size=huge", config_name="evaluate"))
+
+
 def command(tmp_path: Path, policy: Path, *settings: str) -> subprocess.Popen[str]:
     """evaluate.py as a process of its own, with everything that it writes in tmp_path."""
     places = [f"paths.output_root={tmp_path}/outputs", f"embeddings.folder={tmp_path}/embeddings", f"data_dir={tmp_path}/data"]

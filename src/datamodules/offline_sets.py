@@ -3,26 +3,20 @@
 One choice of queries (summaries) and documents (bodies) serves every set, so that a text has to be embedded only once.
 """
 
-import hashlib
-import json
-import os
 import random
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from src.datamodules.docstrings import Docstring, collect
+from src.datamodules.task_folders import Row, write_sets
 
 _WORD = re.compile(r"[a-z]{4,}")
 _MOST_OVERLAP = 0.75  # of a query's words in its document; above it, matching words is enough to find it
 _LEAST_SIBLINGS = 4  # docstrings of a module, so that every query meets near misses
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -45,6 +39,7 @@ class OfflineSize:
 
 
 SIZES = {
+    "mini": OfflineSize(documents=200, queries=80, per_module=6, candidates=10, per_label=10),  # while training, where a text is dear
     "small": OfflineSize(documents=400, queries=150, per_module=6, candidates=10, per_label=10),  # while training
     "large": OfflineSize(documents=1000, queries=400, per_module=8, candidates=20, per_label=12),  # afterwards
 }
@@ -162,24 +157,8 @@ def pair_rows(chosen: Chosen, rng: random.Random) -> dict[str, list[Row]]:
     return {"test": rows}
 
 
-def _write_folder(folder: Path, rows: dict[str, list[Row]], as_configs: bool) -> None:
-    """JSON lines, and the README.md whose header tells `datasets` what they are: configs of a data set, or splits of one."""
-    folder.mkdir(parents=True)
-    header = ["---", "configs:"] + ([] if as_configs else ["- config_name: default", "  data_files:"])
-    for name, values in rows.items():
-        text = "".join(json.dumps(row) + "\n" for row in values)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        split = "test" if as_configs else name
-        header += [f"- config_name: {name}", "  data_files:"] if as_configs else []
-        header += [f"  - split: {split}", f"    path: {name}.jsonl"]
-    (folder / "README.md").write_text("\n".join([*header, "---", ""]), encoding="utf-8")
-
-
 def offline_sets(packages: Sequence[str], cache_dir: Path | str, size: OfflineSize, seed: int = 0) -> dict[str, Path]:
     """The folder of each set of some packages, written once.
-
-    Names end in a digest of the content: `datasets` keeps what it reads under the name of the folder and not its path,
-    and MTEB keeps results under the revision of the data, so that sets that differ must not share a name.
 
     Raises:
         ModuleNotFoundError: a package is not installed.
@@ -194,21 +173,4 @@ def offline_sets(packages: Sequence[str], cache_dir: Path | str, size: OfflineSi
         "clustering": clustering_rows(chosen, size.per_label // 2),
         "pairs": pair_rows(chosen, rng),
     }
-    digest = hashlib.sha256(json.dumps(sets).encode()).hexdigest()[:16]
-    folder = Path(cache_dir).absolute() / f"offline_{digest}"
-    if not folder.exists():
-        _write_sets(folder, sets, digest)
-    return {name: folder / f"{name}_{digest}" for name in sets}
-
-
-def _write_sets(folder: Path, sets: dict[str, dict[str, list[Row]]], digest: str) -> None:
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")  # written aside: two runs may start at once
-    shutil.rmtree(partial, ignore_errors=True)
-    for name, rows in sets.items():
-        _write_folder(partial / f"{name}_{digest}", rows, as_configs="corpus" in rows)
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        shutil.rmtree(partial)  # another run was first, with the same content
+    return write_sets("offline", sets, cache_dir)

@@ -2,16 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from lightning.pytorch.utilities.seed import isolate_rng
+from typing import TYPE_CHECKING
 
 from src.datamodules.offline_sets import SIZES, OfflineSize, offline_sets
-from src.utils.quiet import quiet_mteb
+from src.datamodules.task_folders import TaskSpec, make_tasks
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
-    from mteb.abstasks.task_metadata import TaskType
 
 DESCRIPTIONS = {
     "DocstringRetrieval": "Finds the body of a docstring by its summary.",
@@ -28,13 +25,12 @@ def offline_tasks(
 ) -> list["AbsTask"]:
     """Five MTEB tasks on the docstrings of `packages`: retrieval, reranking, classification, clustering, pairs.
 
-    Every text is a query or a document of the
-    retrieval task. Random states are left as they were (MTEB seeds them when a task is made).
+    Every text is a query or a document of the retrieval task. Random states are left as they were (MTEB seeds them when a task is made).
 
     Args:
         packages: names as in `collect`.
         cache_dir: where the docstrings and the sets are kept.
-        size: `small`, `large`, or one's own.
+        size: `mini`, `small`, `large`, or one's own.
         seed: of the choice of texts.
         load: reads their data now, so that evaluating them again and again reads no file; else MTEB does when it needs it.
 
@@ -47,51 +43,24 @@ def offline_tasks(
             raise ValueError(f"offline tasks of size {size!r} do not exist; sizes are {', '.join(SIZES)}")
         size = SIZES[size]
     folders = offline_sets(packages, cache_dir, size, seed)
-    with isolate_rng(), quiet_mteb():
-        tasks = _tasks(folders, size)
-        for task in tasks if load else []:
-            task.load_data()
-    return tasks
+    return make_tasks(_specs(size), folders, ["Programming", "Written"], "not specified", load)
 
 
-def _tasks(folders: dict[str, Path], size: OfflineSize) -> list["AbsTask"]:
-    from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskPairClassification, AbsTaskRetrieval
-
-    def task(name: str, kind: "TaskType", data: str, base: type["AbsTask"], main_score: str, **attributes: Any) -> "AbsTask":
-        metadata = _metadata(name, kind, folders[data], main_score)
-        return type(name, (base,), {"metadata": metadata, **attributes})()
-
+def _specs(size: OfflineSize) -> list[TaskSpec]:
     return [
-        task("DocstringRetrieval", "Retrieval", "retrieval", AbsTaskRetrieval, "ndcg_at_10"),
-        task("DocstringReranking", "Reranking", "reranking", AbsTaskRetrieval, "map_at_1000"),
-        task(
-            *("DocstringClassification", "Classification", "classification", AbsTaskClassification, "accuracy"),
-            n_experiments=5,  # fits take most of the time; half as many as MTEB's usual
+        TaskSpec("DocstringRetrieval", "Retrieval", "retrieval", "ndcg_at_10", DESCRIPTIONS["DocstringRetrieval"]),
+        TaskSpec("DocstringReranking", "Reranking", "reranking", "map_at_1000", DESCRIPTIONS["DocstringReranking"]),
+        TaskSpec(
+            *("DocstringClassification", "Classification", "classification", "accuracy", DESCRIPTIONS["DocstringClassification"]),
+            {"n_experiments": 5},  # fits take most of the time; half as many as MTEB's usual
         ),
-        task(
-            *("DocstringClustering", "Clustering", "clustering", AbsTaskClustering, "v_measure"),
-            max_fraction_of_documents_to_embed=None,  # all of a small set, in place of 4%
-            max_documents_per_cluster=size.queries,  # drawn with replacement for each of the 10 clusterings
+        TaskSpec(
+            *("DocstringClustering", "Clustering", "clustering", "v_measure", DESCRIPTIONS["DocstringClustering"]),
+            {
+                "max_fraction_of_documents_to_embed": None,  # all of a small set, in place of 4%
+                "max_documents_per_cluster": size.queries,  # drawn with replacement for each of the 10 clusterings
+            },
         ),
         # the measure that the rewards use, not the best of five as in `max_ap`
-        task("DocstringPairs", "PairClassification", "pairs", AbsTaskPairClassification, "cosine_ap"),
+        TaskSpec("DocstringPairs", "PairClassification", "pairs", "cosine_ap", DESCRIPTIONS["DocstringPairs"]),
     ]
-
-
-def _metadata(name: str, kind: "TaskType", data: Path, main_score: str) -> Any:
-    from mteb.abstasks.task_metadata import TaskMetadata
-
-    return TaskMetadata(
-        name=name,
-        description=DESCRIPTIONS[name],
-        dataset={"path": str(data), "revision": data.name.rpartition("_")[2]},
-        type=kind,
-        category="t2c" if kind in ("Classification", "Clustering") else "t2t",
-        eval_splits=["test"],
-        eval_langs=["eng-Latn"],
-        main_score=main_score,
-        domains=["Programming", "Written"],
-        annotations_creators="derived",
-        sample_creation="found",
-        license="not specified",
-    )

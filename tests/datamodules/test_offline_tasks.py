@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from src.datamodules.docstrings import Docstring, collect
-from src.datamodules.offline_sets import OfflineSize, choose, labels_of, offline_sets, overlap, reranking_rows, subpackage
+from src.datamodules.offline_sets import SIZES, OfflineSize, choose, labels_of, offline_sets, overlap, reranking_rows, subpackage
 from src.datamodules.offline_tasks import DESCRIPTIONS, offline_tasks
+from tests.conftest import ROOT
 
 PACKAGES = ["networkx", "rich"]
 SIZE = OfflineSize(documents=80, queries=30, per_module=5, candidates=6, per_label=8)
@@ -115,6 +117,16 @@ def test_there_is_one_task_of_each_kind_with_its_data(cache_dir: Path) -> None:
     assert len({task.metadata.dataset["revision"] for task in tasks}) == 1
 
 
+@pytest.mark.parametrize("part", ["test", "validation"])
+def test_held_out_packages_give_the_smallest_size(part: str) -> None:
+    packages = list(OmegaConf.load(ROOT / "configs" / "packages" / "docstrings.yaml")[part])
+    folders = offline_sets(packages, ROOT / "data" / "cache", SIZES["mini"])
+    assert len(lines(folders["retrieval"] / "corpus.jsonl")) == 200
+    assert len(lines(folders["retrieval"] / "queries.jsonl")) == 80
+    assert {len(row["corpus-ids"]) for row in lines(folders["reranking"] / "top_ranked.jsonl")} == {10}  # type: ignore[arg-type]
+    assert len({row["labels"] for row in lines(folders["clustering"] / "test.jsonl")}) >= 5
+
+
 def test_making_tasks_leaves_random_states_alone(cache_dir: Path) -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))
@@ -129,5 +141,5 @@ def test_making_tasks_leaves_random_states_alone(cache_dir: Path) -> None:
 
 
 def test_an_unknown_size_is_named(cache_dir: Path) -> None:
-    with pytest.raises(ValueError, match=r"size 'huge' do not exist; sizes are small, large"):
+    with pytest.raises(ValueError, match=r"size 'huge' do not exist; sizes are mini, small, large"):
         offline_tasks(PACKAGES, cache_dir, "huge")
