@@ -74,7 +74,7 @@ def test_the_default_needs_no_setting(compose: Compose) -> None:
 def test_debug_fast_wins_over_the_experiment(compose: Compose) -> None:
     cfg = compose("debug=fast")
     assert cfg.trainer.limit_train_batches == 2
-    assert cfg.callbacks.final_report.tasks.size.documents == 60
+    assert cfg.callbacks.final_report.tasks.docstrings.size.documents == 60
 
 
 def test_callbacks_can_be_switched_off(compose: Compose) -> None:

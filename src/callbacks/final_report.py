@@ -2,8 +2,10 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
@@ -12,18 +14,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from src.callbacks.probe import start_embeddings, undisturbed
+from src.callbacks.probe import in_training_arithmetic, start_embeddings, undisturbed
 from src.callbacks.rationale_table import RationaleTable
 from src.callbacks.watcher import Watcher
 from src.modules.policy_module import PolicyModule
-from src.utils.evaluation import run_tasks
+from src.utils.evaluation import EvaluationScores, run_tasks
 from src.utils.plots import scores_figure
 from src.utils.tracking import log_figure, log_metrics, log_table, log_text, mlflow_loggers, write_text
 
 log = logging.getLogger(__name__)
 
 BASE, REASONING = "Base", "Base + reasoning"
-"""The first rows: starting weights without rationales, and with them. The last is the trained policy, by its method's name."""
+"""The first rows: starting weights without rationales, and with them. The last are the trained policy, by its method's name."""
+WITHOUT = " without rationales"
 
 _PLACES = {
     "report.md": "this report",
@@ -40,15 +43,15 @@ _SHORT = {"Retrieval": "Retr", "Reranking": "Rerank", "Clustering": "Clust", "Pa
 class FinalReport(Watcher):
     """Scores the starting policy when training starts and the trained one when it ends, on tasks that nothing else sees.
 
-    A policy that is trained with rationales is scored with them, and its start without and with them; one that is trained
-    without is scored without, and so is its start.
+    A policy that is trained with rationales is scored without and with them, before and after, each pair from one pass over the texts;
+    one that is trained without is scored without.
 
-    Prints the table, some rationales before and after, and where everything is; writes report.md and test_scores.png;
+    Prints the table, what was gained, some rationales before and after, and where everything is; writes report.md and test_scores.png;
     logs test/<row>/<task>, test/<row>/average, the table and the figure.
 
     Args:
         output_dir: the run's folder.
-        tasks: makes the tasks; called once.
+        tasks: by the name of a group of tasks (docstrings, everyday) what makes them; each called once.
         temperature: at which rationales are written; 0 is greedy.
         examples: rationales printed, where the rationale table is on.
         embeddings_dir: where embeddings of the starting policy are kept, for other runs that begin with it (the points of a sweep, other
@@ -59,22 +62,25 @@ class FinalReport(Watcher):
     def __init__(
         self,
         output_dir: str,
-        tasks: Callable[[], list[Any]],
+        tasks: Mapping[str, Callable[[], list[Any]]],
         temperature: float = 0.0,
         examples: int = 3,
         embeddings_dir: str | None = None,
         embeddings_gib: float = 50.0,
     ) -> None:
-        self.output_dir, self.make_tasks = Path(output_dir), tasks
+        self.output_dir, self.make_tasks = Path(output_dir), dict(tasks)
         self.embeddings_dir, self.embeddings_gib = embeddings_dir, embeddings_gib
         self.temperature, self.examples = temperature, examples
-        self.rows: dict[str, dict[str, float]] = {}  # row -> category or average -> score
+        self.rows: dict[str, dict[str, float]] = {}  # row -> column -> score
         self._tasks: list[Any] = []
+        self._groups: dict[str, list[str]] = {}  # group -> its tasks
         self._on: dict[str, str] | None = None  # the data of each task by its name, once the starting policy was scored
 
     def at_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
         with undisturbed(module):
-            self._tasks = self.make_tasks()
+            made = {group: make() for group, make in self.make_tasks.items()}
+        self._tasks = [task for tasks in made.values() for task in tasks]
+        self._groups = {group: [task.metadata.name for task in tasks] for group, tasks in made.items()}
         on = {task.metadata.name: str(task.metadata.dataset["revision"]) for task in self._tasks}
         if self._on is not None:  # resumed: the checkpoint brought what the starting policy scored
             if self._on != on:
@@ -82,39 +88,51 @@ class FinalReport(Watcher):
                 self.rows, self._on = {}, on
             return
         self._on = on
-        with_them = module.settings.rationale
-        log.info("scoring the starting policy on %d held-out tasks, without%s rationales", len(self._tasks), " and with" * with_them)
-        self.score(trainer, module, BASE, rationale=False)
-        if with_them:
-            self.score(trainer, module, REASONING, rationale=True)
+        log.info("scoring the starting policy on %d held-out tasks", len(self._tasks))
+        kept = start_embeddings(trainer, module, self.embeddings_dir)
+        self._score_both(trainer, module, BASE, REASONING, kept)
 
     def at_end(self, trainer: L.Trainer, module: PolicyModule) -> None:
         log.info("scoring the trained policy on %d held-out tasks", len(self._tasks))
-        self.score(trainer, module, module.title, rationale=module.settings.rationale)
+        with TemporaryDirectory() as kept:
+            plain, own = (module.title + WITHOUT, module.title) if module.settings.rationale else (module.title, "")
+            self._score_both(trainer, module, plain, own, Path(kept) if trainer.world_size == 1 else None)
         if trainer.is_global_zero:
             self.write(trainer, module)
-            self.show(trainer)
+            self.show(trainer, module)
 
-    def score(self, trainer: L.Trainer, module: PolicyModule, row: str, rationale: bool) -> None:
-        """Adds a row and logs it.
+    def _score_both(self, trainer: L.Trainer, module: PolicyModule, plain: str, reasoning: str, kept: Path | None) -> None:
+        """Adds the row without rationales and, of a policy that is trained with them, the one with them."""
+        if not module.settings.rationale:
+            self.score(trainer, module, plain, rationale=False, kept=kept)
+            return
+        self.rows[plain] = {}  # stands first, and is scored second: with rationales the embeddings without come for nothing
+        self.score(trainer, module, reasoning, rationale=True, kept=kept)
+        self.score(trainer, module, plain, rationale=False, kept=kept)
+
+    def score(self, trainer: L.Trainer, module: PolicyModule, row: str, rationale: bool, kept: Path | None = None) -> None:
+        """Adds a row and logs it; `kept` is where embeddings are found and left.
 
         Raises:
             RuntimeError: a task fails; rows over different tasks would not compare.
         """
-        with undisturbed(module):
+        with undisturbed(module), in_training_arithmetic(trainer):
             encoder = module.encoder(rationale=rationale, temperature=self.temperature)
             name = f"{_slug(row)}-step{module.rollout_batches}"
             results = self.output_dir / "mteb" if trainer.is_global_zero else None
-            kept = start_embeddings(trainer, module, self.embeddings_dir)
-            scores = run_tasks(encoder, self._tasks, results, name, kept, self.embeddings_gib)
+            scores = run_tasks(encoder, self._tasks, results, name, kept, self.embeddings_gib, also_without=True)
         scores = trainer.strategy.broadcast(scores)
         if scores.failures:
             failed = "; ".join(f"{task}: {error}" for task, error in scores.failures.items())
             raise RuntimeError(
                 f"held-out tasks fail for {row}: {failed}; take them out of callbacks.final_report.tasks or provide what is missing"
             )
-        self.rows[row] = {**scores.categories, "average": scores.average}
+        self.rows[row] = columns_of(scores, self._groups)
         metrics = {f"test/{_slug(row)}/{task}": score for task, score in (scores.tasks | {"average": scores.average}).items()}
+        if len(self._groups) > 1:
+            metrics |= {
+                f"test/{_slug(row)}/{group}/average": fmean(scores.tasks[t] for t in tasks) for group, tasks in self._groups.items()
+            }
         log_metrics(trainer, metrics, module.rollout_batches)
 
     def write(self, trainer: L.Trainer, module: PolicyModule) -> None:
@@ -130,10 +148,12 @@ class FinalReport(Watcher):
         columns = {name: [scores[name] for scores in self.rows.values()] for name in next(iter(self.rows.values()))}
         log_table(trainer, {"policy": list(self.rows), **columns}, "report/test_scores.json")
 
-    def show(self, trainer: L.Trainer) -> None:
-        """Prints the table, rationales before and after, and the places."""
+    def show(self, trainer: L.Trainer, module: PolicyModule) -> None:
+        """Prints the table, the gain in words, rationales before and after, and the places."""
         console = Console(width=None if sys.stdout.isatty() else 110)
         console.print(score_table(self.rows))
+        if REASONING in self.rows and module.title in self.rows:
+            console.print(gain_in_words(self.rows, module.title), markup=False)
         watched = [callback for callback in trainer.callbacks if isinstance(callback, RationaleTable)]  # type: ignore[attr-defined]
         if watched and watched[0].before and self.examples:
             console.print(example_table(watched[0], self.examples))
@@ -155,7 +175,25 @@ class FinalReport(Watcher):
 
 
 def _slug(row: str) -> str:
-    return row.lower().replace(" + ", "_")
+    return row.lower().replace(" + ", "_").replace(" ", "_")
+
+
+def columns_of(scores: EvaluationScores, groups: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Returns what a row shows: the categories and the average of one group of tasks; of several the retrieval and the average of each."""
+    if len(groups) == 1:
+        return {**scores.categories, "average": scores.average}
+    columns: dict[str, float] = {}
+    for group, tasks in groups.items():
+        retrieval = [scores.tasks[task] for task in tasks if "Retrieval" in task]
+        columns |= {f"{group} nDCG@10": fmean(retrieval)} if retrieval else {}
+        columns[f"{group} average"] = fmean(scores.tasks[task] for task in tasks)
+    return columns | {"average": scores.average}
+
+
+def gain_in_words(rows: Mapping[str, Mapping[str, float]], trained: str) -> str:
+    """Returns one line: what the trained policy scores above its start, both with rationales."""
+    gains = {column: 100 * (rows[trained][column] - rows[REASONING][column]) for column in rows[trained]}
+    return f"{trained} over {REASONING}, in points: " + ", ".join(f"{column} {gain:+.1f}" for column, gain in gains.items())
 
 
 def score_table(rows: dict[str, dict[str, float]]) -> Table:

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from src.callbacks.probe import is_due, start_embeddings, undisturbed
+from src.callbacks.probe import in_training_arithmetic, is_due, start_embeddings, undisturbed
 from src.callbacks.watcher import Watcher
 from src.modules.policy_module import PolicyModule
 from src.utils.evaluation import EvaluationScores, run_tasks
@@ -71,7 +71,7 @@ class MTEBEvaluation(Watcher):
         """Runs and logs the tasks. A failed task is warned about and leaves the average out: it would mean something else."""
         step = module.rollout_batches
         began = time.perf_counter()
-        with undisturbed(module):
+        with undisturbed(module), in_training_arithmetic(trainer):
             encoder = module.encoder(rationale=self.rationale, temperature=self.temperature)
             kept = start_embeddings(trainer, module, self.embeddings_dir)
             scores = run_tasks(encoder, self._tasks, None, f"training-step{step}", kept, self.embeddings_gib)

@@ -30,6 +30,13 @@ def undisturbed(module: PolicyModule) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def in_training_arithmetic(trainer: L.Trainer) -> Iterator[None]:
+    """Computes as the trainer does: in bfloat16 under trainer.precision=bf16-mixed."""
+    with trainer.precision_plugin.forward_context():
+        yield
+
+
 def fixed_triplets(trainer: L.Trainer, count: int) -> list[Triplet]:
     """Records that nothing is trained on, the same at every call: `trainer.datamodule.fixed_triplets(count)`.
 

@@ -71,7 +71,7 @@ class GroupBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """What is held, as plain containers of tensors: a run that is stopped loses nothing of it."""
-        unused = {"embeddings": None, "prefix_embeddings": None}
+        unused = {"embeddings": None, "prefix_embeddings": None, "prompt_embeddings": None}
         held = [vars(part) | {"rollouts": vars(part.rollouts) | unused} for part in self.held]
         return {"held": held, "batches": self.batches}
 

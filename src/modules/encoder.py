@@ -159,6 +159,17 @@ class RationaleEncoder:
         """
         return self._run(texts, prompt_type, rationale, batch_size, show_progress)[0]
 
+    def encode_both(
+        self, texts: Sequence[str], prompt_type: str | None = None, batch_size: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Embeddings with rationales and without, [N, D] float32 each, from one pass.
+
+        The second are those of `encode(rationale=False)`, but for rounding: the engine meets them before it writes. They are None
+        from an engine that gives ids alone. The arguments are those of `encode`.
+        """
+        with_rationales, _, plain = self._run(texts, prompt_type, True, batch_size, False)
+        return with_rationales, plain
+
     def explain(
         self,
         texts: Sequence[str],
@@ -171,23 +182,24 @@ class RationaleEncoder:
 
         Fences such as <think> are shown even where the tokenizer counts them as special tokens.
         """
-        embeddings, rationales = self._run(texts, prompt_type, rationale, batch_size, show_progress)
+        embeddings, rationales, _ = self._run(texts, prompt_type, rationale, batch_size, show_progress)
         return embeddings, [str(self.policy.tokenizer.decode(ids.tolist(), skip_special_tokens=False)) for ids in rationales]
 
     def _run(
         self, texts: Sequence[str], prompt_type: str | None, rationale: bool | None, batch_size: int | None, show_progress: bool
-    ) -> tuple[np.ndarray, list[Tensor]]:
-        """Embeddings, and the ids of the rationales without what ended them."""
+    ) -> tuple[np.ndarray, list[Tensor], np.ndarray | None]:
+        """Embeddings, the ids of the rationales without what ended them, and the embeddings of the prompts, where the engine gives them."""
         if isinstance(texts, str):
             raise TypeError("texts is one string: give a list of texts, as in encode([text])")
         self.settings.instruction_for(prompt_type)  # refuses a side that does not exist
         size = self.batch_size if batch_size is None else _positive(batch_size)
         if not texts:
-            return np.zeros((0, self.dimension), dtype=np.float32), []
+            return np.zeros((0, self.dimension), dtype=np.float32), [], None
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # a repeated text is written about once
         distinct = list(place)
         prompts = self.renderers[prompt_type](distinct)
         embeddings = np.zeros((len(distinct), self.dimension), dtype=np.float32)
+        plain: np.ndarray | None = np.zeros_like(embeddings)
         rationales: list[Tensor] = [torch.empty(0, dtype=torch.long)] * len(distinct)
         order = prompts.lengths.argsort(descending=True, stable=True)  # like lengths together: less padding
         rationale = self.rationale if rationale is None else rationale
@@ -201,13 +213,17 @@ class RationaleEncoder:
                 rollouts = self._rollouts(prompts.select(rows), rationale, seeds)
                 pooled = self.policy.embed(rollouts) if rollouts.embeddings is None else rollouts.embeddings
                 embeddings[rows.numpy()] = pooled.float().cpu().numpy()
+                if plain is None or rollouts.prompt_embeddings is None:
+                    plain = None
+                else:
+                    plain[rows.numpy()] = rollouts.prompt_embeddings.float().cpu().numpy()
                 ends = rollouts.finished.cpu() & (rollouts.rationale_lengths > 0).cpu()
                 for row, ids, ended in zip(rows.tolist(), rollouts.rationales(), ends.tolist(), strict=True):
                     rationales[row] = ids[:-1].cpu() if ended else ids.cpu()
                 bar.update(len(rows))
         _check_finite(embeddings, distinct)
         index = [place[text] for text in texts]
-        return embeddings[index], [rationales[i] for i in index]
+        return embeddings[index], [rationales[i] for i in index], None if plain is None else plain[index]
 
     def _holding(self, rationale: bool) -> AbstractContextManager[None]:
         holding = getattr(self.engine, "holding", None)

@@ -192,7 +192,7 @@ class GRACE(PolicyModule):
         own = scored.sides[side]
         advantage = self.ranks.on_whole(self.algorithm.advantage, len(scored.positive.instance_ids))
         advantages = by_token(replace(self.algorithm, advantage=advantage), self._reward_of(scored, side), own, judged)
-        rollouts = replace(own.rollouts, embeddings=None, prefix_embeddings=None)  # judged by now, and large
+        rollouts = replace(own.rollouts, embeddings=None, prefix_embeddings=None, prompt_embeddings=None)  # judged by now, and large
         gradients = None if pathwise is None else pathwise.gradients[side]
         return Experience(rollouts, advantages, judged.keep, own.old_logprobs, own.reference_logprobs, own.instance_ids, gradients)
 

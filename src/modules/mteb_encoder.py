@@ -73,18 +73,33 @@ class MTEBEncoder(AbsEncoder):
         name: for MTEB's result files.
         embeddings_dir: where embeddings are kept for later; None: in memory, for the time of this object.
         embeddings_gib: most that they may take.
+        also_without: keeps there the embeddings without rationales too, which an encoder with rationales meets on its way: the same
+            policy's encoder without them, asked next, finds them.
     """
 
-    def __init__(self, encoder: RationaleEncoder, name: str, embeddings_dir: Path | None = None, embeddings_gib: float = 1.0) -> None:
+    def __init__(
+        self,
+        encoder: RationaleEncoder,
+        name: str,
+        embeddings_dir: Path | None = None,
+        embeddings_gib: float = 1.0,
+        also_without: bool = False,
+    ) -> None:
         self.model = encoder
         self.mteb_model_meta: ModelMeta = describe(encoder, name)
         self.cache = EmbeddingCache(embeddings_dir, str(self.mteb_model_meta.revision), encoder.dimension, embeddings_gib)
+        self.plain_cache: EmbeddingCache | None = None
+        if also_without and encoder.rationale and embeddings_dir:
+            plain = RationaleEncoder(encoder.policy, encoder.settings, encoder.engine, rationale=False)
+            self.plain_cache = EmbeddingCache(embeddings_dir, revision(plain), encoder.dimension, embeddings_gib)
 
     def __enter__(self) -> "MTEBEncoder":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.cache.close()
+        if self.plain_cache is not None:
+            self.plain_cache.close()
 
     def encode(
         self,
@@ -105,7 +120,12 @@ class MTEBEncoder(AbsEncoder):
         embeddings = self.cache.get(texts, prompt)
         new = sorted({text for text in texts if text not in embeddings}, key=lambda text: (-len(text), text))
         for part in self._with_time_left(new, f"{task_metadata.name}, {side or hf_split}" if task_metadata else hf_split):
-            vectors = self.model.encode(part, prompt_type=side)
+            if self.plain_cache is None:
+                vectors = self.model.encode(part, prompt_type=side)
+            else:
+                vectors, plain = self.model.encode_both(part, prompt_type=side)
+                if plain is not None:
+                    self.plain_cache.put(part, plain, prompt)
             self.cache.put(part, vectors, prompt)
             embeddings.update(zip(part, vectors, strict=True))
         return np.stack([embeddings[text] for text in texts])

@@ -139,5 +139,5 @@ def companions_of(
         return None
     rows = torch.cat([torch.arange(start, start + count) for _, start, count in taken])
     places = torch.cat([torch.arange(count) // (count // instances) for _, _, count in taken])
-    plain = replace(rollouts[rows], logprobs=None, embeddings=None, prefix_embeddings=None)
+    plain = replace(rollouts[rows], logprobs=None, embeddings=None, prefix_embeddings=None, prompt_embeddings=None)
     return Companions(plain, torch.cat([gradients[side] for side, _, _ in taken]), places)

@@ -22,7 +22,8 @@ from src.modules.states import states_at
 @dataclass
 class _Written:
     """What is known of N rationales while they are written: [N, R] ids and log-probs, [N] lengths, [N, D] pooled
-    states (see `Pooling.begin`), and those after every token, [N, R + 1, D] (R + 1 = 0 where nobody asks)."""
+    states (see `Pooling.begin`), those after every token, [N, R + 1, D] (R + 1 = 0 where nobody asks), and those of the
+    prompts, [N, D]."""
 
     ids: Tensor
     logprobs: Tensor
@@ -30,6 +31,7 @@ class _Written:
     finished: Tensor
     pooled: Tensor
     prefix_pooled: Tensor
+    prompt_pooled: Tensor
 
 
 class HFRollouts:
@@ -95,7 +97,8 @@ class HFRollouts:
         if policy.frozen_encoder is None:
             counts, way = rollouts.lengths - rollouts.prefix_lengths, POOLINGS[policy.pooling]
             embeddings, after_every = way.finish(written.pooled, counts), _after_every_token(written, counts, way)
-            rollouts = replace(rollouts, embeddings=embeddings, prefix_embeddings=after_every)
+            of_prompts = way.finish(written.prompt_pooled, rollouts.prompt_lengths - rollouts.prefix_lengths)
+            rollouts = replace(rollouts, embeddings=embeddings, prefix_embeddings=after_every, prompt_embeddings=of_prompts)
         return rollouts.to(policy.device)
 
     def _write(self, policy: Policy, prompts: Prompts, n: int, temperature: float, draws: Tensor, ends: Tensor, prefixes: bool) -> _Written:
@@ -115,6 +118,7 @@ class HFRollouts:
             finished=torch.zeros(total, dtype=torch.bool, device=device),
             pooled=pooled[groups],
             prefix_pooled=torch.empty(total, limit + 1 if prefixes else 0, pooled.shape[1], device=device),
+            prompt_pooled=pooled[groups],
         )
         if prefixes:
             out.prefix_pooled[:, 0] = out.pooled

@@ -24,6 +24,7 @@ class Rollouts:
         embeddings: [N, D] float32 pooled, not normalised; None from an engine that cannot pool as it samples.
         prefix_embeddings: [N, R + 1, D] float32, the same after t = 0 .. R tokens of the rationale, where it is shorter its
             last; None unless asked for.
+        prompt_embeddings: [N, D] float32, the same of the prompt alone; None from an engine that cannot pool as it samples.
 
     Example: prompt `p q`, rationale `a EOS`, T = 5: input_ids `p q a EOS pad`, prompt length 2, length 4.
     """
@@ -36,6 +37,7 @@ class Rollouts:
     logprobs: Tensor | None = None
     embeddings: Tensor | None = None
     prefix_embeddings: Tensor | None = None
+    prompt_embeddings: Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -79,6 +81,7 @@ class Rollouts:
             None if self.logprobs is None else self.logprobs[index, :longest],
             None if self.embeddings is None else self.embeddings[index],
             None if self.prefix_embeddings is None else self.prefix_embeddings[index],
+            None if self.prompt_embeddings is None else self.prompt_embeddings[index],
         )
 
     def to(self, device: torch.device | str) -> "Rollouts":

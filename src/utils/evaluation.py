@@ -59,6 +59,7 @@ def run_tasks(
     embeddings_gib: float = 1.0,
     unavailable: Mapping[str, str] | None = None,
     announce: bool = False,
+    also_without: bool = False,
 ) -> EvaluationScores:
     """Scores an encoder with `mteb.evaluate`; global random states are left as they were.
 
@@ -75,6 +76,7 @@ def run_tasks(
         embeddings_gib: most that they may take.
         unavailable: reasons by task, of tasks that are known to fail and are not tried.
         announce: a line in the log for every task.
+        also_without: see MTEBEncoder.
 
     Raises:
         ValueError: a file in `embeddings_dir` that is no cache of embeddings.
@@ -85,7 +87,7 @@ def run_tasks(
     runs: dict[str, _Run] = {}
     with isolate_rng(), quiet_mteb(), TemporaryDirectory() as nowhere:
         cache = WholeResults(results_dir or nowhere)
-        with MTEBEncoder(encoder, name, embeddings_dir, embeddings_gib) as adapter:
+        with MTEBEncoder(encoder, name, embeddings_dir, embeddings_gib, also_without) as adapter:
             for number, task in enumerate(tasks, 1):
                 known = (unavailable or {}).get(task.metadata.name)
                 began = time.monotonic()

@@ -17,6 +17,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from src.utils.checkpoint_io import CheckpointError, other_checkpoint, tidy
+from src.utils.machine import register_machine_resolvers
 from src.utils.preemption import restarted
 from src.utils.run_settings import read_settings
 
@@ -91,6 +92,7 @@ def register_resolver() -> None:
             raise SystemExit(f"train.py: {error}") from error
 
     OmegaConf.register_new_resolver("run_folder", answer, use_cache=True, replace=True)
+    register_machine_resolvers()
 
 
 # ---- who works in it

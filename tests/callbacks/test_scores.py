@@ -56,7 +56,7 @@ def test_a_starting_policy_is_embedded_once_for_all_runs_that_begin_with_it(
     kept, scores = tmp_path / "embeddings", []
     for run in ("first", "second"):
         module = make_module(Policy.load(str(tiny_policy_folder)))
-        report = FinalReport(str(tmp_path / run), retrieval, embeddings_dir=str(kept))
+        report = FinalReport(str(tmp_path / run), {"docstrings": retrieval}, embeddings_dir=str(kept))
         before = len(embedded)
         fit(module, [MTEBEvaluation(retrieval, embeddings_dir=str(kept)), report], tmp_path, batches=1)
         scores.append((report.rows["Base"], report.rows["Base + reasoning"]))
@@ -104,7 +104,7 @@ def test_final_report(
     module: GRACE, retrieval: Callable[[], list[Any]], mlflow_logger: RunLogger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    callbacks = [RationaleTable(str(out / "rationales.md"), texts=2), FinalReport(str(out), retrieval)]
+    callbacks = [RationaleTable(str(out / "rationales.md"), texts=2), FinalReport(str(out), {"docstrings": retrieval})]
     fit(module, callbacks, tmp_path, logger=mlflow_logger)
     shown = capsys.readouterr().out
     for expected in ("Base + reasoning", "GRACE", "Retr", "before", "after", str(out / "report.md"), str(mlflow_logger.run_id)):
@@ -122,14 +122,17 @@ def test_final_report(
 def test_final_report_of_a_resumed_run_keeps_the_starting_rows(
     tiny_policy: Policy, retrieval: Callable[[], list[Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    callback, resumed = FinalReport(str(tmp_path / "a"), retrieval), FinalReport(str(tmp_path / "b"), retrieval)
+    callback, resumed = (
+        FinalReport(str(tmp_path / "a"), {"docstrings": retrieval}),
+        FinalReport(str(tmp_path / "b"), {"docstrings": retrieval}),
+    )
     module = make_module(tiny_policy)
     fit(module, [callback], tmp_path)
     resumed.load_state_dict(callback.state_dict())
     assert list(resumed.rows) == ["Base", "Base + reasoning"]
     fit(make_module(module.policy), [resumed], tmp_path)  # its weights are no longer those of the start
     assert {row: resumed.rows[row] for row in ("Base", "Base + reasoning")} == callback.state_dict()["rows"]
-    elsewhere = FinalReport(str(tmp_path / "c"), retrieval)
+    elsewhere = FinalReport(str(tmp_path / "c"), {"docstrings": retrieval})
     elsewhere.load_state_dict(callback.state_dict() | {"on": {"OtherTask": "1"}})
     with caplog.at_level(logging.WARNING):
         fit(make_module(module.policy), [elsewhere], tmp_path)
