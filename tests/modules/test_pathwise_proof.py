@@ -129,23 +129,24 @@ class Enumerated(GRACE):
         return 0.0
 
 
-def tiny_policy(ids: int) -> Policy:
-    """Random, two layers of 8, an output layer of its own."""
-    size = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+def tiny_policy(ids: int, layers: int = 1, seed: int = 14) -> Policy:
+    """Random layers of 8, an output layer of its own; under this seed no rationale is rare."""
+    size = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = LlamaConfig(vocab_size=ids, initializer_range=0.5, bos_token_id=None, eos_token_id=EOS, max_position_embeddings=64, **size)
     with torch.random.fork_rng():
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         model = LlamaForCausalLM(config).eval()
     tokenizer = small_tokenizer()
     tokenizer.eos_token = tokenizer.pad_token  # id 0
     return Policy(model, tokenizer)
 
 
-def expectation(policy: Policy, rationales: list[list[int]], draws: list[tuple[Draw, float]], reward: Any, **settings: Any) -> Tensor:
-    """The mean of GRACE's gradient over draws, by their probabilities, as one vector."""
+def expectation(written: "Written", reward: Any, **settings: Any) -> Tensor:
+    """The mean of GRACE's gradient over all draws, by their probabilities, as one vector."""
+    policy, draws = written.policy, draws_of(written, queries="query" in settings.get("also_learn_from", ()))
     algorithm = Algorithm(settings.pop("advantage", raw), reinforce, partial(constant, tokens=1), truncation="none")
     module = Enumerated(
-        policy, Prescribed(rationales), reward, algorithm, "Name the terms.", 40, num_rollouts=K, gradient_parts_every=0, **settings
+        policy, Prescribed(written.rationales), reward, algorithm, "Name the terms.", 40, num_rollouts=K, gradient_parts_every=0, **settings
     )
     module.renderer = render
     module.draws, module.expected = draws, [torch.zeros_like(p, dtype=torch.float64) for p in policy.parameters()]
@@ -155,7 +156,7 @@ def expectation(policy: Policy, rationales: list[list[int]], draws: list[tuple[D
     return torch.cat([gradient.flatten() for gradient in module.expected])
 
 
-def draws_of(written: "Written", queries: bool = False) -> list[tuple[Draw, float]]:
+def draws_of(written: "Written", queries: bool) -> list[tuple[Draw, float]]:
     """All joint draws of the positives' rollouts with their probabilities, and of the queries' where they are learned from.
 
     Rollouts of a positive are exchangeable: pairs without order do, with the number of orders as a factor. Of a query's, rewards
@@ -181,7 +182,7 @@ class Written:
     """Unit vectors and log-probabilities of every text with every rationale, by plain calls of transformers in float64."""
 
     def __init__(self, policy: Policy, rationales: list[list[int]], queries: bool = False) -> None:
-        self.model, self.rationales = copy.deepcopy(policy.model).double(), rationales
+        self.policy, self.model, self.rationales = policy, copy.deepcopy(policy.model).double(), rationales
         self.h: dict[Any, Tensor] = {}
         self.logprob: dict[Any, Tensor] = {}
         for text, (prompt, own) in TEXTS.items():
@@ -255,113 +256,118 @@ FOUR = rationales_of(ids=2, longest=3)
 
 
 @pytest.fixture(scope="module")
-def policy() -> Policy:
-    return tiny_policy(ids=2)
+def four() -> Written:
+    """Of at most three tokens."""
+    return Written(tiny_policy(ids=2), FOUR)
 
 
 @pytest.fixture(scope="module")
-def written(policy: Policy) -> Written:
-    return Written(policy, FOUR)
+def three() -> Written:
+    """Of at most two, for what is about another part of the settings."""
+    return Written(tiny_policy(ids=2), rationales_of(ids=2, longest=2))
 
 
-def test_all_rationales_are_there(written: Written) -> None:
+def test_all_rationales_are_there(four: Written) -> None:
     assert FOUR == [[0], [1, 0], [1, 1, 0], [1, 1, 1]]
     assert len(rationales_of(ids=3, longest=2)) == 7
     for triplet in BATCH:
-        own = [float(written.logprob[triplet.positive, y].detach().exp()) for y in range(4)]
+        own = [float(four.logprob[triplet.positive, y].detach().exp()) for y in range(4)]
         assert sum(own) == pytest.approx(1.0, abs=1e-12)
-        assert min(own) > 0.01  # none that would not matter
+        assert min(own) > 0.05  # none that would not matter
 
 
 @pytest.mark.parametrize("name", ["paper", "document", "listwise"])
-def test_both_terms_are_the_exact_derivative_and_neither_is_alone(name: str, policy: Policy, written: Written) -> None:
+def test_both_terms_are_the_exact_derivative_and_neither_is_alone(name: str, four: Written) -> None:
     reward, earned = REWARDS[name]
-    exact, draws = written.gradient(written.own_credit(earned)), draws_of(written)
-    both = expectation(policy, FOUR, draws, reward, pathwise_weight=1.0)
-    published = expectation(policy, FOUR, draws, reward)
-    pathwise = expectation(policy, FOUR, draws, reward, score_function_weight=0.0, pathwise_weight=1.0)
+    exact = four.gradient(four.own_credit(earned))
+    both = expectation(four, reward, pathwise_weight=1.0)
+    published = expectation(four, reward)
     assert off(both, exact) < 1e-5
-    assert off(published, exact) > 0.1
-    assert off(pathwise, exact) > 0.1
-    assert off(published + pathwise, exact) < 1e-5
+    assert off(published, exact) > 0.3
+    assert off(both - published, exact) > 0.3  # the pathwise term alone
 
 
-def test_of_a_reward_that_looks_at_no_other_rollout_it_is_the_derivative_of_the_mean_reward(policy: Policy, written: Written) -> None:
+def test_the_pathwise_term_alone_is_the_derivative_with_the_sampling_held(three: Written) -> None:
+    reward, earned = REWARDS["document"]
+    held = three.gradient(three.apart(lambda *e: 0 * earned(*e), earned))
+    ours = expectation(three, reward, score_function_weight=0.0, pathwise_weight=1.0)
+    assert off(ours, held) < 1e-5
+    assert off(ours, three.gradient(three.own_credit(earned))) > 0.3
+
+
+def test_of_a_reward_that_looks_at_no_other_rollout_it_is_the_derivative_of_the_mean_reward(three: Written) -> None:
     reward, earned = REWARDS["document without consistency"]
-    exact = written.gradient(written.mean_reward(earned))
-    assert off(expectation(policy, FOUR, draws_of(written), reward, pathwise_weight=1.0), exact) < 1e-5
+    exact = three.gradient(three.mean_reward(earned))
+    assert off(expectation(three, reward, pathwise_weight=1.0), exact) < 1e-5
     # with consistency a rollout also moves the reward of the group's other, which it has no credit for
     _, coupled = REWARDS["document"]
-    whole, own = (written.gradient(objective(coupled)) for objective in (written.mean_reward, written.own_credit))
+    whole, own = (three.gradient(objective(coupled)) for objective in (three.mean_reward, three.own_credit))
     assert off(own, whole) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["document without consistency", "listwise centred by document", "listwise not centred"])
-def test_a_leave_one_out_baseline_has_the_same_expectation(name: str, policy: Policy, written: Written) -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["document without consistency", "listwise centred by document", pytest.param("listwise not centred", marks=pytest.mark.slow)],
+)
+def test_a_leave_one_out_baseline_has_the_same_expectation(name: str, three: Written) -> None:
     """The baseline of a rollout is the mean reward of its group's others, and takes nothing away where that does not depend on it.
 
     Consistency makes it depend: see the next test. `centre=both` of listwise takes off means over the batch's rollouts, this one among
     them.
     """
     reward, earned = REWARDS[name]
-    exact = written.gradient(written.own_credit(earned))
-    assert off(expectation(policy, FOUR, draws_of(written), reward, advantage=rloo, pathwise_weight=1.0), exact) < 1e-5
+    exact = three.gradient(three.own_credit(earned))
+    assert off(expectation(three, reward, advantage=rloo, pathwise_weight=1.0), exact) < 1e-5
 
 
-def test_a_leave_one_out_baseline_takes_consistency_away_from_the_sampling(policy: Policy, written: Written) -> None:
+def test_a_leave_one_out_baseline_takes_consistency_away_from_the_sampling(three: Written) -> None:
     """Consistency couples a group's rewards: part of the baseline is what the rollout itself earned.
 
     With K = 2 both rollouts have the same consistency, and the baseline removes all of it from the score-function term (with K
     rollouts 1 / (K - 1) of it). The pathwise term has no baseline, and keeps it.
     """
     (_, without), (reward, earned) = REWARDS["document without consistency"], REWARDS["document"]
-    ours = expectation(policy, FOUR, draws_of(written), reward, advantage=rloo, pathwise_weight=1.0)
-    assert off(ours, written.gradient(written.apart(without, earned))) < 1e-5
-    assert off(ours, written.gradient(written.own_credit(earned))) > 1e-3
+    ours = expectation(three, reward, advantage=rloo, pathwise_weight=1.0)
+    assert off(ours, three.gradient(three.apart(without, earned))) < 1e-5
+    assert off(ours, three.gradient(three.own_credit(earned))) > 1e-3
 
 
-def test_another_reward_may_move_the_embeddings(policy: Policy, written: Written) -> None:
+def test_another_reward_may_move_the_embeddings(three: Written) -> None:
     (reward, of_sampling), (other, of_embedding) = REWARDS["document"], REWARDS["listwise"]
-    ours = expectation(policy, FOUR, draws_of(written), reward, pathwise_weight=0.5, pathwise_reward=other)
-    exact = written.gradient(written.apart(of_sampling, lambda *e: 0.5 * of_embedding(*e)))
+    ours = expectation(three, reward, pathwise_weight=0.5, pathwise_reward=other)
+    exact = three.gradient(three.apart(of_sampling, lambda *e: 0.5 * of_embedding(*e)))
     assert off(ours, exact) < 1e-5
 
 
-def credit_of_queries_too(written: Written, earned: Earned) -> Tensor:
+def credit_of_queries_too(written: Written, earned: Earned, of_queries: float = 1.0) -> Tensor:
     """F, and the mean over queries of what a query's rationale earns its instance, with the sampling of that query differentiated."""
     total = torch.zeros((), dtype=torch.float64)
     for draw, queries in product(written.joint(), product(range(len(written.rationales)), repeat=B)):
         pi, r = written.probabilities(draw), written.rewards(earned, draw, queries)
-        of_queries = [written.logprob[t.query, y].exp() for t, y in zip(BATCH, queries, strict=True)]
-        whole = prod(float(p.detach()) for row in pi for p in row) * prod(float(p.detach()) for p in of_queries)
+        own = [written.logprob[t.query, y].exp() for t, y in zip(BATCH, queries, strict=True)]
+        whole = prod(float(p.detach()) for row in pi for p in row) * prod(float(p.detach()) for p in own)
         for i in range(B):
             for k in range(K):  # p / sg(p) is 1, and its derivative that of log p
                 total = total + whole * pi[i][k] / pi[i][k].detach() * r[i, k] / (B * K)
-            own = of_queries[i] / of_queries[i].detach()
-            total = total + whole * (own - 1) * r[i].detach().mean() / B
+            total = total + of_queries * whole * (own[i] / own[i].detach() - 1) * r[i].detach().mean() / B
     return total
 
 
 @pytest.mark.parametrize("longest", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_queries_that_are_learned_from_have_their_own_credit(longest: int, policy: Policy) -> None:
+def test_queries_that_are_learned_from_have_their_own_credit(longest: int) -> None:
     """The algorithm's loss is a mean over the rollouts of all sides: with two sides of one size its weight on the true scale is 2."""
-    rationales = rationales_of(ids=2, longest=longest)
-    written = Written(policy, rationales, queries=True)
+    written = Written(tiny_policy(ids=2), rationales_of(ids=2, longest=longest), queries=True)
     reward, earned = REWARDS["listwise"]
     exact = written.gradient(credit_of_queries_too(written, earned))
-    settings = {"also_learn_from": ["query"], "pathwise_weight": 1.0}
-    draws = draws_of(written, queries=True)
-    assert off(expectation(policy, rationales, draws, reward, score_function_weight=2.0, **settings), exact) < 1e-5
-    if longest == 1:
-        held = expectation(policy, rationales, draws, reward, score_function_weight=2.0, also_learn_from=["query"])
-        assert off(held, exact) > 0.1
+    ours = expectation(written, reward, score_function_weight=2.0, also_learn_from=["query"], pathwise_weight=1.0)
+    assert off(ours, exact) < 1e-5
+    assert off(ours, written.gradient(credit_of_queries_too(written, earned, of_queries=0.0))) > 1e-2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["paper", "document", "listwise"])
 def test_two_words_and_seven_rationales_have_the_exact_derivative_too(name: str) -> None:
-    policy, rationales = tiny_policy(ids=3), rationales_of(ids=3, longest=2)
-    written = Written(policy, rationales)
+    written = Written(tiny_policy(ids=3, layers=2), rationales_of(ids=3, longest=2))
     reward, earned = REWARDS[name]
-    ours = expectation(policy, rationales, draws_of(written), reward, pathwise_weight=1.0)
+    ours = expectation(written, reward, pathwise_weight=1.0)
     assert off(ours, written.gradient(written.own_credit(earned))) < 1e-5
