@@ -82,6 +82,10 @@ def minibatch_gradient(
     tokens = max(int(everywhere.sum()), 1)
     passes = list(_passes(policy, algorithm, experience, companions, weights, kept, how, gap))
     count = int(ranks.largest(len(passes))[0])
+    if count and ranks.count > 1 and how.pathwise_scale != 0:
+        # gradients are exchanged as the last pass meets each weight, and one for embeddings alone does not meet the output layer, nor
+        # what follows an inner layer: one more pass that adds nothing meets all
+        count += 1
     names = ["loss", "clip_share", "approx_kl", "entropy", *(["reference_kl"] if algorithm.kl_weight else [])]
     sums = dict.fromkeys(names if how.score_function_scale else [], 0.0)
     for number in range(count):
