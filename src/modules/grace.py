@@ -212,15 +212,18 @@ class GRACE(PolicyModule):
         steps = 0
         for number, groups in enumerate(torch.arange(owned).tensor_split(count)):
             part = experience.select(groups) if experience is not None and len(groups) else None
-            # all masked out (truncated), or still gathered
-            if pathwise is None and not ranks.total(0 if part is None else part.tokens)[0]:
-                continue
             companions = None
             if pathwise is not None and pathwise.companions is not None:
                 bounds = torch.arange(own).tensor_split(count)[number].tolist()
                 companions = pathwise.companions.of(bounds[0], bounds[-1] + 1) if bounds else None
+            embedded = 0 if pathwise is None else (0 if part is None else len(part)) + (0 if companions is None else len(companions))
+            # all masked out (truncated), still gathered, or more updates than groups
+            if not ranks.total(embedded + (0 if part is None else part.tokens))[0]:
+                continue
             measured = steps == 0 and self._is_measured(pathwise)
-            stats = self._gradient(part, companions, pathwise, gap if steps == 0 else None, parts if measured else None)
+            # the mean over instances of an update: those of the batch are shared out over so many of them
+            scale = 0.0 if pathwise is None else self.hparams["pathwise_weight"] * min(count, owned) / pathwise.instances
+            stats = self._gradient(part, companions, scale, gap if steps == 0 else None, parts if measured else None)
             stats["gradient_norm"] = self.take_step(() if part is None else part.instance_ids)
             sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
             steps += 1
@@ -239,14 +242,17 @@ class GRACE(PolicyModule):
         self,
         part: Experience | None,
         companions: Companions | None,
-        pathwise: PathwiseTerm | None,
+        scale: float,
         gap: LogprobGap | None,
         parts: dict[str, float] | None,
     ) -> dict[str, float]:
-        """Adds up the gradient of one update; `parts`, where given, takes in the norms of its two parts and their cosine."""
+        """Adds up the gradient of one update.
+
+        Args:
+            scale: of the pathwise term.
+            parts: where given, takes in the norms of the gradient's two parts and their cosine.
+        """
         h = self.hparams
-        # the mean over instances of an update: those of the batch are shared out over updates_per_batch of them
-        scale = 0.0 if pathwise is None else h["pathwise_weight"] * self.algorithm.updates_per_batch / pathwise.instances
         how = MinibatchPass(
             h["micro_batch_tokens"], h["positive_temperature"], self._backward, self.ranks, h["score_function_weight"], scale
         )
