@@ -95,7 +95,7 @@ class GRACE(PolicyModule):
         seed: int = 0,
         score_function_weight: float = 1.0,
         pathwise_weight: float = 0.0,
-        pathwise_sides: Sequence[Side] = SIDES,
+        pathwise_sides: Sequence[Side] | None = SIDES,
         pathwise_reward: RewardFunction | None = None,
         gradient_parts_every: int = 10,
     ) -> None:
@@ -115,7 +115,9 @@ class GRACE(PolicyModule):
         for name, value in (("micro_batch_tokens", micro_batch_tokens), ("encode_batch_size", encode_batch_size)):
             if value < 1:
                 raise ValueError(f"module.{name}={value}: it must be at least 1")
-        pathwise_sides = tuple(map(str, pathwise_sides))  # type: ignore[arg-type]  # plain, to be kept in checkpoints
+        if gradient_parts_every < 0:
+            raise ValueError(f"module.gradient_parts_every={gradient_parts_every}: it must be at least 0, and is never at 0")
+        pathwise_sides = tuple(map(str, pathwise_sides or ()))  # type: ignore[arg-type]  # plain, to be kept in checkpoints
         _check_weights(score_function_weight, pathwise_weight, pathwise_sides, policy, algorithm)
         self.save_hyperparameters(ignore=["policy", "engine", "reward", "algorithm", "template_kwargs", "pathwise_reward"])
         self.reward, self.algorithm = without_autocast(reward), algorithm
@@ -300,7 +302,7 @@ def _check_weights(score_function: float, pathwise: float, sides: Sequence[str],
     Raises:
         ValueError: see GRACE.
     """
-    if score_function < 0 or pathwise < 0:
+    if not (score_function >= 0 and pathwise >= 0):  # nor not a number
         raise ValueError(
             f"module.score_function_weight={score_function}, module.pathwise_weight={pathwise}: both must be at least 0, as a negative "
             "weight would train against the reward"

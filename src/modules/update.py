@@ -158,7 +158,8 @@ def _group_pass(
         gradients = None
     scores, embeds = how.score_function_scale != 0, gradients is not None
     logprobs, entropy, embeddings = policy(part, rows // k, how.temperature, logprobs=scores, embeddings=embeds)
-    loss, seen = weights.new_zeros(()), dict[str, Tensor]()
+    loss = weights.new_zeros(())
+    seen: dict[str, Tensor] = {}
     if scores:
         own, seen = _algorithm_loss(algorithm, experience, rows, weights, logprobs, entropy, gap)
         loss = loss + how.score_function_scale * own
