@@ -130,6 +130,7 @@ SCENARIOS: dict[str, Callable[[], GRACE]] = {
     "pathwise, a rank without tokens": lambda: module_with(
         OddOnesNeverEnd, reward=document, pathwise_weight=0.7, gradient_parts_every=1, algorithm={"truncation": "mask"}
     ),
+    "pathwise, no negatives": lambda: module_with(reward=document, pathwise_reward=listwise, pathwise_weight=0.7),
 }
 BROKEN: dict[str, Callable[[], GRACE]] = {
     "reward": lambda: module_with(reward=broken_reward),
@@ -203,6 +204,13 @@ def loader(*batches: list[Triplet]) -> Any:
     return DataLoader(batches or (BATCH, BATCH[::-1]), batch_size=None)  # type: ignore[arg-type]
 
 
+def batches_of(name: str) -> Any:
+    """What a scenario is trained on."""
+    if not name.endswith("no negatives"):
+        return loader()
+    return loader(*([replace(triplet, negatives=()) for triplet in batch] for batch in (BATCH, BATCH[::-1])))
+
+
 def fit(module: GRACE, strategy: Any = "auto", devices: int = 1, batches: Any = None) -> dict[str, Any]:
     """What two batches come to."""
     module.configure_optimizers = functools.partial(sgd, module)  # type: ignore[method-assign]
@@ -239,7 +247,7 @@ def main(folder: Path, rank: int) -> None:
     """All runs, by DDP and by FSDP: rank zero's results, and the errors of both."""
     strategies: dict[str, Callable[[], Any]] = {"ddp": lambda: DDPStrategy(process_group_backend="gloo"), "fsdp": ShardedStrategy}
     for kind, strategy in strategies.items():
-        results = {name: fit(module(), strategy(), 2) for name, module in SCENARIOS.items()}
+        results = {name: fit(module(), strategy(), 2, batches_of(name)) for name, module in SCENARIOS.items()}
         results |= go_on(strategy, folder / kind)
         if rank == 0:
             torch.save(results, folder / f"{kind}.pt")

@@ -309,6 +309,12 @@ def test_instances_without_negatives_have_the_gradient_of_one_graph() -> None:
     assert off(fit(built(), bare).of_updates[0], score + pathwise) < 1e-4
 
 
+def test_negatives_alone_are_refused_where_there_are_none() -> None:
+    bare = [replace(triplet, negatives=()) for triplet in BATCH]
+    with pytest.raises(ValueError, match=r"pathwise_sides=.*the records have no negatives"):
+        fit(built(pathwise_sides=["negative"]), bare)
+
+
 def test_two_negatives_an_instance_have_the_gradient_of_one_graph() -> None:
     more = [replace(triplet, negatives=(*triplet.negatives, triplet.query[::-1])) for triplet in BATCH]
     score, pathwise = oracle(built(), more)
@@ -454,6 +460,9 @@ def test_in_bfloat16_arithmetic_the_gradient_is_near_that_of_float32(pooling: st
         ({"score_function_weight": 0.0, "pathwise_weight": 0.0}, "nothing would be learned"),
         ({"pathwise_sides": ["query", "answer"]}, "pathwise_sides=.*answer is not one of positive, query, negative"),
         ({"pathwise_sides": []}, r"pathwise_sides=\[\].*no embedding would be moved"),
+        ({"pathwise_sides": None}, r"pathwise_sides=\[\].*no embedding would be moved"),
+        ({"pathwise_weight": float("nan")}, "pathwise_weight=nan.*at least 0"),
+        ({"gradient_parts_every": -1}, "gradient_parts_every=-1"),
         ({"encoder": "frozen"}, r"pathwise_weight=0\.7.*policy\.encoder=frozen"),
         ({"algorithm": {"min_group_std": 0.1}}, r"pathwise_weight=0\.7.*min_group_std=0\.1"),
     ],
