@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import ROOT
-from tests.two_processes import BATCH, SCENARIOS, fit
+from tests.two_processes import BATCH, SCENARIOS, batches_of, fit
 
 KINDS = ["ddp", "fsdp"]
 
@@ -33,7 +33,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one() -> dict[str, dict[str, Any]]:
     """What one process did."""
-    return {name: fit(module()) for name, module in SCENARIOS.items()}
+    return {name: fit(module(), batches=batches_of(name)) for name, module in SCENARIOS.items()}
 
 
 def of_two(folder: Path, kind: str) -> dict[str, Any]:
@@ -73,6 +73,20 @@ def test_ranks_had_different_numbers_of_passes_and_of_tokens(one: dict[str, dict
     gathered = [batch["update"]["groups"] for batch in one["groups gathered"]["batches"]]
     assert gathered[0] == 0  # nothing is learned while groups are gathered
     assert 0 < gathered[1] < 2 * len(BATCH)
+
+
+def test_both_parts_of_the_gradient_were_measured_and_differ(one: dict[str, dict[str, Any]]) -> None:
+    for name, measured in {
+        "pathwise": [True, True],
+        "pathwise, queries learned from": [True, False],
+        "pathwise, adapters, positives alone": [True, True],
+        "pathwise, a rank without tokens": [True, True],
+    }.items():
+        updates = [batch["update"] for batch in one[name]["batches"]]
+        assert ["gradient_parts_cosine" in update for update in updates] == measured
+        assert updates[0]["score_function_gradient_norm"] > 1e-2
+        assert updates[0]["pathwise_gradient_norm"] > 1e-2
+        assert abs(updates[0]["gradient_parts_cosine"]) < 0.99
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -72,10 +72,26 @@ def exploding_loss(*args: Tensor) -> Any:
     return replace(result, loss=result.loss * torch.inf) if last else result
 
 
-def module_with(engine: type[HFRollouts] = HFRollouts, lora: bool = False, **settings: Any) -> GRACE:
+def module_with(
+    engine: type[HFRollouts] = HFRollouts, lora: bool = False, inner: bool = False, untied: bool = False, **settings: Any
+) -> GRACE:
+    """A module for the runs.
+
+    Args:
+        lora: adapters are trained.
+        inner: the last state before the last layer is the embedding, and that layer and what follows has no part in it.
+        untied: the output layer has weights of its own, which embeddings do not read.
+    """
     module = make(**{"seed": 3, "num_rollouts": 3, "micro_batch_tokens": 120, "max_new_tokens": 7, "max_gradient_norm": 1.0, **settings})
     module.engine = engine(7)
     module.policy.model.generation_config.eos_token_id = list(range(5, 65))  # a random model ends by chance, so give it many ways
+    if inner:
+        module.policy.pooling, module.policy.layer = "eos", -2
+        module.settings = replace(module.settings, pooling="eos", layer=-2)
+    if untied:
+        model = module.policy.model
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     if lora:
         torch.manual_seed(0)
         add_lora(module.policy.model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
@@ -99,6 +115,22 @@ SCENARIOS: dict[str, Callable[[], GRACE]] = {
         OddOnesNeverEnd, reward=document, algorithm={"truncation": "mask", "updates_per_batch": 2}
     ),
     "adapters": lambda: module_with(reward=listwise, lora=True),
+    "pathwise": lambda: module_with(
+        reward=listwise, pathwise_weight=0.7, gradient_parts_every=1, untied=True, algorithm={"updates_per_batch": 2}
+    ),
+    "pathwise, queries learned from": lambda: module_with(
+        reward=listwise, also_learn_from=["query"], pathwise_weight=0.7, gradient_parts_every=2, algorithm={"updates_per_batch": 2}
+    ),
+    "pathwise, adapters, positives alone": lambda: module_with(
+        reward=listwise, lora=True, pathwise_weight=0.7, pathwise_sides=["positive"], gradient_parts_every=1
+    ),
+    "pathwise alone, inner layer": lambda: module_with(
+        reward=paper, inner=True, untied=True, score_function_weight=0.0, pathwise_weight=0.7, algorithm={"updates_per_batch": 2}
+    ),
+    "pathwise, a rank without tokens": lambda: module_with(
+        OddOnesNeverEnd, reward=document, pathwise_weight=0.7, gradient_parts_every=1, algorithm={"truncation": "mask"}
+    ),
+    "pathwise, no negatives": lambda: module_with(reward=document, pathwise_reward=listwise, pathwise_weight=0.7),
 }
 BROKEN: dict[str, Callable[[], GRACE]] = {
     "reward": lambda: module_with(reward=broken_reward),
@@ -172,6 +204,13 @@ def loader(*batches: list[Triplet]) -> Any:
     return DataLoader(batches or (BATCH, BATCH[::-1]), batch_size=None)  # type: ignore[arg-type]
 
 
+def batches_of(name: str) -> Any:
+    """What a scenario is trained on."""
+    if not name.endswith("no negatives"):
+        return loader()
+    return loader(*([replace(triplet, negatives=()) for triplet in batch] for batch in (BATCH, BATCH[::-1])))
+
+
 def fit(module: GRACE, strategy: Any = "auto", devices: int = 1, batches: Any = None) -> dict[str, Any]:
     """What two batches come to."""
     module.configure_optimizers = functools.partial(sgd, module)  # type: ignore[method-assign]
@@ -208,7 +247,7 @@ def main(folder: Path, rank: int) -> None:
     """All runs, by DDP and by FSDP: rank zero's results, and the errors of both."""
     strategies: dict[str, Callable[[], Any]] = {"ddp": lambda: DDPStrategy(process_group_backend="gloo"), "fsdp": ShardedStrategy}
     for kind, strategy in strategies.items():
-        results = {name: fit(module(), strategy(), 2) for name, module in SCENARIOS.items()}
+        results = {name: fit(module(), strategy(), 2, batches_of(name)) for name, module in SCENARIOS.items()}
         results |= go_on(strategy, folder / kind)
         if rank == 0:
             torch.save(results, folder / f"{kind}.pt")

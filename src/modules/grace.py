@@ -95,7 +95,7 @@ class GRACE(PolicyModule):
         seed: int = 0,
         score_function_weight: float = 1.0,
         pathwise_weight: float = 0.0,
-        pathwise_sides: Sequence[Side] = SIDES,
+        pathwise_sides: Sequence[Side] | None = SIDES,
         pathwise_reward: RewardFunction | None = None,
         gradient_parts_every: int = 10,
     ) -> None:
@@ -115,7 +115,9 @@ class GRACE(PolicyModule):
         for name, value in (("micro_batch_tokens", micro_batch_tokens), ("encode_batch_size", encode_batch_size)):
             if value < 1:
                 raise ValueError(f"module.{name}={value}: it must be at least 1")
-        pathwise_sides = tuple(map(str, pathwise_sides))  # type: ignore[arg-type]  # plain, to be kept in checkpoints
+        if gradient_parts_every < 0:
+            raise ValueError(f"module.gradient_parts_every={gradient_parts_every}: it must be at least 0, and is never at 0")
+        pathwise_sides = tuple(map(str, pathwise_sides or ()))  # type: ignore[arg-type]  # plain, to be kept in checkpoints
         _check_weights(score_function_weight, pathwise_weight, pathwise_sides, policy, algorithm)
         self.save_hyperparameters(ignore=["policy", "engine", "reward", "algorithm", "template_kwargs", "pathwise_reward"])
         self.reward, self.algorithm = without_autocast(reward), algorithm
@@ -212,15 +214,18 @@ class GRACE(PolicyModule):
         steps = 0
         for number, groups in enumerate(torch.arange(owned).tensor_split(count)):
             part = experience.select(groups) if experience is not None and len(groups) else None
-            # all masked out (truncated), or still gathered
-            if pathwise is None and not ranks.total(0 if part is None else part.tokens)[0]:
-                continue
             companions = None
             if pathwise is not None and pathwise.companions is not None:
                 bounds = torch.arange(own).tensor_split(count)[number].tolist()
                 companions = pathwise.companions.of(bounds[0], bounds[-1] + 1) if bounds else None
+            embedded = 0 if pathwise is None else (0 if part is None else len(part)) + (0 if companions is None else len(companions))
+            # all masked out (truncated), still gathered, or more updates than groups
+            if not ranks.total(embedded + (0 if part is None else part.tokens))[0]:
+                continue
             measured = steps == 0 and self._is_measured(pathwise)
-            stats = self._gradient(part, companions, pathwise, gap if steps == 0 else None, parts if measured else None)
+            # the mean over instances of an update: those of the batch are shared out over so many of them
+            scale = 0.0 if pathwise is None else self.hparams["pathwise_weight"] * min(count, owned) / pathwise.instances
+            stats = self._gradient(part, companions, scale, gap if steps == 0 else None, parts if measured else None)
             stats["gradient_norm"] = self.take_step(() if part is None else part.instance_ids)
             sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
             steps += 1
@@ -239,14 +244,17 @@ class GRACE(PolicyModule):
         self,
         part: Experience | None,
         companions: Companions | None,
-        pathwise: PathwiseTerm | None,
+        scale: float,
         gap: LogprobGap | None,
         parts: dict[str, float] | None,
     ) -> dict[str, float]:
-        """Adds up the gradient of one update; `parts`, where given, takes in the norms of its two parts and their cosine."""
+        """Adds up the gradient of one update.
+
+        Args:
+            scale: of the pathwise term.
+            parts: where given, takes in the norms of the gradient's two parts and their cosine.
+        """
         h = self.hparams
-        # the mean over instances of an update: those of the batch are shared out over updates_per_batch of them
-        scale = 0.0 if pathwise is None else h["pathwise_weight"] * self.algorithm.updates_per_batch / pathwise.instances
         how = MinibatchPass(
             h["micro_batch_tokens"], h["positive_temperature"], self._backward, self.ranks, h["score_function_weight"], scale
         )
@@ -294,7 +302,7 @@ def _check_weights(score_function: float, pathwise: float, sides: Sequence[str],
     Raises:
         ValueError: see GRACE.
     """
-    if score_function < 0 or pathwise < 0:
+    if not (score_function >= 0 and pathwise >= 0):  # nor not a number
         raise ValueError(
             f"module.score_function_weight={score_function}, module.pathwise_weight={pathwise}: both must be at least 0, as a negative "
             "weight would train against the reward"

@@ -82,9 +82,12 @@ def reward_gradients(reward: RewardFunction, embeddings: Embeddings, sides: Sequ
         Tensors of the same shapes, float32; the mean total reward.
 
     Raises:
-        ValueError: the reward has no derivative in the embeddings of these sides (a rank, a threshold, a detached tensor).
+        ValueError: the reward has no derivative in the embeddings of these sides (a rank, a threshold, a detached tensor); negatives
+            alone are asked for, and there are none.
     """
-    asked = [side for side in SIDES if side in sides]
+    asked = [side for side in SIDES if side in sides and getattr(embeddings, side).numel()]
+    if not asked:
+        raise ValueError(f"module.pathwise_sides={list(sides)}, and the records have no negatives: name another side")
     with torch.enable_grad():
         leaves = {side: getattr(embeddings, side).detach().float().requires_grad_() for side in SIDES}
         total = reward(Embeddings(**leaves)).total

@@ -31,8 +31,10 @@ class StepReport:
         distinct_rationales: share of different rationales among the B*K.
         unrelated_similarity: mean cosine between positives of different instances; nan where B = 1.
         update: means over the optimiser's steps: loss, gradient_norm (before clipping), clip_share, entropy (nats a
-            token), approx_kl (to the sampling policy), reference_kl where there is a reference; updates, the number of
-            steps, and groups, how many they learned from (both 0 while groups are gathered).
+            token), approx_kl (to the sampling policy), reference_kl where there is a reference, all but the norm only where the
+            algorithm's loss has a weight; updates, the number of steps, and groups, how many they learned from (both 0 while groups are
+            gathered). With a pathwise term pathwise_reward, the mean of the reward that it differentiates; and of the first step of
+            every so many batches score_function_gradient_norm, pathwise_gradient_norm and gradient_parts_cosine.
         logprob_gap: mean and largest distance of the engine's log-probs from the trainer's, in nats a token, over the tokens
             of the first step; nan where it took none, or the engine does not say.
         seconds: of the phases rollout, encode and update, and of reference and greedy where the algorithm has them; each the

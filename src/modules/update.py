@@ -82,6 +82,10 @@ def minibatch_gradient(
     tokens = max(int(everywhere.sum()), 1)
     passes = list(_passes(policy, algorithm, experience, companions, weights, kept, how, gap))
     count = int(ranks.largest(len(passes))[0])
+    if count and ranks.count > 1 and how.pathwise_scale != 0:
+        # gradients are exchanged as the last pass meets each weight, and one for embeddings alone does not meet the output layer, nor
+        # what follows an inner layer: one more pass that adds nothing meets all
+        count += 1
     names = ["loss", "clip_share", "approx_kl", "entropy", *(["reference_kl"] if algorithm.kl_weight else [])]
     sums = dict.fromkeys(names if how.score_function_scale else [], 0.0)
     for number in range(count):
@@ -117,8 +121,12 @@ def _passes(
     """Yields the micro-batches of groups, then those of companions."""
     embeds = how.pathwise_scale != 0
     if experience is not None:
-        rows = torch.arange(len(weights)) if embeds and experience.embedding_gradients is not None else kept
-        for part in micro_batches(experience.rollouts, rows, experience.keep.shape[1], how.micro_batch_tokens):
+        needed = torch.zeros(len(weights), dtype=torch.bool)
+        if how.score_function_scale != 0:
+            needed[kept] = True
+        if embeds and experience.embedding_gradients is not None:  # 0 of a side that takes no part, and of all but a query's first
+            needed |= experience.embedding_gradients.any(dim=1).cpu()
+        for part in micro_batches(experience.rollouts, needed.nonzero().flatten(), experience.keep.shape[1], how.micro_batch_tokens):
             yield partial(_group_pass, policy, algorithm, experience, part, weights[part], how, gap)
     if companions is not None and embeds:
         for part in micro_batches(companions.rollouts, torch.arange(len(companions)), 1, how.micro_batch_tokens):
@@ -145,16 +153,18 @@ def _group_pass(
 ) -> tuple[Tensor, dict[str, Tensor], list[str]]:
     """The loss of some rollouts, [n] int64 rows of the experience with weights [n] in the algorithm's loss."""
     part, k = experience.rollouts[rows], experience.keep.shape[1]
-    scores, embeds = how.score_function_scale != 0, how.pathwise_scale != 0 and experience.embedding_gradients is not None
+    gradients = None if experience.embedding_gradients is None or how.pathwise_scale == 0 else experience.embedding_gradients[rows]
+    if gradients is not None and not gradients.any():
+        gradients = None
+    scores, embeds = how.score_function_scale != 0, gradients is not None
     logprobs, entropy, embeddings = policy(part, rows // k, how.temperature, logprobs=scores, embeddings=embeds)
     loss = weights.new_zeros(())
     seen: dict[str, Tensor] = {}
     if scores:
         own, seen = _algorithm_loss(algorithm, experience, rows, weights, logprobs, entropy, gap)
         loss = loss + how.score_function_scale * own
-    if embeds:
-        assert experience.embedding_gradients is not None
-        loss = loss + how.pathwise_scale * pathwise_loss(embeddings, experience.embedding_gradients[rows])
+    if gradients is not None:
+        loss = loss + how.pathwise_scale * pathwise_loss(embeddings, gradients)
     return loss, seen, [experience.instance_ids[group] for group in sorted({int(row) // k for row in rows})]
 
 
