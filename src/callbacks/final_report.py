@@ -44,7 +44,7 @@ class FinalReport(Watcher):
     """Scores the starting policy when training starts and the trained one when it ends, on tasks that nothing else sees.
 
     A policy that is trained with rationales is scored without and with them, before and after, each pair from one pass over the texts;
-    one that is trained without is scored without.
+    one that is trained without is scored without, unless asked.
 
     Prints the table, what was gained, some rationales before and after, and where everything is; writes report.md and test_scores.png;
     logs test/<row>/<task>, test/<row>/average, the table and the figure.
@@ -52,6 +52,7 @@ class FinalReport(Watcher):
     Args:
         output_dir: the run's folder.
         tasks: by the name of a group of tasks (docstrings, everyday) what makes them; each called once.
+        rationales: whether with rationales too; None: if the policy is trained with them.
         temperature: at which rationales are written; 0 is greedy.
         examples: rationales printed, where the rationale table is on.
         embeddings_dir: where embeddings of the starting policy are kept, for other runs that begin with it (the points of a sweep, other
@@ -63,6 +64,7 @@ class FinalReport(Watcher):
         self,
         output_dir: str,
         tasks: Mapping[str, Callable[[], list[Any]]],
+        rationales: bool | None = None,
         temperature: float = 0.0,
         examples: int = 3,
         embeddings_dir: str | None = None,
@@ -70,7 +72,7 @@ class FinalReport(Watcher):
     ) -> None:
         self.output_dir, self.make_tasks = Path(output_dir), dict(tasks)
         self.embeddings_dir, self.embeddings_gib = embeddings_dir, embeddings_gib
-        self.temperature, self.examples = temperature, examples
+        self.rationales, self.temperature, self.examples = rationales, temperature, examples
         self.rows: dict[str, dict[str, float]] = {}  # row -> column -> score
         self._tasks: list[Any] = []
         self._groups: dict[str, list[str]] = {}  # group -> its tasks
@@ -95,15 +97,17 @@ class FinalReport(Watcher):
     def at_end(self, trainer: L.Trainer, module: PolicyModule) -> None:
         log.info("scoring the trained policy on %d held-out tasks", len(self._tasks))
         with TemporaryDirectory() as kept:
-            plain, own = (module.title + WITHOUT, module.title) if module.settings.rationale else (module.title, "")
-            self._score_both(trainer, module, plain, own, Path(kept) if trainer.world_size == 1 else None)
+            own_rows = (
+                (module.title + WITHOUT, module.title) if module.settings.rationale else (module.title, f"{module.title} + reasoning")
+            )
+            self._score_both(trainer, module, *own_rows, Path(kept) if trainer.world_size == 1 else None)
         if trainer.is_global_zero:
             self.write(trainer, module)
             self.show(trainer, module)
 
     def _score_both(self, trainer: L.Trainer, module: PolicyModule, plain: str, reasoning: str, kept: Path | None) -> None:
-        """Adds the row without rationales and, of a policy that is trained with them, the one with them."""
-        if not module.settings.rationale:
+        """Adds the row without rationales and, where it is asked for, the one with them."""
+        if not (module.settings.rationale if self.rationales is None else self.rationales):
             self.score(trainer, module, plain, rationale=False, kept=kept)
             return
         self.rows[plain] = {}  # stands first, and is scored second: with rationales the embeddings without come for nothing

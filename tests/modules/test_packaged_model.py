@@ -26,7 +26,7 @@ from tests.conftest import ROOT
 
 PAGE = """Deprecated since version 2.13.0: use `other_function(x=1234, y=-5.6e7)` instead.
     def f(self, n: int = 007) -> "dict[str, Any]":  # tabs\there, and   three spaces
-It's John's; they'll say we've, I'm, you'd and he isn't. COUNT_99 ÷ 3½ = π²… naïve café – “quoted”.
+It's John's; they'll say we've, I'm, you'd and he isn't. COUNT_99 ÷ 3½ = π²… naïve café — “quoted”.
 中文字符和 русский текст, العربية ١٢٣, emoji 😀👍🏽 and a zero-width\u200bspace.\r\n\n\n  End_of_page 100%!?
 """
 GPT2_WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[^\W\d_]+| ?\d+| ?(?:_|[^\s\w])+|\s+(?!\S)|\s+")

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Runs the arms of the study that are not there yet: run.sh [batches] [folder] [seeds], one run after the other.
+# Two of these side by side, with OMP_NUM_THREADS=1 and other seeds, use two cores best.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+batches=${1:-24} folder=${2:-outputs/smollm2_learning} seeds=${3:-"0 1 2"}
+grace="callbacks=smollm2_study" contrastive="callbacks=smollm2_study_contrastive"
+
+run() { # name, seed, settings
+  local name=$1 seed=$2
+  shift 2
+  [ -e "$folder/$name-$seed/report.md" ] && return
+  rm -rf "${folder:?}/$name-$seed"
+  .venv/bin/python train.py project=smollm2_learning name="$name" seed="$seed" trainer.limit_train_batches="$batches" \
+    hydra.run.dir="$folder/$name-$seed" "$@" > "$folder/$name-$seed.log" 2>&1 || echo "$name $seed failed: $folder/$name-$seed.log" >&2
+}
+
+mkdir -p "$folder"
+for seed in $seeds; do
+  run both "$seed" experiment=smollm2_sup $grace
+  run pathwise "$seed" experiment=smollm2_sup $grace module.score_function_weight=0
+  run published "$seed" experiment=smollm2_paper $grace module.learning_rate=1e-5 # at 1e-6 so few steps move nothing
+  run cl "$seed" experiment=smollm2_baseline_cl_sup $contrastive
+  run simcse "$seed" experiment=smollm2_baseline_simcse_unsup $contrastive
+done
