@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -102,7 +103,9 @@ def compose(tmp_path: Path, tiny_policy_folder: Path) -> Iterator[Compose]:
         runs = itertools.count()
 
         def composed(*overrides: str, config_name: str = "train") -> DictConfig:
-            cfg = hydra_compose(config_name=config_name, overrides=list(overrides))
+            named = any(re.match(r"~?experiment\b", override) for override in overrides)
+            small = [] if named or config_name != "train" else ["experiment=tiny_sup"]  # the default is of a larger model
+            cfg = hydra_compose(config_name=config_name, overrides=[*small, *overrides])
             with open_dict(cfg):
                 cfg.paths.output_dir = str(tmp_path / f"output{next(runs) or ''}")  # a folder holds one run
                 cfg.paths.artifact_location = f"file://{tmp_path}/mlartifacts"
