@@ -74,7 +74,7 @@ class MTEBEvaluation(Watcher):
         with undisturbed(module), in_training_arithmetic(trainer):
             encoder = module.encoder(rationale=self.rationale, temperature=self.temperature)
             kept = start_embeddings(trainer, module, self.embeddings_dir)
-            scores = run_tasks(encoder, self._tasks, None, f"training-step{step}", kept, self.embeddings_gib)
+            scores = run_tasks(encoder, self._tasks, None, f"training-step{step}", kept, self.embeddings_gib, also_without=True)
         scores = trainer.strategy.broadcast(scores)  # what is decided by them is decided alike everywhere
         metrics = {f"mteb/{task}": score for task, score in scores.tasks.items()}
         metrics |= {f"mteb/category/{category}": score for category, score in scores.categories.items()}

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src.callbacks.checkpoint import RolloutCheckpoint
 from src.callbacks.export import Export
-from src.callbacks.final_report import FinalReport, markdown
+from src.callbacks.final_report import FinalReport, columns_of, markdown
 from src.callbacks.mteb_eval import MTEBEvaluation
 from src.callbacks.rationale_table import RationaleTable
 from src.datamodules.offline_sets import OfflineSize
@@ -22,6 +23,7 @@ from src.modules.encoder import RationaleEncoder
 from src.modules.grace import GRACE
 from src.modules.policy import Policy
 from src.modules.settings import EncoderSettings
+from src.utils.evaluation import EvaluationScores
 from src.utils.run_logger import RunLogger
 from tests.callbacks.conftest import Interrupt, fit, make_module
 
@@ -51,8 +53,8 @@ def test_a_starting_policy_is_embedded_once_for_all_runs_that_begin_with_it(
     tiny_policy_folder: Path, retrieval: Callable[[], list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embedded: list[int] = []
-    encode = RationaleEncoder.encode
-    monkeypatch.setattr(RationaleEncoder, "encode", lambda self, texts, **k: embedded.append(len(texts)) or encode(self, texts, **k))
+    embed = RationaleEncoder._run
+    monkeypatch.setattr(RationaleEncoder, "_run", lambda self, texts, *how: embedded.append(len(texts)) or embed(self, texts, *how))
     kept, scores = tmp_path / "embeddings", []
     for run in ("first", "second"):
         module = make_module(Policy.load(str(tiny_policy_folder)))
@@ -64,8 +66,8 @@ def test_a_starting_policy_is_embedded_once_for_all_runs_that_begin_with_it(
         if run == "first":
             first = calls
     assert scores[0] == scores[1]
-    # by side (queries, documents): Base, Base + reasoning (also of the other callback), and the trained policy twice
-    assert (first, calls) == (8, 4)
+    # by side (queries, documents): the starting policy with rationales, which brings it without, and the trained one for each callback
+    assert (first, calls) == (6, 4)
     assert len(list(kept.glob("*.sqlite"))) == 2  # of the starting policy without and with rationales, none of the trained one
 
 
@@ -116,7 +118,8 @@ def test_final_report(
     assert steps == {"base": 0, "base_reasoning": 0, "grace": 2}
     mlflow.set_tracking_uri(mlflow_logger._tracking_uri)
     table = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/report/test_scores.json"))
-    assert [row[0] for row in table["data"]] == ["Base", "Base + reasoning", "GRACE"]
+    assert [row[0] for row in table["data"]] == ["Base", "Base + reasoning", "GRACE without rationales", "GRACE"]
+    assert "GRACE over Base + reasoning, in points: Retrieval" in shown
 
 
 def test_final_report_of_a_resumed_run_keeps_the_starting_rows(
@@ -137,7 +140,28 @@ def test_final_report_of_a_resumed_run_keeps_the_starting_rows(
     with caplog.at_level(logging.WARNING):
         fit(make_module(module.policy), [elsewhere], tmp_path)
     assert "the held-out tasks are not those of before the stop" in caplog.text
-    assert list(elsewhere.rows) == ["GRACE"]
+    assert list(elsewhere.rows) == ["GRACE without rationales", "GRACE"]
+
+
+def test_columns_of_several_groups_are_their_retrieval_and_average() -> None:
+    tasks = {"DocstringRetrieval": 0.4, "DocstringPairs": 0.6, "WordNetRetrieval": 0.2}
+    scores = EvaluationScores(tasks, {"Retrieval": 0.3, "PairClassification": 0.6}, average=0.4)
+    one = columns_of(scores, {"all": list(tasks)})
+    assert one == {"Retrieval": 0.3, "PairClassification": 0.6, "average": 0.4}
+    two = columns_of(scores, {"docstrings": ["DocstringRetrieval", "DocstringPairs"], "everyday": ["WordNetRetrieval"]})
+    assert two == pytest.approx(
+        {"docstrings nDCG@10": 0.4, "docstrings average": 0.5, "everyday nDCG@10": 0.2, "everyday average": 0.2, "average": 0.4}
+    )
+
+
+def test_a_policy_trained_without_rationales_can_be_scored_with_them(
+    tiny_policy: Policy, retrieval: Callable[[], list[Any]], tmp_path: Path
+) -> None:
+    report = FinalReport(str(tmp_path / "a"), {"docstrings": retrieval}, rationales=True)
+    module = make_module(tiny_policy)
+    module.settings = replace(module.settings, rationale=False)
+    fit(module, [report], tmp_path, batches=1)
+    assert list(report.rows) == ["Base", "Base + reasoning", "GRACE", "GRACE + reasoning"]
 
 
 def test_markdown_has_percent_and_links_what_is_there(tmp_path: Path) -> None:

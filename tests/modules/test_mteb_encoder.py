@@ -205,3 +205,30 @@ def test_it_passes_mtebs_own_adapter_test(tiny_policy: Policy) -> None:
     failed = {name: status.exception for name, status in results.items() if isinstance(status, mteb.results.task_result.TaskError)}
     assert failed == {}
     assert results.all_passed
+
+
+def test_embeddings_without_rationales_come_with_those_with_them(tiny_policy: Policy, tmp_path: Path) -> None:
+    texts = ["a graph", "a table of numbers", "the sorted copy of a list, which is longer"]
+    with MTEBEncoder(encoder(tiny_policy), "tiny", tmp_path, also_without=True) as adapter:
+        embed(adapter, batches(texts))
+    plain = encoder(tiny_policy, rationale=False)
+    expected = RationaleEncoder(tiny_policy, SETTINGS, HFRollouts(4), rationale=False).encode(texts)
+    with MTEBEncoder(plain, "tiny", tmp_path) as adapter:
+        np.testing.assert_allclose(embed(adapter, batches(texts)), expected, atol=1e-5)
+    assert not hasattr(plain, "seen")  # all of them were there
+
+
+@pytest.mark.parametrize("pooling", ["mean", "eos", "max"])
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_encode_both_is_encode_with_and_without(tiny_policy: Policy, pooling: str, layer: int) -> None:
+    policy = Policy(tiny_policy.model, tiny_policy.tokenizer, "live", pooling, layer)  # type: ignore[arg-type]
+    own = RationaleEncoder(policy, replace(SETTINGS, pooling=pooling, layer=layer), HFRollouts(4))  # type: ignore[arg-type]
+    texts = ["a graph", "a table of numbers", "a graph"]
+    with_rationales, plain = own.encode_both(texts)
+    np.testing.assert_allclose(with_rationales, own.encode(texts), atol=1e-5)
+    np.testing.assert_allclose(plain, own.encode(texts, rationale=False), atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_an_engine_without_embeddings_brings_none_of_prompts(tiny_policy: Policy) -> None:
+    frozen = Policy(tiny_policy.model, tiny_policy.tokenizer, "frozen")
+    assert RationaleEncoder(frozen, SETTINGS, HFRollouts(4)).encode_both(["a graph"])[1] is None
