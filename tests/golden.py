@@ -1,19 +1,16 @@
 """Rollout batches of the default experiment as numbers. `python -m tests.golden` records them anew.
 
-The record has to hold on any processor, and processors round differently. Rounding decides now and then which token is
-sampled, and another token is another run. So tokens are not sampled from the policy here but taken from the random draws
-alone; everything else is that of the experiment: data, prompts, seeds, the engine's passes, rewards, advantages, loss and
-optimiser. Of sampling from the policy's distribution there are tests in tests/modules/test_rollout_hf.py.
+The record has to hold on any processor, so tokens are not sampled from the policy (see tests/drawn.py). Everything else is that
+of the experiment: data, prompts, seeds, the engine's passes, rewards, advantages, loss and optimiser. Of sampling there are tests
+in tests/modules/test_rollout_hf.py.
 """
 
 import hashlib
 import json
 import os
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import lightning as L
 import torch
@@ -23,37 +20,20 @@ from torch import Tensor
 
 from src.modules.policy import Policy
 from src.modules.prompt import Prompts
-from src.modules.rollout_hf import HFRollouts
 from src.modules.sequences import Rollouts
+from tests.drawn import DrawnRationales
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "tests" / "golden_tiny_sup.json"
 OVERRIDES = [
     *("experiment=tiny_sup", "seed=0", "logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.precision=32-true"),
     *("trainer.limit_train_batches=2", "packages.train=[urllib3]"),  # its version is pinned, so its texts are
-    "rollout._target_=tests.golden.RationalesOfTheDraws",
+    "rollout._target_=tests.golden.Asked",
 ]
-LENGTH = 32
-"""Tokens of a rationale on average, were there no limit."""
 
 
-def taken(hidden: Tensor, weight: Tensor, draws: Tensor, temperature: float, *, end: int) -> tuple[Tensor, Tensor]:
-    """In place of `choose`: a draw below 1 / LENGTH is the end, and the others are spread evenly over the vocabulary.
-
-    Args:
-        hidden, weight, draws, temperature: of `choose`; the draws alone decide.
-        end: id of the end of a rationale.
-
-    Returns:
-        [N] ids and their log-probs under the policy.
-    """
-    spread = ((draws.double() - 1 / LENGTH) / (1 - 1 / LENGTH) * len(weight)).long().clamp(0, len(weight) - 1)
-    ids = torch.where(draws < 1 / LENGTH, end, spread)
-    return ids, (hidden / temperature @ weight.T).log_softmax(dim=-1).gather(1, ids.unsqueeze(1)).squeeze(1)
-
-
-class RationalesOfTheDraws(HFRollouts):
-    """The experiment's engine, but that tokens come from the draws alone.
+class Asked(DrawnRationales):
+    """Notes what it is asked for.
 
     Attributes:
         asked: what it was asked for, call by call: a digest of the prompts' ids and of the seeds, and the rest in words.
@@ -69,8 +49,7 @@ class RationalesOfTheDraws(HFRollouts):
         ids = repr([[row.tolist() for row in prompts.ids], prompts.prefix_lengths.tolist(), torch.as_tensor(seed).tolist()])
         digest = hashlib.sha256(ids.encode()).hexdigest()[:16]
         self.asked.append(f"{n} rationales for each of {len(prompts)} prompts at temperature {temperature}, prompts and seeds {digest}")
-        with patch("src.modules.rollout_hf.choose", partial(taken, end=policy.tokenizer.eos_token_id)):
-            return super().generate(policy, prompts, n, temperature, seed, prefixes)
+        return super().generate(policy, prompts, n, temperature, seed, prefixes)
 
 
 class Recorder(L.Callback):
