@@ -11,6 +11,7 @@ import json
 import os
 import pkgutil
 import runpy
+import socket
 import subprocess
 import sys
 import time
@@ -71,6 +72,14 @@ class Program:
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
+
+
+def free_port() -> int:
+    """Of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 class Programs:

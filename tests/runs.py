@@ -5,7 +5,6 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import threading
 import time
@@ -15,7 +14,7 @@ from typing import Any
 
 import lightning as L
 
-from tests.programs import Programs
+from tests.programs import Programs, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,10 +67,7 @@ class Runs:
 
     def run_ranks(self, folder: Path, *overrides: str, ranks: int = 2, **environment: str) -> list[int]:
         """The same with several processes, as a cluster's launcher starts them; those that hang are killed after a while."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
+        together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
         own = [environment | together | {"LOCAL_RANK": str(rank)} for rank in range(ranks)]
         return self._ask(folder, ("trainer=cpu_ddp", f"trainer.devices={ranks}", *overrides), own)
 

@@ -1,8 +1,6 @@
 """One process with B instances and two with B/2 do the same, by DDP and by FSDP; gloo on a CPU."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import ROOT
+from tests.programs import Programs, free_port
 from tests.two_processes import BATCH, SCENARIOS, fit
 
 KINDS = ["ddp", "fsdp"]
@@ -24,16 +22,19 @@ GAIN = {"paper": 34, "document": 34, "listwise": 80}
 terms of two cosines each, divided by 0.05."""
 
 
+def as_torchrun(rank: int, port: int) -> dict[str, str]:
+    """The variables by which torchrun tells each of two processes its place."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    texts = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": "0"}
+    return os.environ | {name: str(number) for name, number in numbers.items()} | texts
+
+
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes did, started as a cluster's launcher starts them."""
-    folder = tmp_path_factory.mktemp("two")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, "-m", "tests.two_processes", str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def two(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes did."""
+    folder, port = tmp_path_factory.mktemp("two"), free_port()
+    ranks = [programs.start("-m", "tests.two_processes", str(folder), env=as_torchrun(rank, port)) for rank in (0, 1)]
+    assert [rank.wait() for rank in ranks] == [0, 0], "\n".join(rank.stderr.read_text()[-3000:] for rank in ranks)
     return folder
 
 

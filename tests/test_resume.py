@@ -35,7 +35,7 @@ def small(tiny_policy_folder: Path, tracking_uri: str, tmp_path_factory: pytest.
         f"paths.cache_dir={base}/docstrings",
         f"paths.tracking_uri={tracking_uri}",
         f"paths.artifact_location=file://{base}/artifacts",
-        *("packages.train=[urllib3]", "packages.validation=[sqlalchemy]", "datamodule.groups=2", "datamodule.per_group=2"),
+        *("packages.train=[urllib3]", "packages.validation=[rich]", "datamodule.groups=2", "datamodule.per_group=2"),
         *("algorithm=dapo", "reward=document", "algorithm.credit_decay=null", "algorithm.truncation=none"),
         *("algorithm.min_group_std=0.2", "algorithm.max_extra_batches=2", "algorithm.updates_per_batch=2"),
         *("policy/lora=all_linear", "policy.lora.lora_dropout=0.2"),

@@ -38,7 +38,7 @@ def places(tracking_uri: str, tiny_policy_folder: Path, tmp_path: Path) -> list[
         f"project={tmp_path.name}",
         # few and small packages: the point is the way, not the data
         "packages.train=[urllib3]",
-        "packages.validation=[sqlalchemy]",
+        "packages.validation=[rich]",
         "packages.test=[networkx]",
     ]
 
