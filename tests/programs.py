@@ -11,6 +11,7 @@ import json
 import os
 import pkgutil
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -63,11 +64,14 @@ class Program:
 
         Raises:
             RuntimeError: it ended before.
+            TimeoutError: it takes longer.
         """
         until = time.monotonic() + timeout
-        while line not in self.stdout.read_text() and time.monotonic() < until:
+        while line not in self.stdout.read_text():
             if self.poll() is not None:
                 raise RuntimeError(f"ended before it said {line!r}: {self.stderr.read_text()[-3000:]}")
+            if time.monotonic() > until:
+                raise TimeoutError(f"process {self.pid} has not said {line!r}")
             time.sleep(0.01)
 
     def send_signal(self, number: int) -> None:
@@ -138,15 +142,17 @@ class Programs:
 def _import_all() -> None:
     import src
 
-    for module in pkgutil.walk_packages(src.__path__, "src."):
-        if not module.name.startswith("src.modules.vllm_"):
-            importlib.import_module(module.name)
-    for name in ("train", "evaluate", *USED):
+    modules = [module.name for module in pkgutil.walk_packages(src.__path__, "src.")]
+    for name in (*modules, "train", "evaluate", *USED):
         importlib.import_module(name)
 
 
 def _serve() -> dict[str, Any] | None:
-    """Answers requests; in a forked process it returns what that process is to run, and None where there are no more."""
+    """Answers requests; in a forked process it returns what that process is to run, and None where there are no more.
+
+    What still runs then is killed: nobody waits for it.
+    """
+    started: set[int] = set()
     ended: dict[int, int] = {}
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
@@ -156,7 +162,11 @@ def _serve() -> dict[str, Any] | None:
             answer = os.fork()
             if answer == 0:
                 return request
+            started.add(answer)
         print(json.dumps(answer), flush=True)
+    for pid in started:
+        if _status(pid, ended) is None:
+            os.kill(pid, signal.SIGKILL)
     return None
 
 
