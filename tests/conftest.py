@@ -21,6 +21,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from src.modules.policy import Policy
 from src.modules.settings import EncoderSettings
 from src.modules.tiny_policy import TINY_INSTRUCTION, train_tokenizer
+from tests.programs import Programs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,6 +87,13 @@ def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
     MlflowClient(uri).search_experiments()
     return uri
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+    """Starts the project's programs without their imports' seconds."""
+    with Programs(tmp_path_factory.mktemp("programs")) as programs:
+        yield programs
 
 
 Compose = Callable[..., DictConfig]

@@ -1,21 +1,20 @@
-"""Runs of train.py in processes of their own: `python -m tests.runs` imports everything once and forks a process for each."""
+"""Runs of training in processes of their own, of one rank or of several, that are killed, signalled and gone on with."""
 
+import itertools
 import json
 import os
 import random
 import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
+
+from tests.programs import Programs, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,25 +51,15 @@ class Slow(L.Callback):
 
 
 class Runs:
-    """Asks such a process for runs.
+    """Starts them.
 
     Args:
-        log: where the runs' own output goes.
+        programs: forks the processes.
+        log: where all that they say goes.
     """
 
-    def __init__(self, log: Path) -> None:
-        self.log = log
-
-    def __enter__(self) -> "Runs":
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PROJECT_ROOT": str(ROOT)}
-        command = [sys.executable, "-m", "tests.runs", str(self.log)]
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+    def __init__(self, programs: Programs, log: Path) -> None:
+        self.programs, self.log = programs, log
 
     def run(self, folder: Path, *overrides: str, **environment: str) -> int:
         """Trains in a folder; the exit status, or minus the signal that ended it."""
@@ -78,20 +67,25 @@ class Runs:
 
     def run_ranks(self, folder: Path, *overrides: str, ranks: int = 2, **environment: str) -> list[int]:
         """The same with several processes, as a cluster's launcher starts them; those that hang are killed after a while."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
+        together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
         own = [environment | together | {"LOCAL_RANK": str(rank)} for rank in range(ranks)]
         return self._ask(folder, ("trainer=cpu_ddp", f"trainer.devices={ranks}", *overrides), own)
 
     def _ask(self, folder: Path, overrides: Sequence[str], environments: Sequence[dict[str, str]]) -> list[int]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        request = {"overrides": list(overrides), "folder": str(folder), "environments": environments}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return [int(status) for status in self._process.stdout.readline().split()]
+        request = json.dumps({"overrides": list(overrides), "folder": str(folder)})
+        started = [
+            self.programs.start("-c", "from tests.runs import train_here; train_here()", request, env=os.environ | own, log=self.log)
+            for own in environments
+        ]
+        deadline = float("inf")
+        while any(running := [program.poll() is None for program in started]):
+            if not all(running):
+                deadline = min(deadline, time.monotonic() + LONGEST)
+            if time.monotonic() > deadline:
+                for hanging in itertools.compress(started, running):
+                    hanging.send_signal(signal.SIGKILL)
+            time.sleep(0.02)
+        return [program.wait() for program in started]
 
     def kill_and_resume(self, folder: Path, kills: int, seed: int, longest: int, *overrides: str) -> int:
         """Kills a run `kills` times, each after one to `longest` batches more, and lets it end; the last exit status."""
@@ -119,67 +113,19 @@ LONGEST = 300.0
 """Seconds after the first of several ranks has ended in which the others must have."""
 
 
-def _serve(log: str) -> None:
-    import train  # noqa: F401  # once, for all
-
-    for line in sys.stdin:
-        request = json.loads(line)
-        children = []
-        for environment in request["environments"]:
-            child = os.fork()
-            if child == 0:
-                _train(log, request, environment)
-            children.append(child)
-        print(*(str(status) for status in _statuses(children)), flush=True)
-
-
-def _statuses(children: list[int]) -> list[int]:
-    ended: dict[int, int] = {}
-    deadline = float("inf")
-    while len(ended) < len(children):
-        child, status = os.waitpid(-1, 0 if not ended else os.WNOHANG)
-        if child:
-            ended[child] = os.waitstatus_to_exitcode(status)
-            deadline = min(deadline, time.monotonic() + LONGEST)
-        elif time.monotonic() > deadline:
-            for hanging in set(children) - set(ended):
-                os.kill(hanging, signal.SIGKILL)
-            deadline = float("inf")
-        else:
-            time.sleep(0.05)
-    return [ended[child] for child in children]
-
-
-def _train(log: str, request: dict[str, Any], environment: dict[str, str]) -> NoReturn:
+def train_here() -> None:
+    """What a process does: a run with the overrides and in the folder of its argument."""
     from hydra import compose, initialize_config_dir
     from lightning.fabric.utilities.rank_zero import rank_zero_only
     from omegaconf import open_dict
 
     from train import train
 
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ.update(environment)
-    rank_zero_only.rank = int(environment.get("LOCAL_RANK", 0))  # as it is when Lightning is imported
-    status = 1
-    try:
-        print(f"--- {time.time():.1f} {request}", flush=True)
-        with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
-            cfg = compose("train", overrides=request["overrides"])
-        with open_dict(cfg):
-            cfg.paths.output_dir = request["folder"]
-        train(cfg)
-        status = 0
-    except SystemExit as stop:
-        status = stop.code if isinstance(stop.code, int) else 1
-        print(stop.code)
-    except BaseException:  # noqa: BLE001  # a forked process that went on would serve the next request too
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(status)
-
-
-if __name__ == "__main__":
-    _serve(sys.argv[1])
+    request = json.loads(sys.argv[1])
+    rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", 0))  # as it is when Lightning is imported
+    print(f"--- {time.time():.1f} {request}", flush=True)
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        cfg = compose("train", overrides=request["overrides"])
+    with open_dict(cfg):
+        cfg.paths.output_dir = request["folder"]
+    train(cfg)

@@ -13,10 +13,10 @@ from src.modules.settings import EncoderSettings
 from src.modules.tiny_policy import TINY_INSTRUCTION
 from src.utils.checkpoint_io import read_checkpoint
 from tests.conftest import Compose
-from tests.test_train import places, run_train
+from tests.test_train import RunTrain, places, run_train
 from train import train
 
-__all__ = ["places"]  # a fixture
+__all__ = ["places", "run_train"]  # fixtures
 
 NAMES = {"tiny_baseline_cl_sup": "CL", "tiny_baseline_simcse_unsup": "SimCSE"}
 FEW = {"tiny_baseline_cl_sup": [], "tiny_baseline_simcse_unsup": ["datamodule.batch_size=3"]}
@@ -25,10 +25,10 @@ FEW = {"tiny_baseline_cl_sup": [], "tiny_baseline_simcse_unsup": ["datamodule.ba
 
 @pytest.mark.parametrize("experiment", NAMES)
 def test_a_tiny_baseline_trains_goes_on_and_is_evaluated(
-    experiment: str, places: list[str], tracking_uri: str, tmp_path: Path, compose: Compose
+    experiment: str, run_train: RunTrain, places: list[str], tracking_uri: str, tmp_path: Path, compose: Compose
 ) -> None:
     title, small = NAMES[experiment], [f"experiment={experiment}", "debug=fast_baseline", "module.micro_batch_tokens=600"]
-    small += [*FEW[experiment], *places]
+    small += [*FEW[experiment], *places[1:]]
     done = run_train(*small, "callbacks.mteb=null", "callbacks.checkpoint.monitor=null")
     assert done.returncode == 0, done.stderr[-3000:]
     for expected in ("Base", title, f"{tmp_path}/out/report.md", "batch 2/2  loss "):
@@ -71,15 +71,15 @@ def test_its_export_is_read_without_rationales(compose: Compose, tiny_policy: Po
     assert beside["Trained, without rationales"].tasks == beside["Base"].tasks  # the same weights
 
 
-def test_simcse_without_dropout_ends_in_one_line(places: list[str]) -> None:
+def test_simcse_without_dropout_ends_in_one_line(run_train: RunTrain, places: list[str]) -> None:
     small = ["callbacks=contrastive_minimal", "logger=none", "policy.attention_dropout=null"]
-    done = run_train("experiment=tiny_baseline_simcse_unsup", *small, *places)
+    done = run_train("experiment=tiny_baseline_simcse_unsup", *small, *places[1:])
     assert done.returncode == 1
     assert "ValueError: module.pairs=dropout: both views of a text are the same" in done.stderr
 
 
 def test_callbacks_that_watch_rewards_are_refused(compose: Compose, places: list[str]) -> None:
-    own = [setting for setting in places if not setting.startswith("hydra.")]
+    own = [setting for setting in places if not setting.startswith(("hydra.", "experiment="))]
     cfg = compose("experiment=tiny_baseline_cl_sup", "callbacks=minimal", "logger=none", "trainer.accelerator=cpu", *own)
     with pytest.raises(
         TypeError, match=r"^callbacks.reward_diagnostics: Contrastive has no rewards to watch; choose callbacks=contrastive$"

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+from hydra import compose as hydra_compose
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from src.modules.packaged_model import SMOLLM2
 from src.utils.instantiate import instantiate_all
 from tests.conftest import ROOT, Compose
 
@@ -68,7 +70,25 @@ def test_the_longest_prompt_of_training_is_what_vllm_is_set_up_for(compose: Comp
 
 
 def test_the_default_needs_no_setting(compose: Compose) -> None:
-    assert compose().name == "tiny_sup"
+    cfg = hydra_compose("train")
+    assert (cfg.name, cfg.policy.path) == ("smollm2_sup", SMOLLM2)
+
+
+SMOLLM2_EXPERIMENTS = [name for name in options("experiment") if name.startswith("smollm2")]
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("experiment", SMOLLM2_EXPERIMENTS)
+def test_smollm2_experiments_are_of_one_size(experiment: str, gpu: bool, compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.utils.machine.has_gpu", lambda: gpu)
+    cfg, default = (hydra_compose("train", overrides=[f"experiment={name}"]) for name in (experiment, "smollm2_sup"))
+    sizes = [
+        (c.trainer.limit_train_batches, c.datamodule.get("batch_size") or c.datamodule.groups * c.datamodule.per_group)
+        for c in (cfg, default)
+    ]
+    assert sizes[0] == sizes[1] == ((150, 48) if gpu else (8, 16))
+    assert (cfg.module.instruction, cfg.rollout.max_new_tokens) == (default.module.instruction, default.rollout.max_new_tokens)
+    assert cfg.module.get("pathwise_weight", 0.0) == (0.0 if "paper" in experiment or "baseline" in experiment else 1.0)
 
 
 def test_debug_fast_wins_over_the_experiment(compose: Compose) -> None:

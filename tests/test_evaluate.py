@@ -1,9 +1,6 @@
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +9,9 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 import evaluate
-from tests.conftest import ROOT, Compose
+from tests.conftest import Compose
 from tests.own_files import write_own_tasks
+from tests.programs import Program, Programs
 
 PATIENCE = 600
 """Seconds for a process of a few seconds' work, on a machine that may be busy with others."""
@@ -87,17 +85,10 @@ def test_an_everyday_size_that_does_not_exist_is_named(compose: Compose) -> None
         evaluate.load_tasks(compose("benchmark=everyday", "size=huge", config_name="evaluate"))
 
 
-def command(tmp_path: Path, policy: Path, *settings: str) -> subprocess.Popen[str]:
+def command(programs: Programs, tmp_path: Path, policy: Path, *settings: str) -> Program:
     """evaluate.py as a process of its own, with everything that it writes in tmp_path."""
     places = [f"paths.output_root={tmp_path}/outputs", f"embeddings.folder={tmp_path}/embeddings", f"data_dir={tmp_path}/data"]
-    return subprocess.Popen(
-        [sys.executable, "evaluate.py", f"model={policy}", "max_new_tokens=4", "~logger", *places, *settings],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return programs.start("evaluate.py", f"model={policy}", "max_new_tokens=4", "~logger", *places, *settings)
 
 
 def whole_results(results: Path) -> list[Path]:
@@ -113,23 +104,25 @@ def stored(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(3 * PATIENCE)
-def test_a_killed_evaluation_goes_on_and_ends_as_if_nothing_had_been(compose: Compose, tiny_policy_folder: Path, tmp_path: Path) -> None:
+def test_a_killed_evaluation_goes_on_and_ends_as_if_nothing_had_been(
+    programs: Programs, compose: Compose, tiny_policy_folder: Path, tmp_path: Path
+) -> None:
     results = tmp_path / "outputs" / "mteb"
-    with command(tmp_path, tiny_policy_folder, *SMALL) as killed:
-        until = time.monotonic() + PATIENCE
-        while not whole_results(results) and time.monotonic() < until:
-            assert killed.poll() is None, killed.communicate()[1]
-            time.sleep(0.02)
-        killed.send_signal(signal.SIGKILL)
+    killed = command(programs, tmp_path, tiny_policy_folder, *SMALL)
+    until = time.monotonic() + PATIENCE
+    while not whole_results(results) and time.monotonic() < until:
+        assert killed.poll() is None, killed.stderr.read_text()
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
     done = {file: file.stat().st_mtime_ns for file in whole_results(results)}
     assert 1 <= len(done) < 5
     half_written = next(iter(done))
     left = results / ".writing-left" / half_written.relative_to(results)  # as by a kill between opening a file and its first byte
     left.parent.mkdir(parents=True)
     left.touch()
-    with command(tmp_path, tiny_policy_folder, *SMALL) as again:
-        _, errors = again.communicate(timeout=PATIENCE)
-    assert again.returncode == 0, errors
+    again = command(programs, tmp_path, tiny_policy_folder, *SMALL)
+    assert again.wait(PATIENCE) == 0, again.stderr.read_text()
     assert {file: file.stat().st_mtime_ns for file in done} == done  # finished tasks are not repeated
     whole = compose(*SMALL, f"model={tiny_policy_folder}", "max_new_tokens=4", "~logger", config_name="evaluate")
     evaluate.evaluate(whole)  # uninterrupted, with no cache that it shares
@@ -138,11 +131,11 @@ def test_a_killed_evaluation_goes_on_and_ends_as_if_nothing_had_been(compose: Co
 
 
 @pytest.mark.timeout(3 * PATIENCE)
-def test_tasks_without_data_are_named_and_the_others_are_scored(tiny_policy_folder: Path, tmp_path: Path) -> None:
+def test_tasks_without_data_are_named_and_the_others_are_scored(programs: Programs, tiny_policy_folder: Path, tmp_path: Path) -> None:
     write_own_tasks(tmp_path / "data")
-    with command(tmp_path, tiny_policy_folder, "benchmark=[BIOSSES,MySTS,Banking77Classification,MyPairs,CQADupstackRetrieval]") as run:
-        shown, errors = run.communicate(timeout=PATIENCE)
-    assert run.returncode == 1
+    run = command(programs, tmp_path, tiny_policy_folder, "benchmark=[BIOSSES,MySTS,Banking77Classification,MyPairs,CQADupstackRetrieval]")
+    assert run.wait(PATIENCE) == 1
+    shown, errors = run.stdout.read_text(), run.stderr.read_text()
     message = errors[errors.index("evaluate.py: ") :].splitlines()
     assert message[0] == "evaluate.py: 3 of 5 tasks have no score"
     reasons = dict(line.strip().split(": ", 1) for line in message[1:])

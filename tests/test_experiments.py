@@ -31,6 +31,7 @@ EXPERIMENTS = [f"{backbone}_{data}" for backbone in BACKBONES for data in ("sup"
 SMALL = [
     *("logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=2", "trainer.max_epochs=1"),
     *("rollout.max_new_tokens=4", "module.num_rollouts=2", "datamodule.batch_size=4", "algorithm.updates_per_batch=2"),
+    "callbacks.reward_diagnostics.figure_path=null",  # drawing takes longer than the rest
 ]
 
 

@@ -9,6 +9,13 @@ from hydra.core.global_hydra import GlobalHydra
 
 from tests.golden import RECORD, trajectory
 
+ROUNDING = 2e-5
+"""How far rounding may move a number, relative to it. A cosine of mean-pooled states is right to 1e-6 in float32 (16 times 2^-24).
+The reward adds up cosines with weights of 2.4 in all and divides by 0.1: it is right to 2.4e-5, at a size of 1.4 or more. What
+depends on many cosines or on many weights averages their errors. The most that another instruction set (SSE, AVX2, AVX-512) moved
+any of these numbers was 7e-7. A thousandth more of the learning rate, of the decay of credit, or of a weight or the temperature of
+the reward moves some of them by 1e-3."""
+
 
 @pytest.fixture(autouse=True)
 def no_config_left_over() -> Iterator[None]:
@@ -17,8 +24,9 @@ def no_config_left_over() -> Iterator[None]:
     GlobalHydra.instance().clear()
 
 
-def test_five_steps_of_tiny_sup_are_those_that_were_recorded(tmp_path: Path) -> None:
+def test_two_steps_of_tiny_sup_are_those_that_were_recorded(tmp_path: Path) -> None:
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))
     for number, (now, then) in enumerate(zip(trajectory(tmp_path), recorded, strict=True)):
         advice = f"rollout batch {number}; if the change is meant, `python -m tests.golden` records the new path"
-        assert now == pytest.approx(then, rel=1e-4, abs=1e-6), advice  # on-policy, the loss itself is rounding about 0
+        assert now["exact"] == then["exact"], advice
+        assert now["rounded"] == pytest.approx(then["rounded"], rel=ROUNDING, abs=0), advice

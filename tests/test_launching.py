@@ -14,6 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from mlflow.tracking import MlflowClient
 
 from tests.conftest import ROOT
+from tests.programs import Programs
 
 SMALL = [
     "callbacks=minimal",
@@ -37,6 +38,7 @@ exit $status
 @pytest.fixture
 def places(tracking_uri: str, tiny_policy_folder: Path, tmp_path: Path) -> list[str]:
     return [
+        "experiment=tiny_sup",
         f"policy.path={tiny_policy_folder}",
         f"paths.cache_dir={tmp_path}/cache",
         f"paths.tracking_uri={tracking_uri}",
@@ -143,17 +145,8 @@ def test_a_sweep_by_slurm_asks_for_a_task_a_device() -> None:
     assert launcher._target_.endswith("SlurmLauncher")
 
 
-def test_a_sweep_whose_runs_would_start_the_sweep_again_is_refused(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "train.py",
-        "-m",
-        "trainer=cpu_ddp",
-        "seed=0,1",
-        "logger=none",
-        "callbacks=minimal",
-        f"hydra.sweep.dir={tmp_path}",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def test_a_sweep_whose_runs_would_start_the_sweep_again_is_refused(programs: Programs, tmp_path: Path) -> None:
+    settings = ["trainer=cpu_ddp", "seed=0,1", "logger=none", "callbacks=minimal", f"hydra.sweep.dir={tmp_path}"]
+    done = programs.run("train.py", "-m", *settings)
     assert done.returncode != 0
     assert "a sweep (-m) over runs of 2 processes needs a launcher that starts them: hydra/launcher=slurm" in done.stderr

@@ -2,7 +2,6 @@
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 
 from src.utils.checkpoint_io import read_checkpoint
 from src.utils.preemption import TRY_AGAIN
+from tests.programs import Programs
 from tests.runs import Runs, batches_saved
 
 CLOCK = ("seconds/", "throughput/", "memory/", "mteb/seconds")
@@ -22,9 +22,8 @@ CLOCK = ("seconds/", "throughput/", "memory/", "mteb/seconds")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    with Runs(tmp_path_factory.mktemp("runs") / "log.txt") as runs:
-        yield runs
+def runs(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(programs, tmp_path_factory.mktemp("runs") / "log.txt")
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +31,12 @@ def small(tiny_policy_folder: Path, tracking_uri: str, tmp_path_factory: pytest.
     """A run in which everything that has a state has one: dropout, warm-up, groups held for an update, watching callbacks."""
     base = tmp_path_factory.getbasetemp()
     return [
+        "experiment=tiny_sup",
         f"policy.path={tiny_policy_folder}",
         f"paths.cache_dir={base}/docstrings",
         f"paths.tracking_uri={tracking_uri}",
         f"paths.artifact_location=file://{base}/artifacts",
-        *("packages.train=[urllib3]", "packages.validation=[sqlalchemy]", "datamodule.groups=2", "datamodule.per_group=2"),
+        *("packages.train=[urllib3]", "packages.validation=[rich]", "datamodule.groups=2", "datamodule.per_group=2"),
         *("algorithm=dapo", "reward=document", "algorithm.credit_decay=null", "algorithm.truncation=none"),
         *("algorithm.min_group_std=0.2", "algorithm.max_extra_batches=2", "algorithm.updates_per_batch=2"),
         *("policy/lora=all_linear", "policy.lora.lora_dropout=0.2"),
@@ -44,6 +44,7 @@ def small(tiny_policy_folder: Path, tracking_uri: str, tmp_path_factory: pytest.
         *("callbacks.mteb=null", "callbacks.final_report=null", "callbacks.export=null", "callbacks.html_report=null"),
         *("callbacks.rationale_table.texts=2", "callbacks.rationale_table.every_n_rollout_batches=3"),
         "callbacks.similarities.records=3",
+        *("callbacks.reward_diagnostics.figure_path=null", "callbacks.similarities.figure_path=null"),  # 40 % of so short a run
         *("callbacks.starting_policy_kl.texts=2", "callbacks.starting_policy_kl.every_n_rollout_batches=2"),
         *("callbacks.checkpoint.every_n_rollout_batches=2", "callbacks.checkpoint.monitor=reward/total/mean"),
         *("trainer.accelerator=cpu", "seed=5"),

@@ -1,9 +1,11 @@
 """train.py as a user runs it, and what it leaves in MLflow."""
 
+import functools
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,17 +14,23 @@ from hydra.errors import InstantiationException
 from mlflow.tracking import MlflowClient
 
 from tests.conftest import ROOT, Compose
+from tests.programs import Programs
 from train import train
 
+RunTrain = Callable[..., "subprocess.CompletedProcess[str]"]
+"""(*overrides) -> what `python train.py` with them came to."""
 
-def run_train(*overrides: str) -> subprocess.CompletedProcess[str]:
+
+@pytest.fixture
+def run_train(programs: Programs) -> RunTrain:
     environment = {key: value for key, value in os.environ.items() if key != "PROJECT_ROOT"}
-    return subprocess.run([sys.executable, "train.py", *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return functools.partial(programs.run, "train.py", env=environment)
 
 
 @pytest.fixture
 def places(tracking_uri: str, tiny_policy_folder: Path, tmp_path: Path) -> list[str]:
     return [
+        "experiment=tiny_sup",
         f"policy.path={tiny_policy_folder}",
         f"hydra.run.dir={tmp_path}/out",
         f"paths.cache_dir={tmp_path}/cache",
@@ -31,12 +39,12 @@ def places(tracking_uri: str, tiny_policy_folder: Path, tmp_path: Path) -> list[
         f"project={tmp_path.name}",
         # few and small packages: the point is the way, not the data
         "packages.train=[urllib3]",
-        "packages.validation=[sqlalchemy]",
+        "packages.validation=[rich]",
         "packages.test=[networkx]",
     ]
 
 
-def test_train_end_to_end(places: list[str], tracking_uri: str, tmp_path: Path) -> None:
+def test_train_end_to_end(run_train: RunTrain, places: list[str], tracking_uri: str, tmp_path: Path) -> None:
     done = run_train("debug=fast", "seed=7", *places)
     assert done.returncode == 0, done.stderr[-3000:]
     for expected in ("Base + reasoning", "GRACE", "Rationales", f"{tmp_path}/out/report.md", "rollout batch 2/2"):
@@ -70,11 +78,13 @@ def test_train_end_to_end(places: list[str], tracking_uri: str, tmp_path: Path) 
     assert config["paths"]["output_dir"] == f"{tmp_path}/out"
 
 
-def test_a_run_told_to_stop_goes_on_in_its_own_folder_and_mlflow_run(places: list[str], tracking_uri: str, tmp_path: Path) -> None:
+def test_a_run_told_to_stop_goes_on_in_its_own_folder_and_mlflow_run(
+    run_train: RunTrain, places: list[str], tracking_uri: str, tmp_path: Path
+) -> None:
     own = [place for place in places if not place.startswith("hydra.run.dir")]
     settings = [*own, f"paths.output_root={tmp_path}/outputs", "callbacks=minimal", "trainer.limit_train_batches=4"]
     settings += ["rollout.max_new_tokens=4", "module.num_rollouts=2", "datamodule.groups=2"]
-    command = [sys.executable, "train.py", *settings]
+    command = [sys.executable, "train.py", *settings]  # as users start it
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         shown = ""
@@ -107,9 +117,9 @@ def test_a_run_told_to_stop_goes_on_in_its_own_folder_and_mlflow_run(places: lis
 
 
 @pytest.mark.slow
-def test_a_sweep_over_training_is_grouped_and_goes_on(places: list[str], tracking_uri: str, tmp_path: Path) -> None:
+def test_a_sweep_over_training_is_grouped_and_goes_on(run_train: RunTrain, places: list[str], tracking_uri: str, tmp_path: Path) -> None:
     small = ["callbacks=minimal", "trainer.limit_train_batches=1", "rollout.max_new_tokens=4", "optimized_metric=reward/total/mean"]
-    grid = ["-m", "experiment=tiny_sup", "reward=paper", "reward.consistency_weight=0,0.2", "module.num_rollouts=1,2"]
+    grid = ["-m", "reward=paper", "reward.consistency_weight=0,0.2", "module.num_rollouts=1,2"]
     places = [place for place in places if not place.startswith("hydra.run.dir")] + [f"paths.output_root={tmp_path}"]
     done = run_train(*grid, *small, *places)  # a group of one is refused
     assert done.returncode == 1
@@ -131,7 +141,7 @@ def test_a_sweep_over_training_is_grouped_and_goes_on(places: list[str], trackin
 
 
 @pytest.mark.slow
-def test_a_sweep_gives_every_run_a_folder_of_its_own(places: list[str], tmp_path: Path) -> None:
+def test_a_sweep_gives_every_run_a_folder_of_its_own(run_train: RunTrain, places: list[str], tmp_path: Path) -> None:
     small = ["callbacks=minimal", "logger=none", "trainer.limit_train_batches=1", "rollout.max_new_tokens=4"]
     grid = ["hparams_search=lambdas", "reward.consistency_weight=0.2", "reward.hard_weight=0.0,0.2", "seed=0"]
     grid += ["optimized_metric=reward/total/mean"]

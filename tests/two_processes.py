@@ -27,26 +27,32 @@ from src.modules.lora import add_lora
 from src.modules.losses import ppo_clip
 from src.modules.prompt import Prompts
 from src.modules.rewards import Embeddings, Reward, document, listwise, paper
-from src.modules.rollout_hf import HFRollouts
 from src.modules.sequences import Rollouts
 from src.modules.sharding import whole
 from src.utils.checkpoint_io import FolderCheckpoints
 from src.utils.sharded_strategy import ShardedStrategy
 from tests.builders import SENTENCES
+from tests.drawn import DrawnRationales
 from tests.modules.test_grace import make
 
 TEXTS = [*SENTENCES, *(sentence[::-1] for sentence in SENTENCES)]
 BATCH = [Triplet(f"f:{i}", TEXTS[i][:20], TEXTS[i], (TEXTS[i + 1][3:50], TEXTS[i + 2][:30])) for i in range(8)]
 
 
-class WithoutStates(HFRollouts):
+class Short(DrawnRationales):
+    """Some end before their limit of 7 tokens, and some do not."""
+
+    mean_length = 6
+
+
+class WithoutStates(Short):
     """Ids alone, so that a pass computes the rest, for as many prefixes as this rank's longest rationale has."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Rollouts:
         return replace(super().generate(*args, **kwargs), logprobs=None, embeddings=None, prefix_embeddings=None)
 
 
-class OddOnesNeverEnd(HFRollouts):
+class OddOnesNeverEnd(Short):
     """Rationales of every second positive are truncated: with two ranks all those of the second."""
 
     def generate(self, policy: Any, prompts: Prompts, n: int = 1, *args: Any, **kwargs: Any) -> Rollouts:
@@ -72,9 +78,7 @@ def exploding_loss(*args: Tensor) -> Any:
     return replace(result, loss=result.loss * torch.inf) if last else result
 
 
-def module_with(
-    engine: type[HFRollouts] = HFRollouts, lora: bool = False, inner: bool = False, untied: bool = False, **settings: Any
-) -> GRACE:
+def module_with(engine: type[Short] = Short, lora: bool = False, inner: bool = False, untied: bool = False, **settings: Any) -> GRACE:
     """A module for the runs.
 
     Args:
@@ -84,7 +88,6 @@ def module_with(
     """
     module = make(**{"seed": 3, "num_rollouts": 3, "micro_batch_tokens": 120, "max_new_tokens": 7, "max_gradient_norm": 1.0, **settings})
     module.engine = engine(7)
-    module.policy.model.generation_config.eos_token_id = list(range(5, 65))  # a random model ends by chance, so give it many ways
     if inner:
         module.policy.pooling, module.policy.layer = "eos", -2
         module.settings = replace(module.settings, pooling="eos", layer=-2)

@@ -58,8 +58,9 @@ def small_policy(folder: Path) -> Path:
 
 
 def settings(folder: Path, steps: int, packages: str) -> DictConfig:
-    """The default experiment, small, with all its callbacks but those that score tasks."""
+    """The tiny policy's experiment, small, with all its callbacks but those that score tasks."""
     overrides = [
+        "experiment=tiny_sup",
         f"policy.path={small_policy(folder / 'policy')}",
         f"packages.train=[{packages}]",
         *("datamodule.groups=2", "datamodule.per_group=2", "module.num_rollouts=3", "rollout.max_new_tokens=8"),

@@ -10,6 +10,7 @@ import pytest
 
 from src.utils.embedding_cache import EmbeddingCache
 from tests.conftest import ROOT
+from tests.programs import Programs
 
 D = 16
 
@@ -51,14 +52,13 @@ for start in range(0, 10**9, 64):
 """
 
 
-def test_a_kill_in_mid_write_leaves_whole_vectors_of_whole_puts(tmp_path: Path) -> None:
+def test_a_kill_in_mid_write_leaves_whole_vectors_of_whole_puts(programs: Programs, tmp_path: Path) -> None:
     for wait in (0.05, 0.15, 0.3):
-        command = [sys.executable, "-c", WRITER, str(tmp_path)]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}) as writer:
-            assert writer.stdout is not None
-            assert writer.stdout.readline() == b"ready\n"
-            time.sleep(wait)
-            writer.send_signal(signal.SIGKILL)
+        writer = programs.start("-c", WRITER, str(tmp_path))
+        writer.wait_for("ready")
+        time.sleep(wait)
+        writer.send_signal(signal.SIGKILL)
+        assert writer.wait() == -signal.SIGKILL
         with EmbeddingCache(tmp_path, "a", 4096) as cache:
             count = len(cache)
             assert count % 64 == 0

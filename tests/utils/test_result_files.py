@@ -1,9 +1,6 @@
 import datetime
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +10,7 @@ from mteb.models.model_meta import ModelMeta
 from mteb.results import TaskResult
 
 from src.utils.result_files import WholeResults
-from tests.conftest import ROOT
+from tests.programs import Programs
 
 META = ModelMeta.create_empty(overwrites={"name": "grace/tiny", "revision": "r1", "experiment_kwargs": {"rationale": "greedy"}})
 
@@ -55,13 +52,12 @@ while True:
 
 
 @pytest.mark.parametrize("wait", [0.05, 0.21])
-def test_a_kill_in_mid_write_leaves_a_whole_file(wait: float, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WRITER, str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}) as writer:
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == b"ready\n"
-        time.sleep(wait)
-        writer.send_signal(signal.SIGKILL)
+def test_a_kill_in_mid_write_leaves_a_whole_file(wait: float, programs: Programs, tmp_path: Path) -> None:
+    writer = programs.start("-c", WRITER, str(tmp_path))
+    writer.wait_for("ready")
+    time.sleep(wait)
+    writer.send_signal(signal.SIGKILL)
+    assert writer.wait() == -signal.SIGKILL
     found = WholeResults(tmp_path).load_task_result("BIOSSES", META)
     assert found is not None
     assert len(found.scores["test"]) == 2000

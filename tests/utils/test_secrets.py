@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
@@ -16,6 +15,7 @@ from omegaconf import OmegaConf
 
 from src.utils.secrets import RedactedStream, RedactingFormatter, RedactSavedConfigs, keep_secrets, redact, without_secrets
 from tests.conftest import ROOT
+from tests.programs import Programs
 
 PASSWORD, TOKEN, KEY = "hunter2-s3cr3t", "hf_abcdefTOKENabcdef", "k3y-0f-the-house"
 
@@ -207,18 +207,18 @@ def test_copies_of_a_sweep_s_config_are_cleared_when_its_first_job_starts(tmp_pa
 # ---- whole runs
 
 
-def run(folder: Path, program: str, *overrides: str) -> tuple[int, str]:
+def run(programs: Programs, folder: Path, program: str, *overrides: str) -> tuple[int, str]:
     """Exit code, and all that a run said and wrote below `folder`, byte for byte."""
     environment = {name: value for name, value in os.environ.items() if name != "PROJECT_ROOT"}
     environment |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "HF_TOKEN": TOKEN, "MLFLOW_TRACKING_PASSWORD": KEY}
-    command = [sys.executable, str(ROOT / program), *overrides]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = programs.run(program, *overrides, cwd=folder, env=environment)
     files = [file.read_bytes().decode("latin-1") for file in folder.rglob("*") if file.is_file() and "given" not in file.parts]
     return done.returncode, "\n".join([done.stdout, done.stderr, *files, *(str(file) for file in folder.rglob("*"))])
 
 
 def small(tiny_policy_folder: Path, tmp_path: Path) -> list[str]:
     return [
+        "experiment=tiny_sup",
         *("trainer.accelerator=cpu", "callbacks=minimal", "trainer.limit_train_batches=1", "rollout.max_new_tokens=2"),
         *(
             f"policy.path={tiny_policy_folder}",
@@ -230,7 +230,7 @@ def small(tiny_policy_folder: Path, tmp_path: Path) -> list[str]:
     ]
 
 
-def test_a_run_writes_no_secret_anywhere(tiny_policy_folder: Path, tmp_path: Path) -> None:
+def test_a_run_writes_no_secret_anywhere(programs: Programs, tiny_policy_folder: Path, tmp_path: Path) -> None:
     given = tmp_path / "given" / "experiment"  # a user's own config, with a password in it
     given.mkdir(parents=True)
     (given / "mine.yaml").write_text(
@@ -238,7 +238,13 @@ def test_a_run_writes_no_secret_anywhere(tiny_policy_folder: Path, tmp_path: Pat
     )
     settings = [f"paths.tracking_uri=sqlite:///{tmp_path}/mlflow.db", "+note=${oc.env:HF_TOKEN}", f"+db=mysql://u:{PASSWORD}@h/x"]
     code, everything = run(
-        tmp_path, "train.py", f"--config-dir={tmp_path}/given", "experiment=mine", *settings, *small(tiny_policy_folder, tmp_path)
+        programs,
+        tmp_path,
+        "train.py",
+        f"--config-dir={tmp_path}/given",
+        *settings,
+        *small(tiny_policy_folder, tmp_path)[1:],
+        "experiment=mine",
     )
     assert code == 0, everything[:3000]
     for secret in (PASSWORD, TOKEN, KEY):
@@ -251,17 +257,19 @@ def test_a_run_writes_no_secret_anywhere(tiny_policy_folder: Path, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("uri", ["ftp://me:{}@nowhere", "http://me:{}@127.0.0.1:9"], ids=["no such store", "closed port"])
-def test_a_store_that_fails_is_named_without_its_password(uri: str, tiny_policy_folder: Path, tmp_path: Path) -> None:
-    code, everything = run(tmp_path, "train.py", f"paths.tracking_uri={uri.format(PASSWORD)}", *small(tiny_policy_folder, tmp_path))
+def test_a_store_that_fails_is_named_without_its_password(programs: Programs, uri: str, tiny_policy_folder: Path, tmp_path: Path) -> None:
+    code, everything = run(
+        programs, tmp_path, "train.py", f"paths.tracking_uri={uri.format(PASSWORD)}", *small(tiny_policy_folder, tmp_path)
+    )
     assert code != 0
     assert "127.0.0.1" in everything or "ftp://me:***@nowhere" in everything
     assert PASSWORD not in everything
 
 
 @pytest.mark.slow
-def test_a_sweep_writes_no_secret_anywhere(tiny_policy_folder: Path, tmp_path: Path) -> None:
+def test_a_sweep_writes_no_secret_anywhere(programs: Programs, tiny_policy_folder: Path, tmp_path: Path) -> None:
     settings = ["logger=none", f"+db=mysql://u:{PASSWORD}@h/x", "seed=1,2", f"hydra.sweep.dir={tmp_path}/sweep"]
-    code, everything = run(tmp_path, "train.py", "-m", *settings, *small(tiny_policy_folder, tmp_path))
+    code, everything = run(programs, tmp_path, "train.py", "-m", *settings, *small(tiny_policy_folder, tmp_path))
     assert code == 0, everything[:3000]
     assert (tmp_path / "sweep" / "multirun.yaml").exists()
     assert PASSWORD not in everything

@@ -1,8 +1,6 @@
 """What a sweep in MLflow comes to, on a store with runs made by hand."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ from mlflow.tracking import MlflowClient
 
 from src.utils.sweep_report import find_sweep, markdown, read_sweep, write_report
 from src.utils.sweep_store import ERROR, FOLDER, KEYS, PARENT, REPORT, RESULT, SWEEP, VALUES
-from tests.conftest import ROOT
+from tests.programs import Programs
 
 
 class Store:
@@ -114,7 +112,7 @@ def test_a_sweep_of_which_nothing_is_done_yet(store: Store, tmp_path: Path) -> N
     assert [file.name for file in write_report(store.client, sweep, tmp_path)] == ["sweep.md"]
 
 
-def test_the_command_finds_a_sweep_by_its_name(store: Store, tracking_uri: str, tmp_path: Path) -> None:
+def test_the_command_finds_a_sweep_by_its_name(programs: Programs, store: Store, tracking_uri: str, tmp_path: Path) -> None:
     parent = store.parent("reward")
     store.point(parent, {"reward": "paper"}, 0.5)
     assert find_sweep(store.client, store.project, None) == find_sweep(store.client, store.project, "hand") == parent
@@ -123,8 +121,8 @@ def test_the_command_finds_a_sweep_by_its_name(store: Store, tracking_uri: str, 
     assert find_sweep(store.client, store.project, "by hand") == find_sweep(store.client, store.project, parent) == parent
     with pytest.raises(ValueError, match=r"^no sweep 'other' in project .*; there are: sweep by hand and more; sweep by hand$"):
         find_sweep(store.client, store.project, "other")
-    command = [sys.executable, "-m", "experiments.sweep_report", parent, "--project", store.project, "--tracking-uri", tracking_uri]
-    done = subprocess.run([*command, "--output", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["-m", "experiments.sweep_report", parent, "--project", store.project, "--tracking-uri", tracking_uri]
+    done = programs.run(*command, "--output", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr[-2000:]
     assert "| paper | 1 | 0.5 |" in done.stdout
     assert (tmp_path / "out" / "sweep.png").exists()

@@ -15,6 +15,7 @@ from mlflow.tracking import MlflowClient
 from src.utils.sweep_store import fingerprint, parse, short
 from src.utils.sweeps import TrackedSweep, warn_of_other_code
 from tests.conftest import ROOT, Compose
+from tests.programs import Programs
 
 GRID = ["reward.consistency_weight=0,0.2", "reward.hard_weight=0,0.1"]
 
@@ -23,6 +24,7 @@ GRID = ["reward.consistency_weight=0,0.2", "reward.hard_weight=0,0.1"]
 class Sweeper:
     """Starts sweeps of the app in a project of their own."""
 
+    programs: Programs
     folder: Path
     tracking_uri: str
 
@@ -33,9 +35,11 @@ class Sweeper:
             f"paths.output_root={self.folder}/outputs",
             f"project={self.folder.name}",
         ]
-        command = [sys.executable, "-m", "tests.utils.sweep_app", "-m", "experiment=tiny_sup", "reward=paper", *overrides, *places]
+        command = ["-m", "tests.utils.sweep_app", "-m", "experiment=tiny_sup", "reward=paper", *overrides, *places]
         env = os.environ | {"RAN": str(self.folder / "ran"), "MLFLOW_DISABLE_TELEMETRY": "true"} | environment
-        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        if any(override.startswith("hydra/launcher=") for override in overrides):  # starts processes that look at how this one was started
+            return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+        return self.programs.run(*command, env=env)
 
     @property
     def ran(self) -> list[str]:
@@ -60,8 +64,8 @@ class Sweeper:
 
 
 @pytest.fixture
-def sweep(tmp_path: Path, tracking_uri: str) -> Sweeper:
-    return Sweeper(tmp_path, tracking_uri)
+def sweep(programs: Programs, tmp_path: Path, tracking_uri: str) -> Sweeper:
+    return Sweeper(programs, tmp_path, tracking_uri)
 
 
 def states(runs: list[Run]) -> list[tuple[str, str]]:
