@@ -24,22 +24,21 @@ from src.datamodules.offline_tasks import offline_tasks
 from src.datamodules.wordnet_tasks import wordnet_tasks
 from src.modules.encoder import RationaleEncoder
 from src.modules.export import load_policy
+from src.modules.packaged_model import SMOLLM2
 from src.modules.policy import Policy
 from src.modules.settings import EncoderSettings
 from src.utils.abilities import ability_markdown, ability_metrics, ability_table, check_abilities, compare, run_abilities
 from src.utils.benchmarks import named_tasks
-from src.utils.comparison import Contender, comparison_table, contenders
+from src.utils.comparison import Contender, comparison_table, contenders, latest_export
 from src.utils.evaluation import EvaluationScores, run_tasks
 from src.utils.run_info import log_run_info
 from src.utils.secrets import keep_secrets
-from src.utils.starting_policy import starting_policy
+from src.utils.starting_policy import start_of_export, starting_policy
 from src.utils.timing import clock
 from src.utils.tracking import write_text
 
 log = logging.getLogger(__name__)
 
-SHIPPED = "experiments/tiny_policy/weights"
-"""The base where none is named, in the project's folder."""
 
 EVERYDAY = "experiments/everyday_english/data"
 """The everyday English that benchmark=everyday is made of, in the project's folder."""
@@ -146,10 +145,13 @@ def evaluate(cfg: DictConfig) -> dict[str, EvaluationScores]:
     console = Console()
     L.seed_everything(cfg.seed, verbose=False)
     began = time.monotonic()
-    base = str(cfg.base or Path(cfg.paths.root, SHIPPED))
+    trained = latest_export(cfg.paths.output_root) if cfg.model is None else None
+    base = str(cfg.base or (trained and start_of_export(trained)) or SMOLLM2)
     rows = contenders(cfg.model, cfg.rationale, base, cfg.paths.output_root, cfg.model_name)
     try:
         policies, base = load_policies(cfg, rows, base)
+        if trained is not None and base != str(trained):  # read as its training read it
+            policies[base] = (policies[base][0], policies[str(trained)][1])
         rows = [row.settled(policies[row.path][1].rationale) for row in rows]
         encoders = {row.name: make_encoder(cfg, *policies[row.path], rationale=bool(row.rationale)) for row in rows}
         tasks = load_tasks(cfg)

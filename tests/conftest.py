@@ -21,9 +21,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from src.modules.policy import Policy
 from src.modules.settings import EncoderSettings
 from src.modules.tiny_policy import TINY_INSTRUCTION, train_tokenizer
+from src.utils.machine import register_machine_resolvers
 from tests.programs import Programs
 
 ROOT = Path(__file__).resolve().parents[1]
+register_machine_resolvers()  # configs use them
 
 SENTENCES = [
     "Return the sorted copy of a list of numbers.",

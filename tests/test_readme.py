@@ -63,6 +63,8 @@ def triplets(tmp_path: Path) -> Path:
 def test_train_commands(command: str, compose: Compose, triplets: Path) -> None:
     for overrides in points(shlex.split(command)[2:] or ["seed=0"]):
         own = [re.sub(r"^datamodule\.path=.*", f"datamodule.path={triplets}", override) for override in overrides]
+        if not any(override.startswith(("experiment=", "hparams_search=")) for override in own):
+            own.append("experiment=smollm2_sup")  # the default, with the tiny policy in its place
         small = [override for override in SMALL if override.split("=")[0] not in {o.split("=")[0] for o in own}]
         if any(override.startswith("debug=") for override in own):  # brings settings for callbacks that `minimal` leaves out
             assert compose(*own).trainer.limit_train_batches == 2  # and is run by tests/test_train.py
@@ -70,7 +72,7 @@ def test_train_commands(command: str, compose: Compose, triplets: Path) -> None:
         metric = "reward/total/mean"
         if "baseline" in own[0]:
             small, metric = [other for override in small if (other := BASELINE.get(override, override))], "update/loss"
-        if "tiny_baseline" in own[0]:
+        if "tiny_baseline" in own[0] or "smollm2_baseline" in own[0]:
             small.remove("datamodule.batch_size=8")  # of docstrings a batch is groups of them
         cfg = compose(*own, *small)
         cfg.packages.train = ["urllib3"]

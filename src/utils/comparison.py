@@ -50,6 +50,8 @@ def model_name(path: str) -> str:
     """
     if path.count("/") == 1 and not path.startswith((".", "~", "/")) and not Path(path).exists():
         return path
+    if path.startswith("package:"):
+        return "grace/" + path.removeprefix("package:")
     parts = Path(path).absolute().parts[1:]
     own = [part for part in parts if part not in ("export", "checkpoints", "weights")][-2:]
     return "grace/" + re.sub(r"[^\w.-]+", "-", "_".join(own)).removesuffix(".ckpt")

@@ -22,7 +22,7 @@ def starting_policy(path: str, policy: Policy) -> str:
     Raises:
         ValueError: nobody knows.
     """
-    start = policy.path if Path(path).suffix == CHECKPOINT_SUFFIX else _configured(Path(path))
+    start = policy.path if Path(path).suffix == CHECKPOINT_SUFFIX else start_of_export(Path(path))
     if not start:
         raise ValueError(
             f"abilities.tasks compares {path} with the policy that its training began with, which is not known here: name it by base="
@@ -30,7 +30,7 @@ def starting_policy(path: str, policy: Policy) -> str:
     return start
 
 
-def _configured(export: Path) -> str | None:
+def start_of_export(export: Path) -> str | None:
     """policy.path of the run that wrote an export; None where there is no such run, or its policy came from no path."""
     file = export.absolute().parent / _CONFIG
     if not export.is_dir() or not file.is_file():
