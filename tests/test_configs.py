@@ -86,7 +86,7 @@ def test_smollm2_experiments_are_of_one_size(experiment: str, gpu: bool, compose
         (c.trainer.limit_train_batches, c.datamodule.get("batch_size") or c.datamodule.groups * c.datamodule.per_group)
         for c in (cfg, default)
     ]
-    assert sizes[0] == sizes[1] == ((150, 48) if gpu else (8, 16))
+    assert sizes[0] == sizes[1] == ((150, 48) if gpu else (7, 16))
     assert (cfg.module.instruction, cfg.rollout.max_new_tokens) == (default.module.instruction, default.rollout.max_new_tokens)
     assert cfg.module.get("pathwise_weight", 0.0) == (0.0 if "paper" in experiment or "baseline" in experiment else 1.0)
 

@@ -12,6 +12,7 @@ from src.utils.machine import describe_machine, matrix_speed
 log = logging.getLogger(__name__)
 
 _REACHED = 0.4  # share of the speed of plain matrix products that a run reaches on two CPU cores; measured on smollm2_sup
+_OTHERWISE = 60  # seconds for reading data, MTEB's own work and reports
 
 
 class TimeEstimate(L.Callback):
@@ -34,7 +35,8 @@ class TimeEstimate(L.Callback):
         if not isinstance(batches, int) or not size:
             return
         half = str(trainer.precision) != "32-true"
-        minutes = self._operations(pl_module, batches, size, getattr(data, "negatives", 0)) / (_REACHED * matrix_speed(half)) / 60
+        operations = self._operations(pl_module, batches, size, getattr(data, "negatives", 0))
+        minutes = (operations / (_REACHED * matrix_speed(half)) + _OTHERWISE) / 60
         log.info(
             "%s: %d batches of %d texts on %s; about %d minutes, evaluation included",
             type(pl_module).__name__,
