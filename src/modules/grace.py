@@ -309,6 +309,11 @@ def _check_weights(score_function: float, pathwise: float, sides: Sequence[str],
         )
     if not score_function and not pathwise:
         raise ValueError("module.score_function_weight=0 and module.pathwise_weight=0: nothing would be learned; set one above 0")
+    if not score_function and algorithm.kl_weight:
+        raise ValueError(
+            f"module.score_function_weight=0 leaves out the algorithm's loss, and algorithm.kl_weight={algorithm.kl_weight} with it: nothing "
+            "would hold the policy near its start; use a small weight in place of 0"
+        )
     if unknown := set(sides) - set(SIDES):
         raise ValueError(f"module.pathwise_sides={list(sides)}: {', '.join(sorted(unknown))} is not one of {', '.join(SIDES)}")
     if not pathwise:

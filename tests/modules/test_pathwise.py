@@ -465,6 +465,7 @@ def test_in_bfloat16_arithmetic_the_gradient_is_near_that_of_float32(pooling: st
         ({"gradient_parts_every": -1}, "gradient_parts_every=-1"),
         ({"encoder": "frozen"}, r"pathwise_weight=0\.7.*policy\.encoder=frozen"),
         ({"algorithm": {"min_group_std": 0.1}}, r"pathwise_weight=0\.7.*min_group_std=0\.1"),
+        ({"score_function_weight": 0.0, "algorithm": {"kl_weight": 0.1}}, r"score_function_weight=0 leaves out.*kl_weight=0\.1"),
     ],
 )
 def test_settings_without_sense_are_refused_by_name(settings: dict[str, Any], words: str) -> None:
