@@ -311,7 +311,7 @@ def _check_weights(score_function: float, pathwise: float, sides: Sequence[str],
         raise ValueError("module.score_function_weight=0 and module.pathwise_weight=0: nothing would be learned; set one above 0")
     if not score_function and algorithm.kl_weight:
         raise ValueError(
-            f"module.score_function_weight=0 leaves out the algorithm's loss, and algorithm.kl_weight={algorithm.kl_weight} with it: nothing "
+            f"module.score_function_weight=0 leaves out the algorithm's loss, and algorithm.kl_weight={algorithm.kl_weight} too: nothing "
             "would hold the policy near its start; use a small weight in place of 0"
         )
     if unknown := set(sides) - set(SIDES):
