@@ -107,7 +107,7 @@ def test_python_examples(tiny_policy_folder: Path, tmp_path: Path) -> None:
     folder = export(Policy.load(str(tiny_policy_folder)), EncoderSettings.load(tiny_policy_folder), tmp_path / "export")
     names: dict[str, dict[str, object]] = {}
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)):
-        exec(block.replace("outputs/tiny_sup/.../export", str(folder)), names.setdefault(str(number), {}))
+        exec(block.replace("outputs/smollm2_sup/.../export", str(folder)), names.setdefault(str(number), {}))
     ours, theirs = names["0"], names["1"]
     assert len(names) == 2
     for name in ("plain", "vectors"):
