@@ -26,7 +26,7 @@ class MTEBEvaluation(Watcher):
 
     Args:
         tasks: makes the tasks; called once, when training starts (mteb takes seconds to import).
-        every_n_rollout_batches: how often; 0 for the start and the end only.
+        every_n_rollout_batches: how often; 0 for the start and the end only, None for never.
         rationale, temperature: how texts are encoded; None: with rationales if the policy is trained with them.
         embeddings_dir: where embeddings of the starting policy are kept, for other runs that begin with it (the points of a sweep, other
             seeds, evaluate.py); None: nowhere. See `start_embeddings`.
@@ -36,7 +36,7 @@ class MTEBEvaluation(Watcher):
     def __init__(
         self,
         tasks: Callable[[], list[Any]],
-        every_n_rollout_batches: int = 20,
+        every_n_rollout_batches: int | None = 20,
         rationale: bool | None = None,
         temperature: float = 0.0,
         embeddings_dir: str | None = None,
@@ -49,6 +49,8 @@ class MTEBEvaluation(Watcher):
         self._scored_at, self._average = -1, math.nan
 
     def at_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
+        if self.every is None:
+            return
         with undisturbed(module):
             self._tasks = self.make_tasks()
         if self._scored_at >= 0:
@@ -60,11 +62,11 @@ class MTEBEvaluation(Watcher):
             raise RuntimeError(f"MTEB tasks fail: {_failures(scores)}; take them out of callbacks.mteb.tasks or provide what is missing")
 
     def after_batch(self, trainer: L.Trainer, module: PolicyModule) -> None:
-        if is_due(module, self.every):
+        if is_due(module, self.every or 0):
             self.evaluate(trainer, module)
 
     def at_end(self, trainer: L.Trainer, module: PolicyModule) -> None:
-        if self._scored_at != module.rollout_batches:
+        if self.every is not None and self._scored_at != module.rollout_batches:
             self.evaluate(trainer, module)
 
     def evaluate(self, trainer: L.Trainer, module: PolicyModule) -> EvaluationScores:

@@ -31,7 +31,7 @@ class StartingPolicyKL(Watcher):
 
     Args:
         texts: how many texts.
-        every_n_rollout_batches: how often.
+        every_n_rollout_batches: how often; 0 for never.
         batch_size: sequences scored together.
         seed: of the sampling.
     """
@@ -42,8 +42,8 @@ class StartingPolicyKL(Watcher):
         self._start: Tensor | None = None
 
     def at_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
-        if self._rollouts is not None:
-            return  # resumed: the checkpoint brought what the starting policy wrote
+        if self.every == 0 or self._rollouts is not None:
+            return  # nobody asks; or resumed: the checkpoint brought what the starting policy wrote
         with undisturbed(module):
             self._rollouts = sample(module, fixed_texts(trainer, self.texts), temperature=1.0, seed=self.seed).to("cpu")
             self._start = score(module.policy, self._rollouts, self.batch_size)

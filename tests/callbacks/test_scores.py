@@ -49,6 +49,14 @@ def test_mteb_at_start_every_n_and_end(module: GRACE, retrieval: Callable[[], li
     assert client.get_metric_history(run_id, "mteb/category/Retrieval")[-1].value == pytest.approx(logged[-1].value)
 
 
+def test_mteb_never(module: GRACE, mlflow_logger: RunLogger, tmp_path: Path) -> None:
+    def tasks() -> list[Any]:
+        raise AssertionError("nobody needs them")
+
+    trainer = fit(module, [MTEBEvaluation(tasks, every_n_rollout_batches=None)], tmp_path, logger=mlflow_logger)
+    assert "mteb/average" not in trainer.callback_metrics
+
+
 def test_a_starting_policy_is_embedded_once_for_all_runs_that_begin_with_it(
     tiny_policy_folder: Path, retrieval: Callable[[], list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
