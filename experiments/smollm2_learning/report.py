@@ -14,6 +14,7 @@ import pandas as pd
 HERE = Path(__file__).parent
 ARMS = {
     "both": "GRACE, both parts",
+    "truescale": "GRACE, both, true scale",
     "pathwise": "GRACE, pathwise part alone",
     "published": "GRACE, published form",
     "cl": "Contrastive learning",
@@ -145,7 +146,7 @@ def draw(runs: pd.DataFrame, path: Path) -> None:
                     axis.plot([x] * len(values), values, ".", color="black", markersize=4)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xticks(range(len(arms)), [ARMS[arm].replace("GRACE, ", "").replace("Contrastive learning", "CL") for arm in arms])
-        axis.tick_params(axis="x", rotation=40)
+        plt.setp(axis.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
         axis.set_title(title)
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("gain over the start, points")

@@ -18,6 +18,7 @@ run() { # name, seed, settings
 mkdir -p "$folder"
 for seed in $seeds; do
   run both "$seed" experiment=smollm2_sup $grace
+  run truescale "$seed" experiment=smollm2_sup $grace module.score_function_weight=16 # tokens of a rationale: their sum, not their mean
   run pathwise "$seed" experiment=smollm2_sup $grace module.score_function_weight=0
   run published "$seed" experiment=smollm2_paper $grace module.learning_rate=1e-5 # at 1e-6 so few steps move nothing
   run cl "$seed" experiment=smollm2_baseline_cl_sup $contrastive
