@@ -20,7 +20,7 @@ from src.modules.experience import Experience, concatenate, interleaving
 from src.modules.judging import Judged, SideReward, by_token, judge
 from src.modules.logprob_gap import LogprobGap
 from src.modules.non_finite import NonFiniteError
-from src.modules.pathwise import SIDES, Companions, PathwiseTerm, companions_of, first_of_group, reward_gradients
+from src.modules.pathwise import SIDES, Companions, PathwiseTerm, check_weights, companions_of, first_of_group, reward_gradients
 from src.modules.policy import Policy
 from src.modules.policy_module import PolicyModule
 from src.modules.reference import Reference
@@ -28,9 +28,9 @@ from src.modules.report import step_report
 from src.modules.rewards import RewardFunction, without_autocast
 from src.modules.scorer import Scorer
 from src.modules.scoring import Scored
-from src.modules.sharding import gradient_exchange, shard, whole, whole_dot, whole_norm
+from src.modules.sharding import gradient_exchange, shard, whole
 from src.modules.sides import OTHERS, Side, ids_of, standing_in
-from src.modules.update import MinibatchPass, minibatch_gradient
+from src.modules.update import MinibatchPass, gradient_in_parts, minibatch_gradient
 from src.utils.timing import timed
 
 
@@ -118,7 +118,7 @@ class GRACE(PolicyModule):
         if gradient_parts_every < 0:
             raise ValueError(f"module.gradient_parts_every={gradient_parts_every}: it must be at least 0, and is never at 0")
         pathwise_sides = tuple(map(str, pathwise_sides or ()))  # type: ignore[arg-type]  # plain, to be kept in checkpoints
-        _check_weights(score_function_weight, pathwise_weight, pathwise_sides, policy, algorithm)
+        check_weights(score_function_weight, pathwise_weight, pathwise_sides, policy, algorithm)
         self.save_hyperparameters(ignore=["policy", "engine", "reward", "algorithm", "template_kwargs", "pathwise_reward"])
         self.reward, self.algorithm = without_autocast(reward), algorithm
         self.pathwise_by_reward = pathwise_reward is None
@@ -260,16 +260,8 @@ class GRACE(PolicyModule):
         )
         if parts is None:
             return minibatch_gradient(self.policy, self.algorithm, part, how, gap, companions)
-        stats = minibatch_gradient(self.policy, self.algorithm, part, replace(how, pathwise_scale=0.0), gap)
-        first = [None if p.grad is None else p.grad.clone() for p in self.policy.parameters()]
-        minibatch_gradient(self.policy, self.algorithm, part, replace(how, score_function_scale=0.0), None, companions)
-        second = [p.grad - (0 if a is None else a) for p, a in zip(self.policy.parameters(), first, strict=True) if p.grad is not None]
-        before = [
-            torch.zeros_like(p.grad) if a is None else a for p, a in zip(self.policy.parameters(), first, strict=True) if p.grad is not None
-        ]
-        norms = whole_norm(before), whole_norm(second)
-        parts["score_function_gradient_norm"], parts["pathwise_gradient_norm"] = norms
-        parts["gradient_parts_cosine"] = whole_dot(before, second) / max(norms[0] * norms[1], 1e-30)
+        stats, measured = gradient_in_parts(self.policy, self.algorithm, part, how, gap, companions)
+        parts.update(measured)
         return stats
 
     def _backward(self, loss: Tensor, last: bool) -> None:
@@ -294,40 +286,3 @@ class GRACE(PolicyModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.buffer.load_state_dict(shared_out(checkpoint["grace"]["held"], self.ranks))
-
-
-def _check_weights(score_function: float, pathwise: float, sides: Sequence[str], policy: Policy, algorithm: Algorithm) -> None:
-    """Refuses weights of the gradient's two parts that train nothing, or not what they say.
-
-    Raises:
-        ValueError: see GRACE.
-    """
-    if not (score_function >= 0 and pathwise >= 0):  # nor not a number
-        raise ValueError(
-            f"module.score_function_weight={score_function}, module.pathwise_weight={pathwise}: both must be at least 0, as a negative "
-            "weight would train against the reward"
-        )
-    if not score_function and not pathwise:
-        raise ValueError("module.score_function_weight=0 and module.pathwise_weight=0: nothing would be learned; set one above 0")
-    if not score_function and algorithm.kl_weight:
-        raise ValueError(
-            f"module.score_function_weight=0 leaves out the algorithm's loss, and algorithm.kl_weight={algorithm.kl_weight} too: nothing "
-            "would hold the policy near its start; use a small weight in place of 0"
-        )
-    if unknown := set(sides) - set(SIDES):
-        raise ValueError(f"module.pathwise_sides={list(sides)}: {', '.join(sorted(unknown))} is not one of {', '.join(SIDES)}")
-    if not pathwise:
-        return
-    if not sides:
-        raise ValueError(
-            f"module.pathwise_sides=[] and module.pathwise_weight={pathwise}: no embedding would be moved; set the weight to 0"
-        )
-    if policy.frozen_encoder is not None:
-        raise ValueError(
-            f"module.pathwise_weight={pathwise} moves the encoder, and policy.encoder=frozen holds it: use policy.encoder=live, or weight 0"
-        )
-    if algorithm.min_group_std > 0:
-        raise ValueError(
-            f"module.pathwise_weight={pathwise} takes part in every rollout batch, and algorithm.min_group_std={algorithm.min_group_std} "
-            "leaves groups out and waits for others: set one of the two to 0"
-        )

@@ -1,4 +1,4 @@
-"""The pathwise term of the gradient: how the embedding of what was written should move. Pure functions on tensors.
+"""The pathwise term of the gradient: how the embedding of what was written should move. Pure functions on tensors, and the check of its settings.
 
 The policy also embeds, so the objective J = E_{y ~ pi}[R(h(x, y))] depends on the weights in two ways (stochastic computation graphs,
 Schulman et al., arXiv 1506.05254; Mohamed et al., arXiv 1906.10652):
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from src.modules.algorithm import Algorithm
+from src.modules.policy import Policy
 from src.modules.rewards import Embeddings, RewardFunction
 from src.modules.sequences import Rollouts
 from src.modules.sides import Side
@@ -144,3 +146,40 @@ def companions_of(
     places = torch.cat([torch.arange(count) // (count // instances) for _, _, count in taken])
     plain = replace(rollouts[rows], logprobs=None, embeddings=None, prefix_embeddings=None, prompt_embeddings=None)
     return Companions(plain, torch.cat([gradients[side] for side, _, _ in taken]), places)
+
+
+def check_weights(score_function: float, pathwise: float, sides: Sequence[str], policy: Policy, algorithm: Algorithm) -> None:
+    """Refuses weights of the gradient's two parts that train nothing, or not what they say.
+
+    Raises:
+        ValueError: see GRACE.
+    """
+    if not (score_function >= 0 and pathwise >= 0):  # nor not a number
+        raise ValueError(
+            f"module.score_function_weight={score_function}, module.pathwise_weight={pathwise}: both must be at least 0, as a negative "
+            "weight would train against the reward"
+        )
+    if not score_function and not pathwise:
+        raise ValueError("module.score_function_weight=0 and module.pathwise_weight=0: nothing would be learned; set one above 0")
+    if not score_function and algorithm.kl_weight:
+        raise ValueError(
+            f"module.score_function_weight=0 leaves out the algorithm's loss, and algorithm.kl_weight={algorithm.kl_weight} too: nothing "
+            "would hold the policy near its start; use a small weight in place of 0"
+        )
+    if unknown := set(sides) - set(SIDES):
+        raise ValueError(f"module.pathwise_sides={list(sides)}: {', '.join(sorted(unknown))} is not one of {', '.join(SIDES)}")
+    if not pathwise:
+        return
+    if not sides:
+        raise ValueError(
+            f"module.pathwise_sides=[] and module.pathwise_weight={pathwise}: no embedding would be moved; set the weight to 0"
+        )
+    if policy.frozen_encoder is not None:
+        raise ValueError(
+            f"module.pathwise_weight={pathwise} moves the encoder, and policy.encoder=frozen holds it: use policy.encoder=live, or weight 0"
+        )
+    if algorithm.min_group_std > 0:
+        raise ValueError(
+            f"module.pathwise_weight={pathwise} takes part in every rollout batch, and algorithm.min_group_std={algorithm.min_group_std} "
+            "leaves groups out and waits for others: set one of the two to 0"
+        )

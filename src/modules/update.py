@@ -1,7 +1,7 @@
 """The gradient of one minibatch, micro-batch by micro-batch."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,6 +17,7 @@ from src.modules.policy import Policy
 from src.modules.ranks import Ranks
 from src.modules.scoring import micro_batches
 from src.modules.sequences import blank
+from src.modules.sharding import whole_dot, whole_norm
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,34 @@ def minibatch_gradient(
         for name, values in seen.items():
             sums[name] += float(values.sum() / (1 if name == "loss" else tokens))
     return dict(zip(sums, ranks.total(*sums.values()), strict=True))
+
+
+def gradient_in_parts(
+    policy: Policy,
+    algorithm: Algorithm,
+    experience: Experience | None,
+    how: MinibatchPass,
+    gap: LogprobGap | None,
+    companions: Companions | None,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Adds up the same gradient in two passes, and measures its two parts; the arguments are those of `minibatch_gradient`.
+
+    It needs one more copy of the gradient.
+
+    Returns:
+        What `minibatch_gradient` returns; and score_function_gradient_norm, pathwise_gradient_norm and gradient_parts_cosine.
+    """
+    stats = minibatch_gradient(policy, algorithm, experience, replace(how, pathwise_scale=0.0), gap)
+    before = {p: None if p.grad is None else p.grad.clone() for p in policy.parameters()}
+    minibatch_gradient(policy, algorithm, experience, replace(how, score_function_scale=0.0), None, companions)
+    first, second = [], []
+    for p, earlier in before.items():
+        if p.grad is not None:
+            first.append(torch.zeros_like(p.grad) if earlier is None else earlier)
+            second.append(p.grad - first[-1])
+    norms = whole_norm(first), whole_norm(second)
+    cosine = whole_dot(first, second) / max(norms[0] * norms[1], 1e-30)
+    return stats, {"score_function_gradient_norm": norms[0], "pathwise_gradient_norm": norms[1], "gradient_parts_cosine": cosine}
 
 
 def _nothing(policy: Policy) -> Tensor:
