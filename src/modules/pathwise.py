@@ -1,4 +1,4 @@
-"""The pathwise term of the gradient: how the embedding of what was written should move. Pure functions on tensors, and the check of its settings.
+"""The pathwise term of the gradient: how the embedding of what was written should move. Pure functions, and the check of its weights.
 
 The policy also embeds, so the objective J = E_{y ~ pi}[R(h(x, y))] depends on the weights in two ways (stochastic computation graphs,
 Schulman et al., arXiv 1506.05254; Mohamed et al., arXiv 1906.10652):
