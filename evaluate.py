@@ -150,12 +150,12 @@ def evaluate(cfg: DictConfig) -> dict[str, EvaluationScores]:
     rows = contenders(cfg.model, cfg.rationale, base, cfg.paths.output_root, cfg.model_name)
     try:
         policies, base = load_policies(cfg, rows, base)
-        if trained is not None and base != str(trained):  # read as its training read it
+        if trained is not None and cfg.base is None:  # read as its training read it
             policies[base] = (policies[base][0], policies[str(trained)][1])
         rows = [row.settled(policies[row.path][1].rationale) for row in rows]
         encoders = {row.name: make_encoder(cfg, *policies[row.path], rationale=bool(row.rationale)) for row in rows}
         tasks = load_tasks(cfg)
-    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
+    except (OSError, ModuleNotFoundError, ValueError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
     scores: dict[str, EvaluationScores] = {}
     unavailable: dict[str, str] = {}

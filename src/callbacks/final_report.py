@@ -156,8 +156,9 @@ class FinalReport(Watcher):
         """Prints the table, the gain in words, rationales before and after, and the places."""
         console = Console(width=None if sys.stdout.isatty() else 110)
         console.print(score_table(self.rows))
-        if REASONING in self.rows and module.title in self.rows:
-            console.print(gain_in_words(self.rows, module.title), markup=False)
+        start = REASONING if module.settings.rationale else BASE
+        if start in self.rows and module.title in self.rows:
+            console.print(gain_in_words(self.rows, module.title, start), markup=False)
         watched = [callback for callback in trainer.callbacks if isinstance(callback, RationaleTable)]  # type: ignore[attr-defined]
         if watched and watched[0].before and self.examples:
             console.print(example_table(watched[0], self.examples))
@@ -194,10 +195,10 @@ def columns_of(scores: EvaluationScores, groups: Mapping[str, Sequence[str]]) ->
     return columns | {"average": scores.average}
 
 
-def gain_in_words(rows: Mapping[str, Mapping[str, float]], trained: str) -> str:
-    """Returns one line: what the trained policy scores above its start, both with rationales."""
-    gains = {column: 100 * (rows[trained][column] - rows[REASONING][column]) for column in rows[trained]}
-    return f"{trained} over {REASONING}, in points: " + ", ".join(f"{column} {gain:+.1f}" for column, gain in gains.items())
+def gain_in_words(rows: Mapping[str, Mapping[str, float]], trained: str, start: str) -> str:
+    """Returns one line: what the row of the trained policy scores above that of its start."""
+    gains = {column: 100 * (rows[trained][column] - rows[start][column]) for column in rows[trained]}
+    return f"{trained} over {start}, in points: " + ", ".join(f"{column} {gain:+.1f}" for column, gain in gains.items())
 
 
 def score_table(rows: dict[str, dict[str, float]]) -> Table:

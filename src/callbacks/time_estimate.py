@@ -7,7 +7,7 @@ import lightning as L
 
 from src.modules.grace import GRACE
 from src.modules.policy_module import PolicyModule
-from src.utils.machine import describe_machine, matrix_speed
+from src.utils.machine import describe_machine, has_gpu, matrix_speed
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +37,9 @@ class TimeEstimate(L.Callback):
         half = str(trainer.precision) != "32-true"
         operations = self._operations(pl_module, batches, size, getattr(data, "negatives", 0))
         minutes = (operations / (_REACHED * matrix_speed(half)) + _OTHERWISE) / 60
-        log.info(
-            "%s: %d batches of %d texts on %s; about %d minutes, evaluation included",
-            type(pl_module).__name__,
-            batches,
-            size,
-            describe_machine(),
-            max(1, math.ceil(minutes)),
-        )
+        what = f"{type(pl_module).__name__}: {batches} batches of {size} texts on {describe_machine()}"
+        # a GPU is bound by how fast kernels are launched, of which this arithmetic knows nothing
+        log.info(what if has_gpu() else f"{what}; about {max(1, math.ceil(minutes))} minutes, evaluation included")
 
     def _operations(self, module: PolicyModule, batches: int, instances: int, negatives: int) -> float:
         parameters = sum(p.numel() for p in module.policy.model.parameters())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
@@ -86,6 +87,13 @@ class MTEBEncoder(AbsEncoder):
         also_without: bool = False,
     ) -> None:
         self.model = encoder
+        device = encoder.policy.device.type
+        # texts are embedded in the arithmetic of now; what MTEB computes of embeddings is not (see run_tasks)
+        self.arithmetic: dict[str, Any] = {
+            "device_type": device,
+            "dtype": torch.get_autocast_dtype(device),
+            "enabled": torch.is_autocast_enabled(device),
+        }
         self.mteb_model_meta: ModelMeta = describe(encoder, name)
         self.cache = EmbeddingCache(embeddings_dir, str(self.mteb_model_meta.revision), encoder.dimension, embeddings_gib)
         self.plain_cache: EmbeddingCache | None = None
@@ -120,12 +128,13 @@ class MTEBEncoder(AbsEncoder):
         embeddings = self.cache.get(texts, prompt)
         new = sorted({text for text in texts if text not in embeddings}, key=lambda text: (-len(text), text))
         for part in self._with_time_left(new, f"{task_metadata.name}, {side or hf_split}" if task_metadata else hf_split):
-            if self.plain_cache is None:
-                vectors = self.model.encode(part, prompt_type=side)
-            else:
-                vectors, plain = self.model.encode_both(part, prompt_type=side)
-                if plain is not None:
-                    self.plain_cache.put(part, plain, prompt)
+            with torch.autocast(**self.arithmetic):
+                if self.plain_cache is None:
+                    vectors, plain = self.model.encode(part, prompt_type=side), None
+                else:
+                    vectors, plain = self.model.encode_both(part, prompt_type=side)
+            if self.plain_cache is not None and plain is not None:
+                self.plain_cache.put(part, plain, prompt)
             self.cache.put(part, vectors, prompt)
             embeddings.update(zip(part, vectors, strict=True))
         return np.stack([embeddings[text] for text in texts])

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
@@ -36,6 +37,7 @@ def local_path(path: str) -> str:
     Raises:
         FileNotFoundError: the package is not installed, or in another version, or its file has another content.
         ValueError: another package than the one known here.
+        OSError: the folder cannot be written.
     """
     if not path.startswith("package:"):
         return path
@@ -45,7 +47,7 @@ def local_path(path: str) -> str:
 
 
 def cache_dir() -> Path:
-    """Returns the folder for what is computed once: GRACE_CACHE_DIR, or data/cache in the project (configs/paths says the same)."""
+    """Returns the folder of converted models: GRACE_CACHE_DIR, or data/cache in the project."""
     root = Path(__file__).resolve().parents[2]
     return Path(os.environ.get("GRACE_CACHE_DIR") or root / "data" / "cache")
 
@@ -56,24 +58,24 @@ def _smollm2(cache: Path) -> Path:
     if folder.is_dir():
         return folder
     source = _packaged_file()
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if folder.is_dir():  # another process was first
-            return folder
-        log.info("converting SmolLM2-135M-Instruct from %s into %s, once", _PACKAGE, folder)
-        partial = folder.with_name(f"{folder.name}.tmp")
-        shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was interrupted
-        partial.mkdir()
-        try:
-            model = _read_model(source)
-            model.save_pretrained(partial)
-            _read_tokenizer(source).save_pretrained(partial)
-        except OSError as error:
-            raise OSError(
-                f"SmolLM2 could not be written to {folder.parent}: {error}; free some 600 MB there, or set GRACE_CACHE_DIR"
-            ) from error
-        partial.rename(folder)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():  # else another process was first
+                log.info("converting SmolLM2-135M-Instruct from %s into %s, once", _PACKAGE, folder)
+                _convert(source, folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"SmolLM2 could not be written to {cache}: {error}; free some 600 MB there, or set GRACE_CACHE_DIR") from error
     return folder
+
+
+def _convert(source: Path, folder: Path) -> None:
+    partial = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was interrupted
+    partial.mkdir()
+    _read_model(source).save_pretrained(partial)
+    _read_tokenizer(source).save_pretrained(partial)
+    partial.rename(folder)
 
 
 def _packaged_file() -> Path:

@@ -90,7 +90,8 @@ def reward_gradients(reward: RewardFunction, embeddings: Embeddings, sides: Sequ
     asked = [side for side in SIDES if side in sides and getattr(embeddings, side).numel()]
     if not asked:
         raise ValueError(f"module.pathwise_sides={list(sides)}, and the records have no negatives: name another side")
-    with torch.enable_grad():
+    # autocast would take the products of the backward pass in bfloat16, whatever the forward pass did
+    with torch.enable_grad(), torch.autocast(embeddings.positive.device.type, enabled=False):
         leaves = {side: getattr(embeddings, side).detach().float().requires_grad_() for side in SIDES}
         total = reward(Embeddings(**leaves)).total
         found: Sequence[Tensor | None] = [None]

@@ -85,10 +85,10 @@ def whole_norm(gradients: Sequence[Tensor]) -> float:
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def whole_dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """The inner product of two lists of tensors, of cut ones over the ranks."""
-    products = [(a * b).sum() for a, b in zip(left, right, strict=True)]
-    return sum(float(x.full_tensor() if isinstance(x, DTensor) else x) for x in products)
+def whole_dot(left: Tensor, right: Tensor) -> float:
+    """The inner product of two tensors, of cut ones over the ranks."""
+    product = (left * right).sum()
+    return float(product.full_tensor() if isinstance(product, DTensor) else product)
 
 
 def plain_copy(policy: Policy) -> Policy:

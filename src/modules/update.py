@@ -1,5 +1,6 @@
 """The gradient of one minibatch, micro-batch by micro-batch."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from src.modules.policy import Policy
 from src.modules.ranks import Ranks
 from src.modules.scoring import micro_batches
 from src.modules.sequences import blank
-from src.modules.sharding import whole_dot, whole_norm
+from src.modules.sharding import whole_dot
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,16 @@ def gradient_in_parts(
     stats = minibatch_gradient(policy, algorithm, experience, replace(how, pathwise_scale=0.0), gap)
     before = {p: None if p.grad is None else p.grad.clone() for p in policy.parameters()}
     minibatch_gradient(policy, algorithm, experience, replace(how, score_function_scale=0.0), None, companions)
-    first, second = [], []
+    squares_first, squares_second, product = 0.0, 0.0, 0.0
     for p, earlier in before.items():
         if p.grad is not None:
-            first.append(torch.zeros_like(p.grad) if earlier is None else earlier)
-            second.append(p.grad - first[-1])
-    norms = whole_norm(first), whole_norm(second)
-    cosine = whole_dot(first, second) / max(norms[0] * norms[1], 1e-30)
+            first = torch.zeros_like(p.grad) if earlier is None else earlier
+            second = p.grad - first
+            squares_first += whole_dot(first, first)
+            squares_second += whole_dot(second, second)
+            product += whole_dot(first, second)
+    norms = math.sqrt(squares_first), math.sqrt(squares_second)
+    cosine = product / max(norms[0] * norms[1], 1e-30)
     return stats, {"score_function_gradient_norm": norms[0], "pathwise_gradient_norm": norms[1], "gradient_parts_cosine": cosine}
 
 

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from src.modules.encoder import RationaleEncoder
@@ -127,16 +128,18 @@ def _evaluate(adapter: Any, task: "AbsTask", cache: "ResultCache") -> _Run:
 
     loaded_before = task.data_loaded
     task.rng_state, task.np_rng = random.Random(task.seed), np.random.default_rng(task.seed)  # as a new task has them
-    result = mteb.evaluate(
-        adapter,
-        task,
-        cache=cache,
-        overwrite_strategy=_overwrite_strategy(task, adapter.mteb_model_meta, cache),
-        encode_kwargs={"batch_size": 512, "show_progress_bar": False},
-        raise_error=False,
-        co2_tracker=False,
-        show_progress_bar=False,
-    )
+    # in bfloat16, cosines of texts that all lie close together would tie
+    with torch.autocast(adapter.arithmetic["device_type"], enabled=False):
+        result = mteb.evaluate(
+            adapter,
+            task,
+            cache=cache,
+            overwrite_strategy=_overwrite_strategy(task, adapter.mteb_model_meta, cache),
+            encode_kwargs={"batch_size": 512, "show_progress_bar": False},
+            raise_error=False,
+            co2_tracker=False,
+            show_progress_bar=False,
+        )
     if result.exceptions:
         without_data = not task.data_loaded
         if task.data_loaded and not loaded_before:

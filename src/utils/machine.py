@@ -14,7 +14,7 @@ def has_gpu() -> bool:
 def has_bfloat16() -> bool:
     """Tells whether bfloat16 arithmetic is faster than float32 here: on a GPU, or on a CPU with AVX512-BF16 or AMX."""
     if has_gpu():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     found = torch.cpu.get_capabilities()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 

@@ -55,8 +55,9 @@ def find_config(path: str, shapes: Path, trust_remote_code: bool = False) -> Pre
     published: dict[str, dict[str, Any]] = OmegaConf.to_container(OmegaConf.load(shapes))  # type: ignore[assignment]
     if path in published:
         return AutoConfig.for_model(**published[path])
+    folder = local_path(path)
     try:
-        return AutoConfig.from_pretrained(local_path(path), trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except OSError as error:
         raise FileNotFoundError(
             f"no config.json for {path!r}: give policy.path a folder that has one (it alone is enough for dry_run), a name of {shapes}, or "

@@ -232,3 +232,26 @@ def test_encode_both_is_encode_with_and_without(tiny_policy: Policy, pooling: st
 def test_an_engine_without_embeddings_brings_none_of_prompts(tiny_policy: Policy) -> None:
     frozen = Policy(tiny_policy.model, tiny_policy.tokenizer, "frozen")
     assert RationaleEncoder(frozen, SETTINGS, HFRollouts(4)).encode_both(["a graph"])[1] is None
+
+
+def test_texts_are_embedded_in_bfloat16_and_scored_in_float32(tiny_policy: Policy, tasks: list[object], tmp_path: Path) -> None:
+    """Autocast would round MTEB's cosines too, and texts that lie close together would tie."""
+    seen: dict[str, set[object]] = {"embedded": set(), "compared": set()}
+
+    class Watched(RationaleEncoder):
+        def encode(self, *args: object, **kwargs: object) -> np.ndarray:  # type: ignore[override]
+            seen["embedded"].add(torch.is_autocast_enabled("cpu"))
+            return super().encode(*args, **kwargs)  # type: ignore[arg-type]
+
+    class Compared(MTEBEncoder):
+        def similarity(self, first: object, second: object) -> object:
+            found = super().similarity(first, second)  # type: ignore[arg-type]
+            seen["compared"].add(found.dtype)
+            return found
+
+    own = Watched(tiny_policy, SETTINGS, HFRollouts(4), rationale=False)
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
+        patch.setattr("src.modules.mteb_encoder.MTEBEncoder", Compared)
+        scores = run_tasks(own, tasks[:1], tmp_path, "tiny")  # type: ignore[arg-type]
+    assert scores.failures == {}
+    assert seen == {"embedded": {True}, "compared": {torch.float32}}
