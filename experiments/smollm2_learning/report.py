@@ -30,6 +30,10 @@ SCORES = {
     "everyday/average": "everyday average",
     "average": "average of 9",
 }
+TASKS = [
+    *("DocstringRetrieval", "DocstringReranking", "DocstringClassification", "DocstringClustering", "DocstringPairs"),
+    *("WordNetRetrieval", "WordNetSimilarity", "WordNetClassification", "WordNetPairs"),
+]
 ROWS = {"without": {"grace": "grace_without_rationales", "cl": "cl", "simcse": "simcse"}}
 ROWS["with"] = {"grace": "grace", "cl": "cl_reasoning", "simcse": "simcse_reasoning"}
 BASES = {"without": "base", "with": "base_reasoning"}
@@ -90,15 +94,15 @@ def score_table(runs: pd.DataFrame, how: str) -> str:
     return markdown(lines)
 
 
-def gains(runs: pd.DataFrame, how: str) -> str:
-    """Returns by arm and task the gain over the starting policy in each seed, in points."""
-    lines = [["", *SCORES.values()]]
+def gains(runs: pd.DataFrame, how: str, tasks: dict[str, str]) -> str:
+    """Returns by arm and task the gain over the starting policy in each seed, in points; `tasks` names the columns."""
+    lines = [["", *tasks.values()]]
     for arm, title in ARMS.items():
         group = runs[runs["arm"] == arm]
         if not len(group):
             continue
         found = []
-        for task in SCORES:
+        for task in tasks:
             after, before = scores(group, ROWS[how][method_of(arm)], task), scores(group, BASES[how], task)
             found.append(", ".join(f"{a - b:+.1f}" for a, b in zip(after, before, strict=True)) or "-")
         lines.append([title, *found])
@@ -169,9 +173,13 @@ def main() -> None:
             "Scored without rationales:",
             score_table(runs, "without"),
             "Gain over the start in each seed, in points, with rationales:",
-            gains(runs, "with"),
+            gains(runs, "with", SCORES),
             "The same without:",
-            gains(runs, "without"),
+            gains(runs, "without", SCORES),
+            "Every task, with rationales:",
+            gains(runs, "with", {task: task for task in TASKS}),
+            "Every task, without:",
+            gains(runs, "without", {task: task for task in TASKS}),
             "First batch -> last batch, means over seeds (gradients: of the batches that measure them):",
             diagnostics(runs),
             "![gain over the start](learning.png)\n",

@@ -3,8 +3,11 @@
 # Two of these side by side, with OMP_NUM_THREADS=1 and other seeds, use two cores best.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-batches=${1:-24} folder=${2:-outputs/smollm2_learning} seeds=${3:-"0 1 2"}
-grace="callbacks=smollm2_study" contrastive="callbacks=smollm2_study_contrastive"
+batches=${1:-16} folder=${2:-outputs/smollm2_learning} seeds=${3:-"0 1 2"}
+size="rollout.max_new_tokens=16 module.max_prompt_tokens=96" # on a GPU the experiments are larger
+triplets="datamodule.groups=4 datamodule.per_group=4 datamodule.max_text_chars=160"
+grace="callbacks=smollm2_study $size $triplets module.num_rollouts=4"
+contrastive="callbacks=smollm2_study_contrastive $size"
 
 run() { # name, seed, settings
   local name=$1 seed=$2
@@ -21,6 +24,6 @@ for seed in $seeds; do
   run truescale "$seed" experiment=smollm2_sup $grace module.score_function_weight=16 # tokens of a rationale: their sum, not their mean
   run pathwise "$seed" experiment=smollm2_sup $grace module.score_function_weight=0
   run published "$seed" experiment=smollm2_paper $grace module.learning_rate=1e-5 # at 1e-6 so few steps move nothing
-  run cl "$seed" experiment=smollm2_baseline_cl_sup $contrastive
-  run simcse "$seed" experiment=smollm2_baseline_simcse_unsup $contrastive
+  run cl "$seed" experiment=smollm2_baseline_cl_sup $contrastive $triplets
+  run simcse "$seed" experiment=smollm2_baseline_simcse_unsup $contrastive datamodule.batch_size=16
 done
