@@ -83,7 +83,9 @@ class FinalReport(Watcher):
             made = {group: make() for group, make in self.make_tasks.items()}
         self._tasks = [task for tasks in made.values() for task in tasks]
         self._groups = {group: [task.metadata.name for task in tasks] for group, tasks in made.items()}
-        on = {task.metadata.name: str(task.metadata.dataset["revision"]) for task in self._tasks}
+        on = {
+            f"{group}: {task.metadata.name}": str(task.metadata.dataset["revision"]) for group, tasks in made.items() for task in tasks
+        }  # grouped otherwise, rows have other columns
         if self._on is not None:  # resumed: the checkpoint brought what the starting policy scored
             if self._on != on:
                 log.warning("the held-out tasks are not those of before the stop: the starting policy's scores on them stay unknown")

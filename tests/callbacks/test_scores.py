@@ -143,6 +143,10 @@ def test_final_report_of_a_resumed_run_keeps_the_starting_rows(
     assert list(resumed.rows) == ["Base", "Base + reasoning"]
     fit(make_module(module.policy), [resumed], tmp_path)  # its weights are no longer those of the start
     assert {row: resumed.rows[row] for row in ("Base", "Base + reasoning")} == callback.state_dict()["rows"]
+    regrouped = FinalReport(str(tmp_path / "d"), {"others": retrieval})
+    regrouped.load_state_dict(callback.state_dict())
+    fit(make_module(module.policy), [regrouped], tmp_path)  # its columns would not be those of the rows before
+    assert list(regrouped.rows) == ["GRACE without rationales", "GRACE"]
     elsewhere = FinalReport(str(tmp_path / "c"), {"docstrings": retrieval})
     elsewhere.load_state_dict(callback.state_dict() | {"on": {"OtherTask": "1"}})
     with caplog.at_level(logging.WARNING):
