@@ -20,20 +20,20 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from src.datamodules.offline_tasks import offline_tasks
-from src.datamodules.wordnet_tasks import wordnet_tasks
-from src.modules.encoder import RationaleEncoder
-from src.modules.export import load_policy
-from src.modules.packaged_model import SMOLLM2
-from src.modules.policy import Policy
-from src.modules.settings import EncoderSettings
-from src.utils.abilities import ability_markdown, ability_metrics, ability_table, check_abilities, compare, run_abilities
-from src.utils.benchmarks import named_tasks
-from src.utils.comparison import Contender, comparison_table, contenders, latest_export
-from src.utils.evaluation import EvaluationScores, run_tasks
+from src.evaluation.abilities import ability_markdown, ability_metrics, ability_table, check_abilities, compare, run_abilities
+from src.evaluation.benchmarks import named_tasks
+from src.evaluation.comparison import Contender, comparison_table, contenders, latest_export
+from src.evaluation.run_tasks import EvaluationScores, run_tasks
+from src.evaluation.starting_policy import start_of_export, starting_policy
+from src.evaluation.tasks.offline_tasks import offline_tasks
+from src.evaluation.tasks.wordnet_tasks import wordnet_tasks
+from src.modules.encoder.encoder import RationaleEncoder
+from src.modules.encoder.export import load_policy
+from src.modules.encoder.settings import EncoderSettings
+from src.modules.policy.model import Policy
+from src.modules.policy.packaged import SMOLLM2
 from src.utils.run_info import log_run_info
 from src.utils.secrets import keep_secrets
-from src.utils.starting_policy import start_of_export, starting_policy
 from src.utils.timing import clock
 from src.utils.tracking import write_text
 

@@ -9,8 +9,8 @@ os.environ.setdefault("PROJECT_ROOT", str(Path(__file__).resolve().parent))  # c
 import hydra
 from omegaconf import DictConfig
 
-from src.datamodules.mteb_mirror import download
-from src.utils.benchmarks import named_tasks
+from src.evaluation.benchmarks import named_tasks
+from src.evaluation.tasks.mteb_mirror import download
 from src.utils.secrets import keep_secrets
 
 

@@ -12,9 +12,9 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig
 
+from src.modules.plan.plan import PlanError, show
 from src.utils.epochs import BeginNextEpoch
 from src.utils.instantiate import instantiate_all
-from src.utils.plan import PlanError, show
 from src.utils.preemption import StopTogether, preemptible
 from src.utils.processes import naming_lost_processes, prepare
 from src.utils.quiet import quiet_lightning

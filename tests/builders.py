@@ -5,10 +5,10 @@ import functools
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from src.modules.policy import Policy
-from src.modules.prompt import PromptRenderer
-from src.modules.sequences import Rollouts, join
-from src.modules.tiny_policy import train_tokenizer
+from experiments.tiny_policy.policy import train_tokenizer
+from src.modules.policy.model import Policy
+from src.modules.prompt.renderer import PromptRenderer
+from src.modules.types import Rollouts, join
 
 SENTENCES = (
     "Return the eigenvalues of a symmetric matrix in ascending order.",

@@ -18,9 +18,9 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, open_dict
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from src.modules.policy import Policy
-from src.modules.settings import EncoderSettings
-from src.modules.tiny_policy import TINY_INSTRUCTION, train_tokenizer
+from experiments.tiny_policy.policy import TINY_INSTRUCTION, train_tokenizer
+from src.modules.encoder.settings import EncoderSettings
+from src.modules.policy.model import Policy
 from src.utils.machine import register_machine_resolvers
 from tests.programs import Programs
 

@@ -11,8 +11,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from src.modules.rollout_hf import HFRollouts
-from src.modules.sequences import Rollouts
+from src.modules.rollouts.hf import HFRollouts
+from src.modules.types import Rollouts
 
 
 def taken(hidden: Tensor, weight: Tensor, draws: Tensor, temperature: float, *, end: int, mean_length: int) -> tuple[Tensor, Tensor]:
@@ -38,5 +38,5 @@ class DrawnRationales(HFRollouts):
     mean_length = 32
 
     def generate(self, policy: Any, *args: Any, **kwargs: Any) -> Rollouts:
-        with patch("src.modules.rollout_hf.choose", partial(taken, end=policy.tokenizer.eos_token_id, mean_length=self.mean_length)):
+        with patch("src.modules.rollouts.hf.choose", partial(taken, end=policy.tokenizer.eos_token_id, mean_length=self.mean_length)):
             return super().generate(policy, *args, **kwargs)

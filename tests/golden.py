@@ -2,7 +2,7 @@
 
 The record has to hold on any processor, so tokens are not sampled from the policy (see tests/drawn.py). Everything else is that
 of the experiment: data, prompts, seeds, the engine's passes, rewards, advantages, loss and optimiser. Of sampling there are tests
-in tests/modules/test_rollout_hf.py.
+in tests/modules/rollouts/test_rollout_hf.py.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 from torch import Tensor
 
-from src.modules.policy import Policy
-from src.modules.prompt import Prompts
-from src.modules.sequences import Rollouts
+from src.modules.policy.model import Policy
+from src.modules.prompt.renderer import Prompts
+from src.modules.types import Rollouts
 from tests.drawn import DrawnRationales
 
 ROOT = Path(__file__).resolve().parents[1]

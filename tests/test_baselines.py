@@ -7,10 +7,10 @@ import torch
 from mlflow.tracking import MlflowClient
 
 import evaluate
-from src.modules.export import export, load_policy
-from src.modules.policy import Policy
-from src.modules.settings import EncoderSettings
-from src.modules.tiny_policy import TINY_INSTRUCTION
+from experiments.tiny_policy.policy import TINY_INSTRUCTION
+from src.modules.encoder.export import export, load_policy
+from src.modules.encoder.settings import EncoderSettings
+from src.modules.policy.model import Policy
 from src.utils.checkpoint_io import read_checkpoint
 from tests.conftest import Compose
 from tests.test_train import RunTrain, places, run_train

@@ -10,7 +10,7 @@ from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from src.modules.packaged_model import SMOLLM2
+from src.modules.policy.packaged import SMOLLM2
 from src.utils.instantiate import instantiate_all
 from tests.conftest import ROOT, Compose
 

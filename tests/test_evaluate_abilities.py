@@ -9,13 +9,13 @@ import torch
 from rich.console import Console
 
 import evaluate
-from src.modules.export import load_policy
-from src.modules.policy import Policy
-from src.modules.policy_files import policy_files
-from src.modules.settings import EncoderSettings
-from src.utils.abilities import AbilityScore
+from src.evaluation.abilities import AbilityScore
+from src.evaluation.starting_policy import starting_policy
+from src.modules.encoder.export import load_policy
+from src.modules.encoder.settings import EncoderSettings
+from src.modules.policy.files import policy_files
+from src.modules.policy.model import Policy
 from src.utils.checkpoint_io import FolderCheckpoints
-from src.utils.starting_policy import starting_policy
 from tests.builders import small_policy
 from tests.conftest import Compose
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 import evaluate
-from src.modules.export import load_policy
-from src.modules.rollout_hf import HFRollouts
+from src.modules.encoder.export import load_policy
+from src.modules.rollouts.hf import HFRollouts
 from tests.conftest import Compose
 
 

@@ -86,7 +86,7 @@ def test_the_published_settings(experiment: str, compose: Compose) -> None:
     assert (cfg.algorithm.updates_per_batch, cfg.algorithm.truncation, cfg.algorithm.truncation_size) == (4, "constant", 1.0)
     assert (cfg.algorithm.advantage.std, cfg.algorithm.loss.clip_low, cfg.algorithm.loss.clip_high) == (False, 0.2, 0.2)
     assert (cfg.reward.consistency_weight, cfg.reward.hard_weight, cfg.reward.temperature) == (0.2, 0.2, 0.1)
-    assert cfg.reward._target_ == f"src.modules.rewards.{'paper' if data == 'sup' else 'unsupervised'}"
+    assert cfg.reward._target_ == f"src.modules.objectives.rewards.{'paper' if data == 'sup' else 'unsupervised'}"
 
 
 BASELINE_SMALL = ["logger=none", "callbacks=contrastive_minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=2"]

@@ -6,7 +6,7 @@ from importlib import metadata
 import pytest
 from packaging.requirements import Requirement
 
-from src.modules.rollout_vllm import VLLMRollouts
+from src.modules.rollouts.vllm import VLLMRollouts
 from tests.vllm_builders import NEEDS_VLLM
 
 LEFT_OUT = {"mistral-common", "torchvision", "torchaudio", "torchcodec", "setuptools"}

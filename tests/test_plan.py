@@ -7,7 +7,7 @@ import pytest
 from omegaconf import DictConfig
 from transformers import AutoConfig
 
-from src.utils.plan import PlanError, plan, text
+from src.modules.plan.plan import PlanError, plan, text
 from tests.conftest import Compose
 from train import train
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import evaluate
-from src.modules.export import export
-from src.modules.policy import Policy
-from src.modules.settings import EncoderSettings
-from src.utils.benchmarks import named_tasks
+from src.evaluation.benchmarks import named_tasks
+from src.modules.encoder.export import export
+from src.modules.encoder.settings import EncoderSettings
+from src.modules.policy.model import Policy
 from tests.conftest import ROOT, Compose
 from train import train
 

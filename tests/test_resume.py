@@ -250,7 +250,7 @@ def test_other_settings_in_the_same_folder_begin_another_mlflow_run(
     # the third is what the checkpoint holds, in case the process that saved it had no time to log it
     assert [step for step, _ in history(client, second)["reward/total/mean"]] == [3, 4, 5, 6, 7, 8]
     assert [step for step, _ in history(client, first)["reward/total/mean"]][:5] == [1, 2, 3, 4, 5]
-    assert "goes on with other settings than it began with: reward._target_=src.modules.rewards.paper in place of" in runs.log.read_text()
+    assert "goes on with other settings than it began with: reward._target_=src.modules.objectives.rewards.paper" in runs.log.read_text()
 
 
 def test_a_second_run_in_the_folder_of_a_first_is_refused(runs: Runs, small: list[str], whole: Path) -> None:

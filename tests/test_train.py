@@ -67,7 +67,7 @@ def test_train_end_to_end(run_train: RunTrain, places: list[str], tracking_uri: 
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["seed"] == "7"
-    assert run.data.params["reward._target_"] == "src.modules.rewards.document"
+    assert run.data.params["reward._target_"] == "src.modules.objectives.rewards.document"
     assert {"git.commit", "version.lightning", "hardware.cores"} <= set(run.data.tags)
     for metric in ("reward/total/mean", "reward/hard/within_group_std", "kl/from_start", "throughput/rollout_tokens_per_second"):
         assert [entry.step for entry in client.get_metric_history(run.info.run_id, metric)] == [1, 2], metric

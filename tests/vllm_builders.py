@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from src.modules.export import load_policy
-from src.modules.policy import Policy
-from src.modules.prompt import PromptRenderer, Prompts
-from src.modules.rollout_vllm import VLLMRollouts
-from src.modules.sequences import Rollouts
+from src.modules.encoder.export import load_policy
+from src.modules.policy.model import Policy
+from src.modules.prompt.renderer import PromptRenderer, Prompts
+from src.modules.rollouts.vllm import VLLMRollouts
+from src.modules.types import Rollouts
 from tests.builders import SENTENCES, small_tokenizer
 from tests.conftest import ROOT
 

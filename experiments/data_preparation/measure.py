@@ -19,7 +19,7 @@ from src.datamodules.preparation import load_report, prepare
 from src.datamodules.prepared import PreparedTriplets, TripletBatches, held_out
 from src.datamodules.prompt_limit import PromptLimit
 from src.datamodules.reading import Reader, SentenceReader, TripletReader
-from src.modules.prompt import GRACE_INSTRUCTION
+from src.modules.prompt.renderer import GRACE_INSTRUCTION
 
 WORDS = 50_000
 SYLLABLES = ("ka", "ter", "mon", "is", "o", "ral", "en", "ti", "u", "ves", "al", "prin", "co", "dae", "lum", "st")

@@ -20,14 +20,14 @@ from mlflow.tracking import MlflowClient
 
 from experiments.paper_tables.publishing import publish
 from experiments.speed.measuring import machine, table
-from src.modules.encoder import RationaleEncoder
-from src.modules.export import load_policy
-from src.modules.policy import Policy
-from src.modules.prompt import PromptRenderer, Prompts
-from src.modules.rollout_hf import HFRollouts
-from src.modules.sequences import Rollouts, without_rationales
-from src.modules.settings import EncoderSettings
-from src.utils.evaluation import run_tasks
+from src.evaluation.run_tasks import run_tasks
+from src.modules.encoder.encoder import RationaleEncoder
+from src.modules.encoder.export import load_policy
+from src.modules.encoder.settings import EncoderSettings
+from src.modules.policy.model import Policy
+from src.modules.prompt.renderer import PromptRenderer, Prompts
+from src.modules.rollouts.hf import HFRollouts
+from src.modules.types import Rollouts, without_rationales
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = ["longest rationale, tokens", "its mean", "writing, ms a text", "encoding, ms a text", "average, %"]
@@ -135,8 +135,8 @@ def main(arguments: list[str] | None = None) -> None:
     policy, settings = load_policy(a.model)
     policy.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     from src.datamodules.docstrings import collect
-    from src.datamodules.offline_tasks import offline_tasks
-    from src.utils.benchmarks import named_tasks
+    from src.evaluation.benchmarks import named_tasks
+    from src.evaluation.tasks.offline_tasks import offline_tasks
 
     cache = ROOT / "data" / "cache"
     texts = [document.body for document in collect(a.packages, cache)][: a.texts]

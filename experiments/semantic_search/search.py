@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from src.datamodules.docstrings import Docstring, collect, cut_between_words
-from src.modules.encoder import RationaleEncoder
+from src.modules.encoder.encoder import RationaleEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
 QUERIES = (

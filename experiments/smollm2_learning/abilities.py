@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from src.modules.packaged_model import SMOLLM2, cache_dir
-from src.modules.policy import Policy
-from src.utils.abilities import ability_markdown, compare, run_abilities
+from src.evaluation.abilities import ability_markdown, compare, run_abilities
+from src.modules.policy.model import Policy
+from src.modules.policy.packaged import SMOLLM2, cache_dir
 from src.utils.machine import has_bfloat16
 
 ROOT = Path(__file__).resolve().parents[2]

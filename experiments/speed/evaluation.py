@@ -14,13 +14,13 @@ from torch import Tensor
 
 from experiments.speed.measuring import alternating, machine, paired_ratio, report, table
 from experiments.speed.subject import POLICY, triplets
-from src.modules.encoder import RationaleEncoder
-from src.modules.export import load_policy
-from src.modules.policy import Policy
-from src.modules.pooling import pool
-from src.modules.prompt import PromptRenderer
-from src.modules.rollout_hf import HFRollouts
-from src.modules.settings import EncoderSettings
+from src.modules.encoder.encoder import RationaleEncoder
+from src.modules.encoder.export import load_policy
+from src.modules.encoder.settings import EncoderSettings
+from src.modules.policy.model import Policy
+from src.modules.policy.pooling import pool
+from src.modules.prompt.renderer import PromptRenderer
+from src.modules.rollouts.hf import HFRollouts
 
 
 class GenerateThenEncode:

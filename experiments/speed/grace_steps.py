@@ -20,15 +20,15 @@ from torch.utils.data import DataLoader
 
 from experiments.speed.measuring import peak, reset_peak
 from experiments.speed.subject import triplets, unending
-from src.modules.advantages import grpo
-from src.modules.algorithm import Algorithm
+from src.modules.encoder.settings import EncoderSettings
 from src.modules.grace import GRACE
-from src.modules.losses import ppo_clip
-from src.modules.policy import Policy
-from src.modules.prompt import PromptRenderer
-from src.modules.rewards import listwise
-from src.modules.rollout_hf import HFRollouts
-from src.modules.settings import EncoderSettings
+from src.modules.objectives.advantages import grpo
+from src.modules.objectives.algorithm import Algorithm
+from src.modules.objectives.losses import ppo_clip
+from src.modules.objectives.rewards import listwise
+from src.modules.policy.model import Policy
+from src.modules.prompt.renderer import PromptRenderer
+from src.modules.rollouts.hf import HFRollouts
 
 
 @dataclass(frozen=True)

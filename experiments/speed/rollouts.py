@@ -17,9 +17,9 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from experiments.speed.floor import copy_rate, matmul_rate, work
 from experiments.speed.measuring import alternating, machine, paired_ratio, report, table
 from experiments.speed.subject import POLICY, triplets, unending_policy
-from src.modules.policy import Policy
-from src.modules.prompt import Prompts
-from src.modules.rollout_hf import HFRollouts
+from src.modules.policy.model import Policy
+from src.modules.prompt.renderer import Prompts
+from src.modules.rollouts.hf import HFRollouts
 
 Engine = Callable[[Prompts, int], int]
 """(prompts, rationales of each) -> tokens written."""
@@ -38,7 +38,7 @@ def vllm(policy: Policy, new_tokens: int, max_prompt_tokens: int) -> Engine:
     """`rollout=vllm`, which also pushes the weights; without an end token, as vLLM refuses one outside of the vocabulary,
     and without a seed for each prompt, as it draws more slowly with them.
     """
-    from src.modules.rollout_vllm import VLLMRollouts
+    from src.modules.rollouts.vllm import VLLMRollouts
 
     class Unending(VLLMRollouts):
         def _requests(self, *args: Any) -> list[tuple[Any, Any]]:

@@ -16,7 +16,7 @@ from experiments.speed.children import child
 from experiments.speed.grace_steps import Spec
 from experiments.speed.measuring import MIB, machine, paired_ratio, report, table
 from experiments.speed.subject import POLICY, ROOT, triplets, unending_policy
-from src.modules.settings import EncoderSettings
+from src.modules.encoder.settings import EncoderSettings
 
 OURS, TRL = "GRACE here", "TRL GRPOTrainer"
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from src.datamodules.docstrings import collect
-from src.datamodules.records import Triplet
-from src.modules.export import load_policy
-from src.modules.policy import Policy
-from src.modules.prompt import PromptRenderer
+from src.modules.encoder.export import load_policy
+from src.modules.policy.model import Policy
+from src.modules.prompt.renderer import PromptRenderer
+from src.records import Triplet
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = ROOT / "experiments" / "tiny_policy" / "weights"

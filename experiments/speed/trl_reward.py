@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from src.modules.pooling import pool
-from src.modules.prompt import PromptRenderer, Prompts
-from src.modules.rewards import Embeddings, listwise
-from src.modules.sequences import Rollouts, join
+from src.modules.objectives.rewards import Embeddings, listwise
+from src.modules.policy.pooling import pool
+from src.modules.prompt.renderer import PromptRenderer, Prompts
+from src.modules.types import Rollouts, join
 
 
 class ListwiseReward:

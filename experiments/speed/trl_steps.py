@@ -19,7 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from experiments.speed.measuring import peak, reset_peak
 from experiments.speed.trl_reward import ListwiseReward
-from src.modules.prompt import PromptRenderer
+from src.modules.prompt.renderer import PromptRenderer
 
 
 class Clock(TrainerCallback):

@@ -10,11 +10,11 @@ from statistics import fmean
 import yaml
 
 from experiments.tiny_learning.report import SCORES, mean_and_spread, table
-from src.datamodules.offline_tasks import offline_tasks
-from src.modules.encoder import RationaleEncoder
-from src.modules.export import load_policy
-from src.modules.rollout_hf import HFRollouts
-from src.utils.evaluation import run_tasks
+from src.evaluation.run_tasks import run_tasks
+from src.evaluation.tasks.offline_tasks import offline_tasks
+from src.modules.encoder.encoder import RationaleEncoder
+from src.modules.encoder.export import load_policy
+from src.modules.rollouts.hf import HFRollouts
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -14,11 +14,11 @@ import mlflow
 from omegaconf import OmegaConf
 
 from src.datamodules.docstrings import collect
-from src.datamodules.offline_tasks import offline_tasks
-from src.modules.encoder import RationaleEncoder
-from src.modules.export import load_policy
-from src.modules.rollout_hf import HFRollouts
-from src.utils.evaluation import run_tasks
+from src.evaluation.run_tasks import run_tasks
+from src.evaluation.tasks.offline_tasks import offline_tasks
+from src.modules.encoder.encoder import RationaleEncoder
+from src.modules.encoder.export import load_policy
+from src.modules.rollouts.hf import HFRollouts
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

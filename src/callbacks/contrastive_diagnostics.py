@@ -6,8 +6,8 @@ import lightning as L
 
 from src.callbacks.watcher import Watcher, last_report
 from src.modules.contrastive import Contrastive
-from src.modules.contrastive_report import ContrastiveReport
 from src.modules.policy_module import PolicyModule
+from src.modules.training.contrastive_report import ContrastiveReport
 
 
 class ContrastiveDiagnostics(Watcher):

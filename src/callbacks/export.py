@@ -8,10 +8,10 @@ import lightning as L
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from src.modules.export import export
-from src.modules.policy import Policy
-from src.modules.settings import EncoderSettings
-from src.modules.sharding import plain_copy, whole
+from src.modules.distributed.fsdp import plain_copy, whole
+from src.modules.encoder.export import export
+from src.modules.encoder.settings import EncoderSettings
+from src.modules.policy.model import Policy
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from rich.table import Table
 from src.callbacks.probe import in_training_arithmetic, start_embeddings, undisturbed
 from src.callbacks.rationale_table import RationaleTable
 from src.callbacks.watcher import Watcher
+from src.evaluation.run_tasks import EvaluationScores, run_tasks
 from src.modules.policy_module import PolicyModule
-from src.utils.evaluation import EvaluationScores, run_tasks
 from src.utils.plots import scores_figure
 from src.utils.tracking import log_figure, log_metrics, log_table, log_text, mlflow_loggers, write_text
 

@@ -11,8 +11,8 @@ from rich.console import Console
 
 from src.callbacks.probe import undisturbed
 from src.callbacks.watcher import Watcher
+from src.evaluation.abilities import AbilityScore, Change, ability_markdown, ability_metrics, ability_table, compare, run_abilities
 from src.modules.policy_module import PolicyModule
-from src.utils.abilities import AbilityScore, Change, ability_markdown, ability_metrics, ability_table, compare, run_abilities
 from src.utils.tracking import log_metrics, log_text, write_text
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ import torch
 
 from src.callbacks.probe import in_training_arithmetic, is_due, start_embeddings, undisturbed
 from src.callbacks.watcher import Watcher
+from src.evaluation.run_tasks import EvaluationScores, run_tasks
 from src.modules.policy_module import PolicyModule
-from src.utils.evaluation import EvaluationScores, run_tasks
 from src.utils.tracking import log_metrics
 
 log = logging.getLogger(__name__)

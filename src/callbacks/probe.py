@@ -9,15 +9,15 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from src.datamodules.records import Triplet
-from src.modules.encoder import evaluation_mode
+from src.modules.distributed.fsdp import whole
+from src.modules.encoder.encoder import evaluation_mode
 from src.modules.grace import GRACE
+from src.modules.objectives.rewards import Embeddings
+from src.modules.objectives.roles import texts_of
 from src.modules.policy_module import PolicyModule
-from src.modules.rewards import Embeddings
-from src.modules.scoring import encode_others, negatives_an_instance
-from src.modules.sequences import Rollouts
-from src.modules.sharding import whole
-from src.modules.sides import texts_of
+from src.modules.training.scoring import encode_others, negatives_an_instance
+from src.modules.types import Rollouts
+from src.records import Triplet
 
 
 @contextmanager

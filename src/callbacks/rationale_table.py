@@ -12,11 +12,11 @@ import torch
 
 from src.callbacks.probe import embed_sides, fixed_triplets, is_due, sample, undisturbed, unit_vectors
 from src.callbacks.watcher import Watcher, as_grace
-from src.datamodules.records import Triplet
 from src.modules.grace import GRACE
+from src.modules.objectives.roles import texts_of
 from src.modules.policy_module import PolicyModule
-from src.modules.sequences import Rollouts
-from src.modules.sides import texts_of
+from src.modules.types import Rollouts
+from src.records import Triplet
 from src.utils.tracking import log_table, log_text, write_text
 
 log = logging.getLogger(__name__)

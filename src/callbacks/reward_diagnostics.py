@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from src.callbacks.watcher import Watcher, last_report
-from src.modules.algorithm import Algorithm
 from src.modules.grace import GRACE
+from src.modules.objectives.algorithm import Algorithm
 from src.modules.policy_module import PolicyModule
-from src.modules.report import StepReport
+from src.modules.training.report import StepReport
 from src.utils.plots import TermHistory, reward_terms_figure
 from src.utils.tracking import log_figure
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from src.callbacks.probe import fixed_texts, is_due, sample, undisturbed
 from src.callbacks.watcher import Watcher
-from src.modules.policy import Policy
+from src.modules.policy.model import Policy
 from src.modules.policy_module import PolicyModule
-from src.modules.sequences import Rollouts
+from src.modules.types import Rollouts
 
 
 def score(policy: Policy, rollouts: Rollouts, batch_size: int) -> Tensor:

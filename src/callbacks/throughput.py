@@ -9,8 +9,8 @@ import lightning as L
 import torch
 
 from src.callbacks.watcher import Watcher, last_report
-from src.modules.batch_report import BatchReport
 from src.modules.policy_module import PolicyModule
+from src.modules.training.batch_report import BatchReport
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

@@ -4,9 +4,9 @@ from typing import Any
 
 import lightning as L
 
-from src.modules.batch_report import BatchReport
 from src.modules.grace import GRACE
 from src.modules.policy_module import PolicyModule
+from src.modules.training.batch_report import BatchReport
 
 
 def as_policy_module(module: L.LightningModule) -> PolicyModule:

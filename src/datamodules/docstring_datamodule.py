@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from src.datamodules.docstrings import Docstring, collect, cut_between_words
 from src.datamodules.grouping import grouped_batches, require_one_batch
 from src.datamodules.loading import load
-from src.datamodules.records import Triplet
+from src.records import Triplet
 
 
 def make_triplets(docstrings: Sequence[Docstring], negatives: int, max_text_chars: int, rng: random.Random) -> list[Triplet]:

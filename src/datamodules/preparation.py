@@ -23,7 +23,7 @@ from src.datamodules.aside import written_aside
 from src.datamodules.files import DataFile
 from src.datamodules.prompt_limit import PromptLimit
 from src.datamodules.reading import BadRecord, Chunk, Reader, open_parquet
-from src.datamodules.records import Triplet
+from src.records import Triplet
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset
 
-from src.datamodules.records import Triplet
+from src.records import Triplet
 
 Places = NDArray[np.int64]
 """[n] indices of triplets among all of a data set."""

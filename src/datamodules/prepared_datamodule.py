@@ -14,7 +14,7 @@ from src.datamodules.preparation import Report, load_report, prepare
 from src.datamodules.prepared import Places, PreparedTriplets, TripletBatches, held_out
 from src.datamodules.prompt_limit import PromptLimit
 from src.datamodules.reading import Reader
-from src.datamodules.records import Triplet
+from src.records import Triplet
 
 log = logging.getLogger(__name__)
 

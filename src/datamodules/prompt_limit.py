@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from src.datamodules.records import Triplet
-from src.modules.pretrained import load_tokenizer
-from src.modules.prompt import PromptRenderer
+from src.modules.policy.loading import load_tokenizer
+from src.modules.prompt.renderer import PromptRenderer
+from src.records import Triplet
 
 
 class PromptLimit:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from src.datamodules.files import DataFile
-from src.datamodules.records import Triplet
+from src.records import Triplet
 
 MAX_LINE_BYTES = 8 * 2**20
 """A longer line is not a record, and is not held in memory to find out."""

@@ -10,17 +10,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from src.datamodules.records import Triplet
-from src.modules.contrastive_report import contrastive_report
-from src.modules.dropout import has_dropout
-from src.modules.encoder import RolloutEngine
-from src.modules.grad_cache import cached_gradient, parts_by_length
-from src.modules.info_nce import info_nce
-from src.modules.non_finite import NonFiniteError
-from src.modules.pairs import PAIRS, Pairs
-from src.modules.policy import Policy
+from src.modules.encoder.encoder import RolloutEngine
+from src.modules.objectives.info_nce import info_nce
+from src.modules.objectives.pairs import PAIRS, Pairs
+from src.modules.policy.dropout import has_dropout
+from src.modules.policy.model import Policy
 from src.modules.policy_module import PolicyModule
-from src.modules.sequences import Rollouts, without_rationales
+from src.modules.training.contrastive_report import contrastive_report
+from src.modules.training.grad_cache import cached_gradient, parts_by_length
+from src.modules.training.non_finite import NonFiniteError
+from src.modules.types import Rollouts, without_rationales
+from src.records import Triplet
 from src.utils.timing import timed
 
 
@@ -28,7 +28,7 @@ class Contrastive(PolicyModule):
     """Trains a policy's embeddings of texts by InfoNCE: supervised, or as unsupervised SimCSE.
 
     One `training_step` is one optimiser step on one batch, whose texts are told apart all at once, however many of them
-    fit into memory: see src/modules/grad_cache.py.
+    fit into memory: see src/modules/training/grad_cache.py.
 
     Args:
         policy: embeds; its encoder must be live.

@@ -11,26 +11,26 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from src.datamodules.records import Triplet
-from src.modules.algorithm import Algorithm
-from src.modules.backbone import require_readable
-from src.modules.dynamic_sampling import GroupBuffer, shared_out
-from src.modules.encoder import RolloutEngine
-from src.modules.experience import Experience, concatenate, interleaving
-from src.modules.judging import Judged, SideReward, by_token, judge
-from src.modules.logprob_gap import LogprobGap
-from src.modules.non_finite import NonFiniteError
-from src.modules.pathwise import SIDES, Companions, PathwiseTerm, check_weights, companions_of, first_of_group, reward_gradients
-from src.modules.policy import Policy
+from src.modules.distributed.fsdp import gradient_exchange, shard, whole
+from src.modules.encoder.encoder import RolloutEngine
+from src.modules.objectives.algorithm import Algorithm
+from src.modules.objectives.judging import Judged, SideReward, by_token, judge
+from src.modules.objectives.rewards import RewardFunction, without_autocast
+from src.modules.objectives.roles import OTHERS, Side, ids_of, standing_in
+from src.modules.policy.model import Policy
+from src.modules.policy.reference import Reference
 from src.modules.policy_module import PolicyModule
-from src.modules.reference import Reference
-from src.modules.report import step_report
-from src.modules.rewards import RewardFunction, without_autocast
-from src.modules.scorer import Scorer
-from src.modules.scoring import Scored
-from src.modules.sharding import gradient_exchange, shard, whole
-from src.modules.sides import OTHERS, Side, ids_of, standing_in
-from src.modules.update import MinibatchPass, gradient_in_parts, minibatch_gradient
+from src.modules.rollouts.checks import require_readable
+from src.modules.training.dynamic_sampling import GroupBuffer, shared_out
+from src.modules.training.experience import Experience, concatenate, interleaving
+from src.modules.training.logprob_gap import LogprobGap
+from src.modules.training.non_finite import NonFiniteError
+from src.modules.training.pathwise import SIDES, Companions, PathwiseTerm, check_weights, companions_of, first_of_group, reward_gradients
+from src.modules.training.report import step_report
+from src.modules.training.scorer import Scorer
+from src.modules.training.scoring import Scored
+from src.modules.training.update import MinibatchPass, gradient_in_parts, minibatch_gradient
+from src.records import Triplet
 from src.utils.timing import timed
 
 
@@ -48,7 +48,7 @@ class GRACE(PolicyModule):
         algorithm: see Algorithm.
         score_function_weight: of the algorithm's loss, whose gradient says which rationales are written; 1 as published.
         pathwise_weight: of the derivative of the mean reward in the embeddings, whose gradient says how what is written is embedded (see
-            src/modules/pathwise.py); 0 as published. The derivative is taken once a rollout batch, at the embeddings of the policy that
+            training/pathwise.py); 0 as published. The derivative is taken once a rollout batch, at the embeddings of the policy that
             sampled, and held over its updates; each update embeds anew. All rollouts take part, those left out of the algorithm's loss
             too.
         pathwise_sides: whose embeddings are moved: `positive`, `query`, `negative`.

@@ -8,18 +8,18 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
-from src.datamodules.records import Triplet
-from src.modules.batch_report import BatchReport
-from src.modules.encoder import RationaleEncoder, RolloutEngine
-from src.modules.lora import lora_settings
-from src.modules.non_finite import NonFiniteError
-from src.modules.policy import Policy
-from src.modules.policy_files import policy_files
-from src.modules.prompt import PromptRenderer, require_room
-from src.modules.ranks import Ranks
-from src.modules.resuming import use_new_settings
-from src.modules.settings import EncoderSettings
-from src.modules.sharding import whole_norm
+from src.modules.distributed.fsdp import whole_norm
+from src.modules.distributed.ranks import Ranks
+from src.modules.encoder.encoder import RationaleEncoder, RolloutEngine
+from src.modules.encoder.settings import EncoderSettings
+from src.modules.policy.files import policy_files
+from src.modules.policy.lora import lora_settings
+from src.modules.policy.model import Policy
+from src.modules.prompt.renderer import PromptRenderer, require_room
+from src.modules.training.batch_report import BatchReport
+from src.modules.training.non_finite import NonFiniteError
+from src.modules.training.resuming import use_new_settings
+from src.records import Triplet
 
 PRECISIONS = ("32-true", "bf16-mixed")
 """Of the trainer: weights are float32."""

@@ -9,13 +9,13 @@ import pytest
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
+from experiments.tiny_policy.policy import TINY_INSTRUCTION
 from src.callbacks.watcher import as_grace
-from src.datamodules.records import Triplet
-from src.modules import advantages, losses, rewards
 from src.modules.grace import GRACE, Algorithm
-from src.modules.policy import Policy
-from src.modules.rollout_hf import HFRollouts
-from src.modules.tiny_policy import TINY_INSTRUCTION
+from src.modules.objectives import advantages, losses, rewards
+from src.modules.policy.model import Policy
+from src.modules.rollouts.hf import HFRollouts
+from src.records import Triplet
 from src.utils.checkpoint_io import FolderCheckpoints
 from src.utils.run_logger import RunLogger
 from tests.conftest import SENTENCES

@@ -13,7 +13,7 @@ from src.callbacks.checkpoint import RolloutCheckpoint
 from src.callbacks.random_states import RandomStates, random_states, set_random_states
 from src.callbacks.watcher import as_grace
 from src.modules.grace import GRACE
-from src.modules.policy import Policy
+from src.modules.policy.model import Policy
 from src.utils.checkpoint_io import CheckpointError, read_checkpoint
 from tests.callbacks.conftest import Interrupt, fit, make_module
 from tests.small_disk import small_disk

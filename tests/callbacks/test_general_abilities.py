@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch.loggers import MLFlowLogger
 
 from src.callbacks.general_abilities import GeneralAbilities
+from src.evaluation.abilities import AbilityScore, run_abilities
+from src.modules.distributed.fsdp import is_cut, shard
 from src.modules.grace import GRACE
-from src.modules.policy import Policy
-from src.modules.sharding import is_cut, shard
-from src.utils.abilities import AbilityScore, run_abilities
+from src.modules.policy.model import Policy
 from tests.callbacks.conftest import fit
 from tests.conftest import ROOT, Compose
 

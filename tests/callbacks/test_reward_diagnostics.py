@@ -8,11 +8,11 @@ import torch
 
 from src.callbacks.reward_diagnostics import RewardDiagnostics, diagnose, within_group_std
 from src.callbacks.throughput import Throughput, peak_memory, speeds
-from src.modules import advantages, rewards
 from src.modules.grace import GRACE
-from src.modules.policy import Policy
-from src.modules.report import StepReport
-from src.modules.rewards import Reward
+from src.modules.objectives import advantages, rewards
+from src.modules.objectives.rewards import Reward
+from src.modules.policy.model import Policy
+from src.modules.training.report import StepReport
 from src.utils.run_logger import RunLogger
 from tests.callbacks.conftest import fit, make_module
 

@@ -17,13 +17,13 @@ from src.callbacks.export import Export
 from src.callbacks.final_report import FinalReport, columns_of, markdown
 from src.callbacks.mteb_eval import MTEBEvaluation
 from src.callbacks.rationale_table import RationaleTable
-from src.datamodules.offline_sets import OfflineSize
-from src.datamodules.offline_tasks import offline_tasks
-from src.modules.encoder import RationaleEncoder
+from src.evaluation.run_tasks import EvaluationScores
+from src.evaluation.tasks.offline_sets import OfflineSize
+from src.evaluation.tasks.offline_tasks import offline_tasks
+from src.modules.encoder.encoder import RationaleEncoder
+from src.modules.encoder.settings import EncoderSettings
 from src.modules.grace import GRACE
-from src.modules.policy import Policy
-from src.modules.settings import EncoderSettings
-from src.utils.evaluation import EvaluationScores
+from src.modules.policy.model import Policy
 from src.utils.run_logger import RunLogger
 from tests.callbacks.conftest import Interrupt, fit, make_module
 

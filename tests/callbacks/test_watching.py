@@ -18,10 +18,10 @@ from src.callbacks.reward_diagnostics import RewardDiagnostics
 from src.callbacks.similarities import SimilarityHistograms, similarities
 from src.callbacks.starting_policy_kl import StartingPolicyKL, score
 from src.callbacks.watcher import as_policy_module, last_report
-from src.modules import rewards
 from src.modules.grace import GRACE, NonFiniteError
-from src.modules.policy import Policy
-from src.modules.rewards import Embeddings, Reward
+from src.modules.objectives import rewards
+from src.modules.objectives.rewards import Embeddings, Reward
+from src.modules.policy.model import Policy
 from src.utils.checkpoint_io import read_checkpoint
 from src.utils.run_logger import RunLogger
 from tests.callbacks.conftest import Interrupt, fit, make_module, triplets

@@ -16,20 +16,20 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from tests.modules.test_pretrained import Touch
 
 from src.datamodules import preparation
 from src.datamodules.files import DataFile, find_files, inside
-from src.datamodules.mteb_mirror import copy_folder
-from src.datamodules.own_tasks import read_description
 from src.datamodules.preparation import load_report, prepare, scan
 from src.datamodules.prepared import PreparedTriplets
 from src.datamodules.prompt_limit import PromptLimit
 from src.datamodules.reading import BadRecord, Reader, SentenceReader, TripletReader
-from src.datamodules.records import Triplet
-from src.utils.benchmarks import named_tasks
+from src.evaluation.benchmarks import named_tasks
+from src.evaluation.tasks.mteb_mirror import copy_folder
+from src.evaluation.tasks.own_tasks import read_description
+from src.records import Triplet
 from tests.builders import small_tokenizer
 from tests.fuzzing import HUNDRED_OR_THOUSANDS
-from tests.modules.test_pretrained import Touch
 
 EVIL_YAML = "!!python/object/apply:os.mkdir [{}]"
 

@@ -17,8 +17,8 @@ from src.datamodules.preparation import MALFORMED, SHOWN, Report, in_batches, lo
 from src.datamodules.prepared import PreparedTriplets
 from src.datamodules.prompt_limit import PromptLimit
 from src.datamodules.reading import BadRecord, Chunk, SentenceReader, TripletReader, json_rows
-from src.datamodules.records import Triplet
-from src.modules.prompt import PromptRenderer
+from src.modules.prompt.renderer import PromptRenderer
+from src.records import Triplet
 from tests.builders import SENTENCES, small_tokenizer
 from tests.conftest import ROOT
 

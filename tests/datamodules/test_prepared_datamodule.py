@@ -12,7 +12,7 @@ import torch
 from src.datamodules.prepared_datamodule import PreparedDataModule
 from src.datamodules.prompt_limit import PromptLimit
 from src.datamodules.reading import SentenceReader, TripletReader
-from src.datamodules.records import Triplet
+from src.records import Triplet
 from tests.builders import small_tokenizer
 
 

@@ -11,7 +11,7 @@ import pytest
 from src.datamodules.files import DataFile
 from src.datamodules.preparation import scan
 from src.datamodules.reading import BadRecord, Reader, SentenceReader, TripletReader
-from src.datamodules.records import Triplet
+from src.records import Triplet
 
 GOOD = {"query": "what is a fox", "positive": "a fox is an animal", "negative": ["a box is a thing", "a sock"], "source": "zoo"}
 

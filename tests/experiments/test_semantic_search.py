@@ -10,7 +10,7 @@ import pytest
 
 from experiments.semantic_search.search import build, main, search, units
 from src.datamodules.docstrings import collect
-from src.modules.encoder import RationaleEncoder
+from src.modules.encoder.encoder import RationaleEncoder
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "experiments" / "semantic_search"

@@ -13,7 +13,7 @@ from experiments.speed.grace_steps import Spec, run
 from experiments.speed.measuring import MIB, alternating, paired_ratio, peak, reset_peak, table
 from experiments.speed.subject import POLICY, ROOT, unending_policy
 from experiments.speed.trl_reward import ListwiseReward
-from src.modules.rollout_hf import HFRollouts
+from src.modules.rollouts.hf import HFRollouts
 
 TRL = ROOT / ".venv-trl" / "bin" / "python"
 FEW = ["--repeats", "1", "--packages", "joblib"]

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from src.callbacks.checkpoint import RolloutCheckpoint
-from src.datamodules.records import Triplet
 from src.modules.contrastive import Contrastive
-from src.modules.export import load_policy
-from src.modules.info_nce import info_nce
-from src.modules.pairs import supervised
-from src.modules.policy import Policy
+from src.modules.encoder.export import load_policy
+from src.modules.objectives.info_nce import info_nce
+from src.modules.objectives.pairs import supervised
+from src.modules.policy.model import Policy
 from src.modules.policy_module import NonFiniteError
-from src.modules.rollout_hf import HFRollouts
+from src.modules.rollouts.hf import HFRollouts
+from src.records import Triplet
 from tests.builders import SENTENCES, small_policy
 
 TRIPLETS = [

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from src.datamodules.records import Triplet
-from src.modules.advantages import grpo
-from src.modules.algorithm import Algorithm
 from src.modules.grace import GRACE, NonFiniteError
-from src.modules.losses import ppo_clip
-from src.modules.rewards import Embeddings, Reward, document, listwise, paper
-from src.modules.rollout_hf import HFRollouts
-from src.modules.scoring import unrelated_similarity
-from src.modules.sequences import Rollouts
+from src.modules.objectives.advantages import grpo
+from src.modules.objectives.algorithm import Algorithm
+from src.modules.objectives.losses import ppo_clip
+from src.modules.objectives.rewards import Embeddings, Reward, document, listwise, paper
+from src.modules.rollouts.hf import HFRollouts
+from src.modules.training.scoring import unrelated_similarity
+from src.modules.types import Rollouts
+from src.records import Triplet
 from src.utils.timing import OutOfMemoryError
 from tests.builders import SENTENCES, small_policy
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from src.modules.prompt import Prompts
-from src.modules.sequences import Rollouts, join
+from src.modules.prompt.renderer import Prompts
+from src.modules.types import Rollouts, join
 
 PAD = 0
 

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from src.callbacks.time_estimate import TimeEstimate
-from src.modules.policy import Policy
+from src.modules.policy.model import Policy
 from src.utils import machine
 from tests.callbacks.conftest import FewTriplets, make_module
 

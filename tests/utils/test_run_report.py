@@ -9,7 +9,7 @@ from src.callbacks.html_report import HTMLReport
 from src.callbacks.rationale_table import RationaleTable
 from src.callbacks.reward_diagnostics import RewardDiagnostics
 from src.callbacks.similarities import SimilarityHistograms
-from src.modules.policy import Policy
+from src.modules.policy.model import Policy
 from src.utils.run_data import read_run
 from src.utils.run_logger import RUN, RunLogger
 from src.utils.run_report import main, render
@@ -29,7 +29,7 @@ def run(tiny_policy_folder: Path, tracking_uri: str, tmp_path_factory: pytest.Te
     """A run of three rollout batches that wrote its report, the store that has it, and its folder."""
     folder = tmp_path_factory.mktemp("reported")
     logger = RunLogger(folder.name, tracking_uri=tracking_uri, artifact_location=f"file://{folder}/mlartifacts")
-    logger.log_hyperparams({"reward._target_": "src.modules.rewards.document", "note": "<b>bold</b>"})
+    logger.log_hyperparams({"reward._target_": "src.modules.objectives.rewards.document", "note": "<b>bold</b>"})
     callbacks = [RewardDiagnostics(), RationaleTable(str(folder / "r.md"), texts=3, every_n_rollout_batches=2)]
     fit(
         make_module(Policy.load(str(tiny_policy_folder))),

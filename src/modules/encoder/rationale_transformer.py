@@ -1,0 +1,168 @@
+"""The encoder as a module of sentence-transformers: `SentenceTransformer(folder, trust_remote_code=True)`.
+
+An export copies this file, and those that it imports relatively, beside the weights; nothing else of the project is needed.
+What it adds to the library's own modules is the exact prompt: a chat whose frame is tokenised apart from the text, and whose
+beginning the library's Pooling leaves out. Texts are embedded without rationales, or with greedy ones: `encode(texts, rationale=True)`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers.base.modules import InputModule
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .renderer import PromptRenderer  # an export holds it beside this file
+
+_ENCODER = "encoder"
+
+
+class RationaleTransformer(InputModule):
+    """Texts to the states of prompt and rationale, which Pooling (with `include_prompt=False`) makes embeddings of.
+
+    Args:
+        model: writes the rationales; embeds as well, where there is no `encoder`.
+        tokenizer: its tokenizer, with a chat template.
+        settings: those of grace.json.
+        encoder: what embeds, where it is another model.
+        rationale: whether rationales are written where `encode` does not say.
+    """
+
+    config_file_name = "grace.json"
+    save_in_root = True
+    tokenizer: PreTrainedTokenizerBase
+    forward_kwargs = {"rationale"}  # noqa: RUF012  # as the base class has it
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Mapping[str, Any],
+        encoder: PreTrainedModel | None = None,
+        rationale: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model, self.encoder, self.tokenizer = model, encoder, tokenizer
+        self.settings, self.rationale = dict(settings), rationale
+        self._renderers: dict[str, PromptRenderer] = {}
+
+    @property
+    def max_seq_length(self) -> int:
+        """Longest prompt in tokens, the chat's frame included."""
+        return int(self.settings["max_prompt_tokens"])
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        self.settings["max_prompt_tokens"] = value
+        self._renderers.clear()
+
+    def get_embedding_dimension(self) -> int:
+        """Size of a state."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Token ids of the chats, right-padded; a prompt takes the instruction's place (the system message).
+
+        Raises:
+            TypeError: an input that is no text.
+        """
+        for text in inputs:
+            if not isinstance(text, str):
+                raise TypeError(f"this model embeds texts, not {type(text).__name__}")
+        instruction = prompt or self.settings["instruction"]
+        if instruction not in self._renderers:
+            s = self.settings
+            self._renderers[instruction] = PromptRenderer(self.tokenizer, instruction, s["max_prompt_tokens"], s["template_kwargs"])
+        prompts = self._renderers[instruction](inputs)
+        ids, mask = self._padded(list(prompts.ids))
+        return {"input_ids": ids, "attention_mask": mask, "prompt_length": int(prompts.prefix_lengths[0])}
+
+    def forward(self, features: dict[str, Any], rationale: bool | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Adds `token_embeddings`, [N, T, D]; with rationales, these and the attention mask go on over the rationales."""
+        if self.rationale if rationale is None else rationale:
+            features["input_ids"], features["attention_mask"] = self._with_rationales(features["input_ids"], features["attention_mask"])
+        backbone = (self.model if self.encoder is None else self.encoder).base_model
+        layer = self.settings.get("layer", -1)
+        # no attention mask: rows are right-padded, and causality keeps padding out of every real position
+        states = backbone(input_ids=features["input_ids"], use_cache=False, output_hidden_states=layer != -1)
+        features["token_embeddings"] = states.last_hidden_state if layer == -1 else states.hidden_states[layer]
+        return features
+
+    def _with_rationales(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Greedy rationales, what ends them included, behind the prompts; right-padded [N, T] ids and mask."""
+        prompts = [row[: int(length)] for row, length in zip(ids, mask.sum(dim=1), strict=True)]
+        flipped, seen = self._padded([row.flip(0) for row in prompts])  # `generate` wants the padding on the left
+        ends = self._ends()
+        plain = GenerationConfig(
+            max_new_tokens=self.settings["max_new_tokens"],
+            do_sample=False,
+            repetition_penalty=1.0,  # whatever the model's own generation config says
+            no_repeat_ngram_size=0,
+            eos_token_id=ends,
+            pad_token_id=self._pad_id(),
+        )
+        written = self.model.generate(  # type: ignore[operator]
+            input_ids=flipped.flip(1).to(ids.device), attention_mask=seen.flip(1).to(ids.device), generation_config=plain
+        )[:, flipped.shape[1] :]
+        ended = torch.isin(written, torch.tensor(ends, device=written.device))
+        lengths = torch.where(ended.any(dim=1), ended.int().argmax(dim=1) + 1, written.shape[1])
+        rows = [torch.cat([row, new[: int(n)]]) for row, new, n in zip(prompts, written, lengths, strict=True)]
+        return self._padded(rows)
+
+    def _ends(self) -> list[int]:
+        named = getattr(self.model.generation_config, "eos_token_id", None)
+        return sorted({int(self.tokenizer.eos_token_id), *([named] if isinstance(named, int) else named or [])})
+
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+    def _padded(self, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad_id())
+        lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+        return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)).long()
+
+    def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """Model, tokenizer, settings and, where there is one, the encoder."""
+        self.model.save_pretrained(output_path)
+        self.tokenizer.save_pretrained(output_path)
+        if self.encoder is not None:
+            self.encoder.save_pretrained(Path(output_path, _ENCODER))
+        text = json.dumps(self.settings, indent=2, ensure_ascii=False)
+        Path(output_path, self.config_file_name).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        config_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> "RationaleTransformer":
+        """From an exported folder or the hub, in float32 unless `model_kwargs` has a dtype.
+
+        `config_kwargs={"rationale": True}` writes rationales by default.
+        """
+        where: dict[str, Any] = {"token": token, "revision": revision, "local_files_only": local_files_only}
+        settings = cls.load_config(model_name_or_path, subfolder=subfolder, cache_folder=cache_folder, **where)
+        frozen = cls.load_file_path(
+            model_name_or_path, "config.json", f"{subfolder}/{_ENCODER}".strip("/"), cache_folder=cache_folder, **where
+        )
+        own = {"dtype": torch.float32, "use_safetensors": True, "cache_dir": cache_folder, **where, **(model_kwargs or {})}
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_name_or_path, subfolder=subfolder, cache_dir=cache_folder, **where, **(processor_kwargs or {})
+        )
+        model = AutoModelForCausalLM.from_pretrained(model_name_or_path, subfolder=subfolder, **own)
+        encoder = None
+        if frozen is not None:
+            encoder = AutoModelForCausalLM.from_pretrained(model_name_or_path, subfolder=f"{subfolder}/{_ENCODER}".strip("/"), **own)
+        return cls(model, tokenizer, settings, encoder, **(config_kwargs or {}))

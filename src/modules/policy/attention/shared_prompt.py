@@ -1,0 +1,215 @@
+"""One pass over rollouts that share prompts: every prompt is computed once, and no token is padding.
+
+    tokens   p p p p | a a a | b b | q q q | c c c c | d
+    sees             | p + a | p+b |       | q + c   | q + d
+
+All tokens stand in one row, so what treats them one by one (all but attention) wastes nothing. A group costs P + sum R
+tokens in place of K (P + R). Positions are those that each sequence would have alone, so hidden states and gradients
+are those of separate rows, but for rounding.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from src.modules.policy.attention.switch import refuse_unread
+from src.modules.policy.pooling import POOLINGS, PoolingName
+from src.modules.types import Rollouts
+
+PACKED_ATTENTION = "grace_packed"
+"""The name of `packed_attention` among the attentions of transformers."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt of P tokens and its K rationales, R the longest of them, as they stand in the packed row.
+
+    Attributes:
+        prompt: P.
+        rationales: tokens of all its rationales together.
+        padded: [K * R] int64, where each rationale's tokens stand among them; anything on padding.
+        real: [rationales] int64, the entries of `padded` that are no padding.
+        visible: [R, P + R] bool, what a rationale's tokens see of its prompt and of itself.
+    """
+
+    prompt: int
+    rationales: int
+    padded: Tensor
+    real: Tensor
+    visible: Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """N rollouts in one row of L tokens.
+
+    Attributes:
+        input_ids, position_ids: [1, L] int64.
+        groups: what stands in it, one after the other.
+        source: [N, T] int64, where each position of each rollout stands; 0 on padding.
+        lead: [N] int64, the rollout that brings the prompt of each.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    groups: tuple[Group, ...]
+    source: Tensor
+    lead: Tensor
+
+
+def pack(rollouts: Rollouts, groups: Tensor) -> Packed:
+    """Packs rollouts; neighbours of the same number in `groups`, [N] int64, have the same prompt."""
+    device = rollouts.input_ids.device
+    _, group, counts = groups.to(device).unique_consecutive(return_inverse=True, return_counts=True)
+    first = (counts.cumsum(0) - counts)[group]  # [N], the row that brings the prompt
+    leads = first == torch.arange(len(group), device=device)
+
+    prompts, rationales = rollouts.prompt_lengths, rollouts.rationale_lengths
+    brought = rationales + leads * prompts
+    start = brought.cumsum(0) - brought  # where what a row brings begins
+    positions = torch.arange(rollouts.input_ids.shape[1], device=device).expand_as(rollouts.input_ids)
+    in_prompt = positions < prompts.unsqueeze(1)
+    source = torch.where(in_prompt, start[first].unsqueeze(1), (start - ~leads * prompts).unsqueeze(1)) + positions
+    taken = rollouts.attention_mask & (leads.unsqueeze(1) | ~in_prompt)
+    own = rationales.cpu().split(counts.tolist())
+    return Packed(
+        input_ids=rollouts.input_ids[taken].unsqueeze(0),
+        position_ids=positions[taken].unsqueeze(0),
+        groups=tuple(_group(prompt, lengths, device) for prompt, lengths in zip(prompts[leads].tolist(), own, strict=True)),
+        source=source.masked_fill(~rollouts.attention_mask, 0),
+        lead=first,
+    )
+
+
+def _group(prompt: int, rationales: Tensor, device: torch.device) -> Group:
+    longest, total = int(rationales.max()), int(rationales.sum())
+    column = torch.arange(longest)
+    starts = rationales.cumsum(0) - rationales
+    padded = (starts.unsqueeze(1) + column).clamp(max=total - 1).flatten()
+    real = (column < rationales.unsqueeze(1)).flatten().nonzero().flatten()
+    visible = torch.ones(longest, prompt + longest, dtype=torch.bool).tril(prompt)
+    return Group(prompt, total, padded.to(device), real.to(device), visible.to(device))
+
+
+def unpack(hidden: Tensor, packed: Packed) -> Tensor:
+    """[1, L, D] states of the packed row as [N, T, D] states of the rollouts (anything on padding)."""
+    return hidden[0][packed.source]
+
+
+def pool_packed(hidden: Tensor, packed: Packed, rollouts: Rollouts, pooling: PoolingName) -> Tensor:
+    """Returns [N, D] float32 embeddings, not normalised, as `pool` makes them of the unpacked states.
+
+    A prompt is pooled once for all its rollouts: unpacked, its states would be copied K times.
+
+    Args:
+        hidden: [1, L, D] states of the packed row.
+        rollouts: those that were packed.
+    """
+    states, n = hidden[0], len(packed.lead)
+    own = torch.arange(n, device=states.device)
+    if pooling == "eos":
+        return states[packed.source[own, rollouts.lengths - 1]].float()
+    text = rollouts.pooling_mask & ~rollouts.rationale_mask & (packed.lead == own).unsqueeze(1)
+    segment = torch.full((states.shape[0],), 2 * n, device=states.device)  # 0 .. n - 1 prompts, n .. 2n - 1 rationales, 2n the rest
+    for mask, first in ((text, 0), (rollouts.rationale_mask, n)):
+        rows, columns = mask.nonzero(as_tuple=True)
+        segment[packed.source[rows, columns]] = rows + first
+    if pooling == "mean":
+        sums = torch.zeros(2 * n + 1, states.shape[1], device=states.device).index_add(0, segment, states.float())
+        pooled = sums[packed.lead] + sums[n + own]
+    else:
+        lowest = torch.full((2 * n + 1, states.shape[1]), -torch.inf, device=states.device)
+        highest = lowest.scatter_reduce(0, segment.unsqueeze(1).expand_as(states), states.float(), "amax", include_self=False)
+        pooled = torch.maximum(highest[packed.lead], highest[n + own])
+    return POOLINGS[pooling].finish(pooled, rollouts.pooling_mask.sum(dim=1))
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    packed: Packed,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in the form that transformers calls: [1, heads, L, d] queries -> [1, L, heads, d].
+
+    Group by group, prompt and rationales apart: one masked call for the whole row would compute every pair of its
+    tokens, and on a CPU took twice as long.
+
+    Raises:
+        ValueError: a layer with a sliding window, sinks or a soft cap, which are not read here.
+    """
+    refuse_unread(kwargs, "rollouts that share a prompt cannot be computed together by")
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation has made float32 of these two
+    sizes = [size for group in packed.groups for size in (group.prompt, group.rationales)]
+    parts = list(zip(*(states[0].transpose(0, 1).split(sizes) for states in (query, key, value)), strict=True))
+    outputs = []
+    for group, prompt, rationales in zip(packed.groups, parts[::2], parts[1::2], strict=True):
+        q, k, v = (states.transpose(0, 1).unsqueeze(0) for states in prompt)
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=True)
+        outputs.append(output[0].transpose(0, 1))
+        if group.rationales:
+            attend = functools.partial(_rationales_attention, group, dropout, scaling)
+            outputs.append(attend(*prompt[1:], *rationales) if dropout else _Again.apply(attend, *prompt[1:], *rationales))
+    return torch.cat(outputs).unsqueeze(0), None
+
+
+class _Again(torch.autograd.Function):
+    """A function of tensors, without randomness, that the backward pass computes again.
+
+    Kept, the copies of a prompt's keys and values for its rationales would grow with K. What torch.utils.checkpoint keeps for
+    this are reference cycles, and they wait for the garbage collector: 150 MiB in a thousand steps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        with torch.enable_grad():
+            output = ctx.function(*inputs)
+        return None, *torch.autograd.grad(output, inputs, upstream)
+
+
+def _rationales_attention(
+    group: Group, dropout: float, scaling: float, prompt_key: Tensor, prompt_value: Tensor, *rationales: Tensor
+) -> Tensor:
+    """The K rationales of a group as a batch of their own, each over the prompt and itself; [tokens, heads, d].
+
+    Args:
+        prompt_key, prompt_value: [tokens, heads, d].
+        rationales: their queries, keys and values, alike.
+    """
+    longest = len(group.visible)
+    query, key, value = (x.index_select(0, group.padded).unflatten(0, (-1, longest)).transpose(1, 2) for x in rationales)
+    key, value = (
+        torch.cat([shared.transpose(0, 1).expand(len(query), -1, -1, -1), own], dim=2)
+        for shared, own in ((prompt_key, key), (prompt_value, value))
+    )
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.device.type != "cpu":  # with a mask, only the CPU's fast kernel reads grouped heads as they are
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        grouped = False
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=group.visible, dropout_p=dropout, scale=scaling, enable_gqa=grouped
+    )
+    return output.transpose(1, 2).flatten(0, 1).index_select(0, group.real)
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)

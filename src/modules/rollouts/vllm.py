@@ -1,0 +1,191 @@
+"""The vLLM rollout engine: samples with a copy of the trainer's weights that is made anew before every batch."""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, distributed
+
+from src.modules.policy.model import Policy
+from src.modules.prompt.renderer import Prompts
+from src.modules.rollouts.hf import end_tokens
+from src.modules.rollouts.vllm_engine import EngineError, EngineSpec, one_line, require_vllm, start
+from src.modules.types import Rollouts, join
+
+
+class VLLMRollouts:
+    """Samples rationales through vLLM, in this process.
+
+    The policy's weights are pushed at every call (but for those within `holding`), so there is no stale copy to sample from.
+    vLLM starts at the first call. Embeddings are left to an encode pass: it has no hidden states to give.
+
+    Args:
+        max_new_tokens: longest rationale, EOS included.
+        max_prompt_tokens: longest prompt; the two decide how much an engine must hold.
+        dtype: of the engine's weights and arithmetic: `auto` is bfloat16 on a GPU and float32 on a CPU.
+        gpu_memory_utilization: share of the GPU that the engine may take beside the trainer.
+        cpu_kv_cache_gib: on a CPU, memory for keys and values, in GiB.
+        sleep: on a GPU, gives the memory back while the trainer updates.
+        tensor_parallel: over how many processes an engine is cut; each of them writes for the prompts of all.
+        extra: any further arguments of `vllm.LLM`.
+
+    Raises:
+        ValueError: a length or a number without sense.
+        ImportError: vLLM is not installed.
+    """
+
+    def __init__(
+        self,
+        max_new_tokens: int,
+        max_prompt_tokens: int = 1024,
+        dtype: str = "auto",
+        gpu_memory_utilization: float = 0.3,
+        cpu_kv_cache_gib: float = 1.0,
+        sleep: bool = True,
+        tensor_parallel: int = 1,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"rollout.max_new_tokens={max_new_tokens}: a rationale needs at least one token")
+        for name, value in (("max_prompt_tokens", max_prompt_tokens), ("tensor_parallel", tensor_parallel)):
+            if value < 1:
+                raise ValueError(f"rollout.{name}={value}: it must be at least 1")
+        if not 0 < gpu_memory_utilization <= 1:
+            raise ValueError(f"rollout.gpu_memory_utilization={gpu_memory_utilization}: it is a share, above 0 and at most 1")
+        require_vllm()
+        self.max_new_tokens, self.max_prompt_tokens, self.dtype = max_new_tokens, max_prompt_tokens, dtype
+        self.gpu_memory_utilization, self.cpu_kv_cache_gib, self.sleep = gpu_memory_utilization, cpu_kv_cache_gib, sleep
+        self.tensor_parallel, self.extra = tensor_parallel, dict(extra or {})
+        self._held: Any = None
+
+    @contextmanager
+    def holding(self, policy: Policy) -> Iterator[None]:
+        """While in force the engine keeps the weights that the policy has now, and stays awake: for many calls between which the
+        weights do not change, each of which would push them again."""
+        with isolate_rng(), ExitStack() as stack:
+            with torch.autocast(policy.device.type, enabled=False), _plain_errors():
+                self._held = stack.enter_context(start(self._spec(policy)).loaded(policy.model))
+            try:
+                yield
+            finally:
+                self._held = None
+
+    @torch.no_grad()
+    def generate(
+        self, policy: Policy, prompts: Prompts, n: int = 1, temperature: float = 1.0, seed: int | Tensor = 0, prefixes: bool = False
+    ) -> Rollouts:
+        """n rationales for every prompt, from the weights that the policy has now.
+
+        The same seed, prompts and weights give the same rationales; they are others than those of HFRollouts, unless
+        they are greedy. Random states are left alone.
+
+        Args:
+            temperature: of sampling; 0 is greedy, with log-probs at temperature 1, and n > 1 then repeats one rationale.
+            seed: one for all, or [N] int64, one for each prompt.
+            prefixes: asks for embeddings after every token, which are left to an encode pass as all others.
+
+        Returns:
+            Rollouts on the policy's device with log-probs, without embeddings; rows i*n .. i*n + n - 1 belong to prompt i.
+
+        Raises:
+            ValueError: a prompt that leaves no room for a rationale.
+            EngineError: vLLM cannot start, or died.
+        """
+        if temperature == 0:
+            seed = seed if isinstance(seed, int) else seed.repeat_interleave(n)
+            prompts, n = prompts.repeat(n), 1
+        spec = self._spec(policy)
+        longest = int(prompts.lengths.max())
+        if longest >= spec.max_model_len:
+            raise ValueError(
+                f"a prompt of {longest} tokens leaves no room for a rationale: vLLM was set up for {spec.max_model_len} tokens of both. "
+                "Raise rollout.max_prompt_tokens if the policy's context is longer, or lower module.max_prompt_tokens"
+            )
+        loaded = nullcontext(self._held) if self._held is not None else start(spec).loaded(policy.model)
+        with isolate_rng(), torch.autocast(policy.device.type, enabled=False), _plain_errors(), loaded as llm:
+            outputs = self._run(llm, self._requests(policy, prompts, n, temperature, seed, spec.max_model_len))
+        written = [completion for output in outputs for completion in output.outputs]
+        return join(
+            prompts.repeat(n),
+            [torch.tensor(list(completion.token_ids)) for completion in written],
+            torch.tensor([completion.finish_reason == "stop" for completion in written]),
+            policy.pad_id,
+            [torch.tensor(completion.logprobs.logprobs) for completion in written],
+        ).to(policy.device)
+
+    def _spec(self, policy: Policy) -> EngineSpec:
+        config = copy.deepcopy(policy.model.config)
+        config.architectures, config.name_or_path = [type(policy.model).__name__], ""
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        wanted = self.max_prompt_tokens + self.max_new_tokens
+        return EngineSpec(
+            config=config.to_json_string(),
+            max_model_len=min(wanted, context or wanted),
+            dtype=self.dtype,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+            cpu_kv_cache_gib=self.cpu_kv_cache_gib,
+            sleep=self.sleep,
+            tensor_parallel=self.tensor_parallel,
+            extra=json.dumps(self.extra, sort_keys=True),
+            local_rank=policy.device.index or 0,
+        )
+
+    def _requests(
+        self, policy: Policy, prompts: Prompts, n: int, temperature: float, seed: int | Tensor, limit: int
+    ) -> list[tuple[Any, Any]]:
+        """A prompt and its sampling parameters each; rollout k of a prompt draws from the prompt's seed plus k."""
+        from vllm import SamplingParams
+
+        if isinstance(seed, int):
+            seed = torch.randint(2**62, (len(prompts),), generator=torch.Generator().manual_seed(seed))
+        ends = end_tokens(policy).tolist()
+        return [
+            (
+                {"prompt_token_ids": ids.tolist()},
+                SamplingParams(
+                    n=n,
+                    temperature=temperature,
+                    seed=own,
+                    max_tokens=min(self.max_new_tokens, limit - len(ids)),
+                    stop_token_ids=ends,
+                    logprobs=0,  # of the sampled token alone
+                    flat_logprobs=True,
+                    detokenize=False,
+                ),
+            )
+            for ids, own in zip(prompts.ids, seed.tolist(), strict=True)
+        ]
+
+    def _run(self, llm: Any, requests: list[tuple[Any, Any]]) -> list[Any]:
+        """The outputs of this process's requests. The parts of a cut engine must all be given the same requests."""
+        own = slice(0, len(requests))
+        if self.tensor_parallel > 1:
+            from vllm.distributed.parallel_state import get_tp_group
+
+            group = get_tp_group()
+            parts: list[list[tuple[Any, Any]]] = [[] for _ in range(group.world_size)]
+            distributed.all_gather_object(parts, requests, group=group.cpu_group)
+            first = sum(len(part) for part in parts[: group.rank_in_group])
+            own, requests = slice(first, first + len(requests)), [request for part in parts for request in part]
+        prompts, params = zip(*requests, strict=True)
+        outputs: list[Any] = llm.generate(list(prompts), list(params), use_tqdm=False)
+        return outputs[own]
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What stops the engine as one line that says what to lower; the engine is given up."""
+    from vllm.exceptions import VLLMServerError
+
+    try:
+        yield
+    except (VLLMServerError, torch.OutOfMemoryError) as error:
+        start.cache_clear()
+        raise EngineError(
+            f"vLLM died while it wrote rationales ({one_line(error)}). If memory was short, lower rollout.gpu_memory_utilization, "
+            "module.num_rollouts or rollout.max_new_tokens; ckpt_path=<run>/checkpoints/last.ckpt goes on from the last checkpoint"
+        ) from error

@@ -1,0 +1,64 @@
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from src.evaluation.comparison import Contender, comparison_table, contenders, latest_export, model_name
+from src.evaluation.run_tasks import EvaluationScores
+
+
+def exported(root: Path, run: str, time: str, age: int) -> Path:
+    folder = root / run / time / "export"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    os.utime(folder / "config.json", (1000 - age, 1000 - age))
+    return folder
+
+
+def test_the_latest_export_of_any_run_is_found(tmp_path: Path) -> None:
+    assert latest_export(tmp_path) is None
+    exported(tmp_path, "b_run", "2026-01-02", age=9)
+    newest = exported(tmp_path, "a_run", "2026-01-01", age=1)
+    (tmp_path / "c_run" / "2026-01-03" / "export").mkdir(parents=True)  # broken off: nothing in it
+    assert latest_export(tmp_path) == newest
+
+
+def test_without_a_model_the_base_and_the_trained_policy_stand_side_by_side(tmp_path: Path) -> None:
+    rows = (("Base", False), ("Base + reasoning", True))
+    base = [Contender(name, "grace/a_policy", "/a/policy/weights", rationale) for name, rationale in rows]
+    assert contenders(None, True, "/a/policy/weights", tmp_path) == base
+    trained = exported(tmp_path, "run", "now", age=0)
+    assert contenders(None, True, "/a/policy/weights", tmp_path) == [*base, Contender("Trained", "grace/run_now", str(trained), True)]
+    alone = Contender("m, without rationales", "some/m", "some/m", rationale=False)
+    assert contenders("some/m", False, "weights", tmp_path) == [alone]
+    assert contenders("some/m", False, "weights", tmp_path, name="me/own") == [replace(alone, model_name="me/own")]
+
+
+def test_the_name_in_mtebs_files_is_the_hubs_or_the_end_of_the_path() -> None:
+    assert model_name("Qwen/Qwen2.5-1.5B-Instruct") == "Qwen/Qwen2.5-1.5B-Instruct"
+    assert model_name("/x/outputs/tiny sup/2026-11-21/export") == "grace/tiny-sup_2026-11-21"
+    assert model_name("/x/outputs/tiny_sup/2026-11-21/checkpoints/last.ckpt") == "grace/2026-11-21_last"
+
+
+def test_a_model_is_read_as_it_was_trained_unless_told_otherwise(tmp_path: Path) -> None:
+    (row,) = contenders("some/m", None, "weights", tmp_path)
+    assert row.settled(True) == replace(row, name="m", rationale=True)
+    assert row.settled(False) == replace(row, name="m, without rationales", rationale=False)
+    (told,) = contenders("some/m", True, "weights", tmp_path)
+    assert told.settled(False) == told == replace(row, name="m, with rationales", rationale=True)
+
+
+def test_the_table_shows_tasks_categories_and_what_failed() -> None:
+    whole = EvaluationScores({"A": 0.5, "B": 0.25}, {"Retrieval": 0.375}, 0.375)
+    half = EvaluationScores({"A": 0.125}, {"Retrieval": 0.125}, 0.125, failures={"B": "no data"})
+    none = EvaluationScores({}, {}, float("nan"), failures={"A": "no data", "B": "no data"})
+    console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(comparison_table({"one": whole, "two": half, "three": none}, "title"))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines() if "│" in line]
+    assert rows == [
+        ["A", "50.00", "12.50", "failed"],
+        ["B", "25.00", "failed", "failed"],
+        ["Retrieval", "37.50", "12.50", "failed"],
+        ["average", "37.50", "12.50 (1 of 2 tasks)", "failed"],
+    ]

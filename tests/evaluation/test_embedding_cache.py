@@ -1,0 +1,147 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from src.evaluation.embedding_cache import EmbeddingCache
+from tests.conftest import ROOT
+from tests.programs import Programs
+
+D = 16
+
+
+def vectors_of(texts: list[str]) -> np.ndarray:
+    """[N, D] float32 that depend on the texts (numbers) alone."""
+    return np.stack([np.random.default_rng(int(text)).random(D, dtype=np.float32) for text in texts])
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_was_put_is_found_under_its_prompt_alone(on_disk: bool, tmp_path: Path) -> None:
+    texts = [str(i) for i in range(5)]
+    with EmbeddingCache(tmp_path if on_disk else None, "a", D) as cache:
+        cache.put(texts, vectors_of(texts), "query")
+        found = cache.get(["3", "9", "0", "3"], "query")
+        assert list(found) == ["3", "0"]
+        np.testing.assert_array_equal(found["3"], vectors_of(["3"])[0])
+        assert cache.get(texts, "document") == {}
+        assert cache.get(["q" + texts[0]], "uery") == {}  # prompt and text are not run together
+
+
+def test_another_process_finds_it_and_another_encoder_does_not(tmp_path: Path) -> None:
+    with EmbeddingCache(tmp_path, "a", D) as cache:
+        cache.put(["1"], vectors_of(["1"]))
+    with EmbeddingCache(tmp_path, "a", D) as again, EmbeddingCache(tmp_path, "b", D) as other:
+        np.testing.assert_array_equal(again.get(["1"])["1"], vectors_of(["1"])[0])
+        assert other.get(["1"]) == {}
+
+
+WRITER = """
+import sys, numpy as np
+from pathlib import Path
+from src.evaluation.embedding_cache import EmbeddingCache
+cache = EmbeddingCache(Path(sys.argv[1]), "a", 4096)
+print("ready", flush=True)
+for start in range(0, 10**9, 64):
+    texts = [str(i) for i in range(start, start + 64)]
+    cache.put(texts, np.stack([np.full(4096, int(text), dtype=np.float32) for text in texts]))
+"""
+
+
+def test_a_kill_in_mid_write_leaves_whole_vectors_of_whole_puts(programs: Programs, tmp_path: Path) -> None:
+    for wait in (0.05, 0.15, 0.3):
+        writer = programs.start("-c", WRITER, str(tmp_path))
+        writer.wait_for("ready")
+        time.sleep(wait)
+        writer.send_signal(signal.SIGKILL)
+        assert writer.wait() == -signal.SIGKILL
+        with EmbeddingCache(tmp_path, "a", 4096) as cache:
+            count = len(cache)
+            assert count % 64 == 0
+            found = cache.get([str(i) for i in range(count)])
+            assert len(found) == count
+            assert all((vector == int(text)).all() and vector.shape == (4096,) for text, vector in found.items())
+    assert count > 0
+
+
+def test_the_encoder_used_longest_ago_makes_room(tmp_path: Path) -> None:
+    texts = [str(i) for i in range(2000)]
+    gib = 0.5 * 2000 * 4 * D / 2**30 + 400_000 / 2**30  # for two files, not for three
+    for age, name in ((300, "old"), (200, "used_again"), (100, "young")):
+        with EmbeddingCache(tmp_path, name, D) as cache:
+            cache.put(texts[:1000], vectors_of(texts[:1000]))
+        os.utime(tmp_path / f"{name}.sqlite", (time.time() - age, time.time() - age))
+    EmbeddingCache(tmp_path, "old", D).close()  # used now
+    with EmbeddingCache(tmp_path, "new", D, gib) as cache:
+        cache.put(texts[:1000], vectors_of(texts[:1000]))
+        assert len(cache) == 1000
+    left = {file.stem for file in tmp_path.glob("*.sqlite")}
+    assert "used_again" not in left
+    assert {"old", "new"} <= left
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= gib * 2**30
+
+
+USER = """
+import sys, numpy as np
+from pathlib import Path
+from src.evaluation.embedding_cache import EmbeddingCache
+with EmbeddingCache(Path(sys.argv[1]), "used", 16) as cache:
+    for text in ("1", "2"):
+        cache.put([text], np.full((1, 16), int(text), dtype=np.float32))
+        print(len(cache), flush=True)
+        sys.stdin.readline()
+"""
+
+
+def test_what_another_process_uses_makes_no_room(tmp_path: Path) -> None:
+    texts = [str(i) for i in range(1000)]
+    gib = 100_000 / 2**30  # for less than is put
+    with EmbeddingCache(tmp_path, "unused", D) as cache:
+        cache.put(["1"], vectors_of(["1"]))
+    command, environment = [sys.executable, "-c", USER, str(tmp_path)], {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as user:
+        assert user.stdin is not None
+        assert user.stdout is not None
+        assert user.stdout.readline() == b"1\n"
+        os.utime(tmp_path / "used.sqlite", (1, 1))  # the one used longest ago
+        with EmbeddingCache(tmp_path, "new", D, gib) as cache:
+            cache.put(texts, vectors_of(texts))
+        assert {file.stem for file in tmp_path.glob("*.sqlite")} == {"used", "new"}
+        user.stdin.write(b"\n")
+        user.stdin.flush()
+        assert user.stdout.readline() == b"2\n"
+        user.stdin.close()
+        assert user.wait() == 0
+    with EmbeddingCache(tmp_path, "new", D, gib) as cache:
+        cache.put(texts, vectors_of(texts))
+    assert {file.name for file in tmp_path.iterdir()} == {"new.sqlite", "new.sqlite.lock"}
+
+
+def test_a_full_cache_keeps_what_it_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    texts = [str(i) for i in range(3000)]
+    with EmbeddingCache(tmp_path, "a", D, max_gib=150_000 / 2**30) as cache:
+        cache.put(texts[:500], vectors_of(texts[:500]))
+        for _ in range(2):
+            cache.put(texts[500:], vectors_of(texts[500:]))
+        assert len(cache) == 500
+        assert len(cache.get(texts)) == 500
+    assert [record.message for record in caplog.records].count("the cache of embeddings is full (0.0 GiB): what comes now is not kept") == 1
+
+
+def test_what_is_no_cache_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.sqlite").write_text("something else " * 100)
+    with pytest.raises(ValueError, match=r"a.sqlite is no cache of embeddings .*: delete it") as caught:
+        EmbeddingCache(tmp_path, "a", D)
+    assert "\n" not in str(caught.value)
+
+
+def test_vectors_of_another_shape_or_type_are_refused(tmp_path: Path) -> None:
+    with EmbeddingCache(None, "a", D) as cache:
+        with pytest.raises(ValueError, match=r"shape \(2, 16\) for 1 texts"):
+            cache.put(["1"], vectors_of(["1", "2"]))
+        with pytest.raises(ValueError, match="float64"):
+            cache.put(["1"], vectors_of(["1"]).astype(np.float64))

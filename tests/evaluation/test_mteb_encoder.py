@@ -1,0 +1,257 @@
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import mteb
+import numpy as np
+import pytest
+import torch
+from mteb.types import PromptType
+
+from src.evaluation.fingerprint import revision
+from src.evaluation.mteb_encoder import MTEBEncoder, describe
+from src.evaluation.run_tasks import run_tasks
+from src.evaluation.tasks.offline_sets import OfflineSize
+from src.evaluation.tasks.offline_tasks import offline_tasks
+from src.modules.encoder.encoder import RationaleEncoder
+from src.modules.encoder.settings import EncoderSettings
+from src.modules.policy.model import Policy
+from src.modules.rollouts.hf import HFRollouts
+
+SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, max_new_tokens=4)
+SIZE = OfflineSize(documents=60, queries=24, per_module=5, candidates=6, per_label=8)
+
+
+class Counting(RationaleEncoder):
+    """Keeps the texts that it embeds, and as what."""
+
+    def encode(self, texts: list[str], prompt_type: str | None = None) -> np.ndarray:  # type: ignore[override]
+        self.seen = [*getattr(self, "seen", []), *texts]
+        self.sides = [*getattr(self, "sides", []), prompt_type]
+        return super().encode(texts, prompt_type)
+
+
+def encoder(policy: Policy, **options: object) -> Counting:
+    return Counting(policy, SETTINGS, HFRollouts(SETTINGS.max_new_tokens), **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    return offline_tasks(["networkx", "rich"], tmp_path_factory.mktemp("cache"), SIZE)
+
+
+def batches(*texts: list[str]) -> list[dict[str, list[str]]]:
+    return [{"text": list(batch)} for batch in texts]
+
+
+def embed(adapter: MTEBEncoder, inputs: object) -> np.ndarray:
+    return adapter.encode(inputs, task_metadata=None, hf_split="test", hf_subset="default")  # type: ignore[arg-type]
+
+
+def test_mteb_runs_every_task_on_it_and_each_text_is_embedded_once(tiny_policy: Policy, tasks: list[object], tmp_path: Path) -> None:
+    own = encoder(tiny_policy)
+    scores = run_tasks(own, tasks, tmp_path, "tiny")  # type: ignore[arg-type]
+    assert scores.failures == {}
+    assert list(scores.tasks) == [task.metadata.name for task in tasks]  # type: ignore[attr-defined]
+    assert all(0 <= score <= 1 for score in scores.tasks.values())
+    assert list(scores.categories) == ["Retrieval", "Reranking", "Classification", "Clustering", "PairClassification"]
+    assert scores.average == pytest.approx(sum(scores.tasks.values()) / 5)
+    assert scores.flat("x/")["x/average"] == scores.average
+    assert len(own.seen) == len(set(own.seen)) <= SIZE.documents + SIZE.queries
+    files = sorted(path.name for path in tmp_path.rglob("*.json"))
+    assert files == sorted([*(f"{name}.json" for name in scores.tasks), "model_meta.json"])
+    stored = json.loads(next(tmp_path.rglob("DocstringRetrieval.json")).read_text())
+    assert stored["scores"]["test"][0]["main_score"] == pytest.approx(scores.tasks["DocstringRetrieval"], abs=1e-4)
+
+
+def test_running_again_draws_the_same_and_reads_what_is_stored(tiny_policy: Policy, tasks: list[object], tmp_path: Path) -> None:
+    first = run_tasks(encoder(tiny_policy, rationale=False), tasks, tmp_path, "tiny")  # type: ignore[arg-type]
+    assert run_tasks(encoder(tiny_policy, rationale=False), tasks, None, "tiny") == first  # type: ignore[arg-type]
+    again = encoder(tiny_policy, rationale=False)
+    assert run_tasks(again, tasks, tmp_path, "tiny").tasks == pytest.approx(first.tasks, abs=1e-4)  # type: ignore[arg-type]
+    assert not hasattr(again, "seen")
+
+
+def test_stored_results_of_other_data_are_not_reused(tiny_policy: Policy, tasks: list[object], tmp_path: Path) -> None:
+    run_tasks(encoder(tiny_policy, rationale=False), tasks[:1], tmp_path, "tiny")  # type: ignore[arg-type]
+    other = offline_tasks(["networkx", "rich"], tmp_path, SIZE, seed=1)[:1]
+    again = encoder(tiny_policy, rationale=False)
+    assert run_tasks(again, other, tmp_path, "tiny") == run_tasks(encoder(tiny_policy, rationale=False), other, None, "tiny")
+    assert again.seen
+
+
+def test_a_failing_task_is_named_and_the_others_go_on(tiny_policy: Policy, tasks: list[object]) -> None:
+    class Fails(Counting):
+        def encode(self, texts: list[str], prompt_type: str | None = None) -> np.ndarray:  # type: ignore[override]
+            raise ValueError("no such luck")
+
+    broken = Fails(tiny_policy, SETTINGS, HFRollouts(4), rationale=False)
+    scores = run_tasks(broken, tasks[:2], None, "tiny")  # type: ignore[arg-type]
+    assert scores.failures == {"DocstringRetrieval": "no such luck", "DocstringReranking": "no such luck"}
+    assert scores.without_data == ()
+    assert np.isnan(scores.average)
+    assert scores.flat() == {}
+
+
+def test_evaluation_leaves_random_states_alone(tiny_policy: Policy, tasks: list[object]) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    run_tasks(encoder(tiny_policy, temperature=1.0), tasks[-1:], None, "tiny")  # type: ignore[arg-type]
+    torch.testing.assert_close(torch.rand(3), expected)
+
+
+def test_titles_of_documents_are_read(tiny_policy: Policy) -> None:
+    from datasets import Dataset
+    from mteb._create_dataloaders import create_dataloader
+
+    corpus = Dataset.from_list([{"id": "1", "title": "Graphs", "text": "have edges"}])
+    own = encoder(tiny_policy, rationale=False)
+    metadata = mteb.get_task("SciFact").metadata
+    loader = create_dataloader(corpus, task_metadata=metadata, prompt_type=PromptType.document, batch_size=2)
+    adapter = MTEBEncoder(own, "tiny")
+    adapter.encode(loader, task_metadata=metadata, hf_split="test", hf_subset="default", prompt_type=PromptType.document)
+    assert own.seen == ["Graphs have edges"]
+
+
+def test_texts_are_remembered_and_come_in_order(tiny_policy: Policy) -> None:
+    own = encoder(tiny_policy, rationale=False)
+    adapter = MTEBEncoder(own, "tiny")
+    found = embed(adapter, batches(["a", "b"], ["a", "c"]))
+    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_array_equal(embed(adapter, batches(["c", "b", "a"])), found[[3, 1, 0]])
+    assert own.seen == ["a", "b", "c"]
+    assert embed(adapter, []).shape == (0, 32)
+
+
+def test_queries_are_read_under_their_own_instruction(tiny_policy: Policy) -> None:
+    settings = replace(SETTINGS, query_instruction="Find what answers this.")
+    own = Counting(tiny_policy, settings, HFRollouts(4))
+    adapter, text = MTEBEncoder(own, "tiny"), batches(["a graph"])
+    document, query, neither = (
+        adapter.encode(text, task_metadata=None, hf_split="test", hf_subset="default", prompt_type=side)  # type: ignore[arg-type]
+        for side in (PromptType.document, PromptType.query, None)
+    )
+    assert own.sides == ["document", "query"]  # without a side a text is read as a document is
+    np.testing.assert_array_equal(document, neither)
+    expected = RationaleEncoder(tiny_policy, replace(SETTINGS, instruction="Find what answers this."), HFRollouts(4)).encode(["a graph"])
+    np.testing.assert_allclose(query, expected, atol=1e-6)
+    assert np.abs(query - document).max() > 1e-3
+
+
+MIXED = ["a graph", "Draw random samples from a normal distribution.", "the table", "Split the text into words and count them.", "x " * 60]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_text_has_one_vector_alone_in_a_mixed_batch_and_after_a_restart(tiny_policy: Policy, temperature: float, tmp_path: Path) -> None:
+    def adapter(batch_size: int, folder: Path | None) -> MTEBEncoder:
+        return MTEBEncoder(encoder(tiny_policy, temperature=temperature, batch_size=batch_size), "tiny", folder)
+
+    mixed = embed(adapter(3, tmp_path), batches(MIXED))
+    alone = [embed(adapter(1, None), batches([text])) for text in MIXED]
+    np.testing.assert_allclose(np.concatenate(alone), mixed, atol=1e-5)
+    restarted = adapter(2, tmp_path)
+    np.testing.assert_array_equal(embed(restarted, batches(MIXED[::-1])), mixed[::-1])
+    assert not hasattr(restarted.model, "seen")
+
+
+def test_a_long_call_is_kept_in_parts_and_says_how_far_it_is(
+    tiny_policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stops(Counting):
+        def encode(self, texts: list[str], prompt_type: str | None = None) -> np.ndarray:  # type: ignore[override]
+            if "stop" in texts:
+                raise KeyboardInterrupt
+            return super().encode(texts, prompt_type)
+
+    monkeypatch.setattr("src.evaluation.mteb_encoder.SECONDS_BETWEEN_LINES", 0.0)
+    texts = [f"{'long ' * 5}{i}" for i in range(8)] + ["stop"]
+    with caplog.at_level("INFO", "src.evaluation.mteb_encoder"), pytest.raises(KeyboardInterrupt):
+        embed(MTEBEncoder(Stops(tiny_policy, SETTINGS, HFRollouts(4), batch_size=1), "tiny", tmp_path), batches(texts))
+    assert [re.sub(r"about .* left", "left", record.message) for record in caplog.records] == [
+        "test: 4 of 9 texts embedded, left",
+        "test: 8 of 9 texts embedded, left",
+    ]
+    own = encoder(tiny_policy, batch_size=1)
+    embed(MTEBEncoder(own, "tiny", tmp_path), batches(texts))
+    assert own.seen == ["stop"]
+
+
+def test_what_mteb_records_is_true(tiny_policy: Policy) -> None:
+    meta = describe(encoder(tiny_policy), "tiny")
+    assert (meta.name, meta.embed_dim, meta.max_tokens) == ("grace/tiny", 32, 96)
+    assert meta.n_parameters == sum(p.numel() for p in tiny_policy.parameters())
+    assert meta.similarity_fn_name is mteb.models.model_meta.ScoringFunction.COSINE
+    assert meta.memory_usage_mb == pytest.approx(4 * meta.n_parameters / 2**20)
+    assert meta.revision == revision(encoder(tiny_policy))
+    assert meta.experiment_kwargs == {"rationale": "greedy", "max_new_tokens": 4}
+    assert describe(encoder(tiny_policy, rationale=False), "me/tiny").experiment_kwargs == {"rationale": "none"}
+    assert describe(encoder(tiny_policy, rationale=False), "me/tiny").name == "me/tiny"
+
+
+def test_mtebs_own_tables_are_made_of_the_stored_results(tiny_policy: Policy, tasks: list[object], tmp_path: Path) -> None:
+    for rationale in (False, True):
+        run_tasks(encoder(tiny_policy, rationale=rationale), tasks[:1], tmp_path, "me/tiny")  # type: ignore[arg-type]
+    found = mteb.ResultCache(tmp_path).load_results(load_experiments="match_name", require_model_meta=True)
+    frame = found.to_dataframe()
+    assert len(frame.columns) == 3  # the task's name, and a column for each way to write rationales
+    assert {result.experiment_name for result in found.model_results} == {"rationale_none", "max_new_tokens_4__rationale_greedy"}
+    assert {result.model_name for result in found.model_results} == {"me/tiny"}
+
+
+def test_it_passes_mtebs_own_adapter_test(tiny_policy: Policy) -> None:
+    results = mteb.mock_run(MTEBEncoder(encoder(tiny_policy, rationale=False), "tiny"))
+    failed = {name: status.exception for name, status in results.items() if isinstance(status, mteb.results.task_result.TaskError)}
+    assert failed == {}
+    assert results.all_passed
+
+
+def test_embeddings_without_rationales_come_with_those_with_them(tiny_policy: Policy, tmp_path: Path) -> None:
+    texts = ["a graph", "a table of numbers", "the sorted copy of a list, which is longer"]
+    with MTEBEncoder(encoder(tiny_policy), "tiny", tmp_path, also_without=True) as adapter:
+        embed(adapter, batches(texts))
+    plain = encoder(tiny_policy, rationale=False)
+    expected = RationaleEncoder(tiny_policy, SETTINGS, HFRollouts(4), rationale=False).encode(texts)
+    with MTEBEncoder(plain, "tiny", tmp_path) as adapter:
+        np.testing.assert_allclose(embed(adapter, batches(texts)), expected, atol=1e-5)
+    assert not hasattr(plain, "seen")  # all of them were there
+
+
+@pytest.mark.parametrize("pooling", ["mean", "eos", "max"])
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_encode_both_is_encode_with_and_without(tiny_policy: Policy, pooling: str, layer: int) -> None:
+    policy = Policy(tiny_policy.model, tiny_policy.tokenizer, "live", pooling, layer)  # type: ignore[arg-type]
+    own = RationaleEncoder(policy, replace(SETTINGS, pooling=pooling, layer=layer), HFRollouts(4))  # type: ignore[arg-type]
+    texts = ["a graph", "a table of numbers", "a graph"]
+    with_rationales, plain = own.encode_both(texts)
+    np.testing.assert_allclose(with_rationales, own.encode(texts), atol=1e-5)
+    np.testing.assert_allclose(plain, own.encode(texts, rationale=False), atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_an_engine_without_embeddings_brings_none_of_prompts(tiny_policy: Policy) -> None:
+    frozen = Policy(tiny_policy.model, tiny_policy.tokenizer, "frozen")
+    assert RationaleEncoder(frozen, SETTINGS, HFRollouts(4)).encode_both(["a graph"])[1] is None
+
+
+def test_texts_are_embedded_in_bfloat16_and_scored_in_float32(tiny_policy: Policy, tasks: list[object], tmp_path: Path) -> None:
+    """Autocast would round MTEB's cosines too, and texts that lie close together would tie."""
+    seen: dict[str, set[object]] = {"embedded": set(), "compared": set()}
+
+    class Watched(RationaleEncoder):
+        def encode(self, *args: object, **kwargs: object) -> np.ndarray:  # type: ignore[override]
+            seen["embedded"].add(torch.is_autocast_enabled("cpu"))
+            return super().encode(*args, **kwargs)  # type: ignore[arg-type]
+
+    class Compared(MTEBEncoder):
+        def similarity(self, first: object, second: object) -> object:
+            found = super().similarity(first, second)  # type: ignore[arg-type]
+            seen["compared"].add(found.dtype)
+            return found
+
+    own = Watched(tiny_policy, SETTINGS, HFRollouts(4), rationale=False)
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
+        patch.setattr("src.evaluation.mteb_encoder.MTEBEncoder", Compared)
+        scores = run_tasks(own, tasks[:1], tmp_path, "tiny")  # type: ignore[arg-type]
+    assert scores.failures == {}
+    assert seen == {"embedded": {True}, "compared": {torch.float32}}

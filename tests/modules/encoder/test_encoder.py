@@ -1,0 +1,191 @@
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from src.modules.encoder.encoder import RationaleEncoder, evaluation_mode
+from src.modules.encoder.export import export
+from src.modules.encoder.settings import EncoderSettings
+from src.modules.policy.model import Policy
+from src.modules.prompt.renderer import PromptRenderer, Prompts
+from src.modules.rollouts.hf import HFRollouts
+from src.modules.types import Rollouts
+
+SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, max_new_tokens=6)
+TEXTS = ["a graph", "Draw random samples from a normal distribution.", "the table", "Split the text into words and count them."]
+
+
+class Recording:
+    """The real engine, with a record of what it was asked."""
+
+    max_new_tokens = SETTINGS.max_new_tokens
+
+    def __init__(self) -> None:
+        self.engine, self.prompts, self.modes = HFRollouts(SETTINGS.max_new_tokens), [], []
+
+    def generate(self, policy: Policy, prompts: Prompts, n: int, temperature: float, seed: int) -> Rollouts:
+        self.prompts.append(prompts)
+        self.modes.append((policy.model.training, torch.is_grad_enabled()))
+        return self.engine.generate(policy, prompts, n=n, temperature=temperature, seed=seed)
+
+
+def encoder(policy: Policy, **options: object) -> RationaleEncoder:
+    return RationaleEncoder(policy, SETTINGS, HFRollouts(SETTINGS.max_new_tokens), **options)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def one_by_one(policy: Policy, texts: Sequence[str], rationale: bool) -> np.ndarray:
+    """The definition: render, write greedily, mean of the states from the text on; one text at a time."""
+    policy.eval()
+    render, rows = PromptRenderer(policy.tokenizer, SETTINGS.instruction, SETTINGS.max_prompt_tokens), []
+    for text in texts:
+        prompts = render([text])
+        ids = prompts.ids[0].unsqueeze(0)
+        if rationale:
+            ids = HFRollouts(SETTINGS.max_new_tokens).generate(policy, prompts, n=1, temperature=0.0, seed=0).input_ids
+        states = policy.model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0]
+        rows.append(states[int(prompts.prefix_lengths[0]) :].mean(dim=0).numpy())
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("rationale", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_batches_give_what_single_texts_give_in_their_order(tiny_policy: Policy, rationale: bool, batch_size: int) -> None:
+    embeddings = encoder(tiny_policy, rationale=rationale, batch_size=batch_size).encode(TEXTS)
+    assert embeddings.dtype == np.float32
+    np.testing.assert_allclose(embeddings, one_by_one(tiny_policy, TEXTS, rationale), atol=1e-5)
+
+
+def test_rationales_change_the_embedding(tiny_policy: Policy) -> None:
+    assert not np.allclose(encoder(tiny_policy).encode(TEXTS), encoder(tiny_policy, rationale=False).encode(TEXTS), atol=1e-3)
+
+
+def test_a_repeated_text_is_written_about_once(tiny_policy: Policy) -> None:
+    engine = Recording()
+    repeated = [TEXTS[1], TEXTS[0], TEXTS[1], TEXTS[1]]
+    embeddings = RationaleEncoder(tiny_policy, SETTINGS, engine, temperature=1.0).encode(repeated)
+    assert sum(len(prompts) for prompts in engine.prompts) == 2
+    np.testing.assert_array_equal(embeddings[0], embeddings[3])
+    assert not np.array_equal(embeddings[0], embeddings[1])
+
+
+def test_batches_hold_texts_of_like_lengths(tiny_policy: Policy) -> None:
+    engine = Recording()
+    RationaleEncoder(tiny_policy, SETTINGS, engine, batch_size=2).encode(TEXTS)
+    lengths = torch.cat([prompts.lengths for prompts in engine.prompts]).tolist()
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_sampling_follows_the_seed(tiny_policy: Policy) -> None:
+    first, again, other = (encoder(tiny_policy, temperature=1.0, seed=seed).explain(TEXTS)[1] for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_explain_shows_what_the_engine_wrote(tiny_policy: Policy) -> None:
+    embeddings, rationales = encoder(tiny_policy).explain(TEXTS)
+    np.testing.assert_array_equal(embeddings, encoder(tiny_policy).encode(TEXTS))
+    prompts = PromptRenderer(tiny_policy.tokenizer, SETTINGS.instruction, SETTINGS.max_prompt_tokens)(TEXTS[:1])
+    rollout = HFRollouts(SETTINGS.max_new_tokens).generate(tiny_policy, prompts, n=1, temperature=0.0, seed=0)
+    ids = rollout.rationales()[0][: -1 if rollout.finished[0] else None]
+    assert rationales[0] == tiny_policy.tokenizer.decode(ids)
+    assert encoder(tiny_policy, rationale=False).explain(TEXTS)[1] == [""] * len(TEXTS)
+
+
+def test_embeddings_of_the_engine_are_taken_as_they_are(tiny_policy: Policy) -> None:
+    class Pooling(Recording):
+        def generate(self, *args: object, **kwargs: object) -> Rollouts:
+            rollouts = super().generate(*args, **kwargs)  # type: ignore[arg-type]
+            return replace(rollouts, embeddings=torch.full((len(rollouts), 32), 7.0))
+
+    assert (RationaleEncoder(tiny_policy, SETTINGS, Pooling()).encode(TEXTS) == 7.0).all()
+
+
+def test_the_policy_is_left_as_it_was(tiny_policy: Policy) -> None:
+    engine = Recording()
+    tiny_policy.train()
+    tiny_policy.model.base_model.layers[0].eval()  # a part that is held in eval mode stays there
+    before = [part.training for part in tiny_policy.modules()]
+    RationaleEncoder(tiny_policy, SETTINGS, engine).encode(TEXTS)
+    assert [part.training for part in tiny_policy.modules()] == before
+    assert engine.modes == [(False, False)]
+    assert torch.is_grad_enabled()
+
+
+def test_modes_come_back_after_an_error(tiny_policy: Policy) -> None:
+    tiny_policy.train()
+    with pytest.raises(KeyError), evaluation_mode(tiny_policy):
+        raise KeyError
+    assert tiny_policy.model.training
+
+
+@pytest.mark.parametrize("rationale", [False, True])
+def test_empty_and_overlong_texts_embed(tiny_policy: Policy, rationale: bool) -> None:
+    embeddings = encoder(tiny_policy, rationale=rationale).encode(["", "word " * 500])
+    assert np.isfinite(embeddings).all()
+    assert encoder(tiny_policy, rationale=rationale).encode([]).shape == (0, 32)
+
+
+def test_an_embedding_that_is_not_finite_names_its_text(tiny_policy: Policy) -> None:
+    with torch.no_grad():
+        tiny_policy.model.base_model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"2 of 2 embeddings are not finite, the first that of the text 'a graph'"):
+        encoder(tiny_policy, rationale=False).encode(["a graph", "the table"])
+
+
+def test_what_a_call_asks_for_goes_before_what_the_encoder_was_made_with(tiny_policy: Policy) -> None:
+    writing, plain = encoder(tiny_policy), encoder(tiny_policy, rationale=False)
+    np.testing.assert_array_equal(writing.encode(TEXTS, rationale=False), plain.encode(TEXTS))
+    np.testing.assert_array_equal(plain.encode(TEXTS, rationale=True), writing.encode(TEXTS))
+    assert plain.explain(TEXTS, rationale=True)[1] == writing.explain(TEXTS)[1]
+    engine = Recording()
+    RationaleEncoder(tiny_policy, SETTINGS, engine).encode(TEXTS, batch_size=1)
+    assert [len(prompts) for prompts in engine.prompts] == [1] * len(TEXTS)
+
+
+def test_a_query_may_have_an_instruction_of_its_own(tiny_policy: Policy) -> None:
+    plain, asking = encoder(tiny_policy), replace(SETTINGS, query_instruction="What would answer this?")
+    two = RationaleEncoder(tiny_policy, asking, HFRollouts(6))
+    queries = RationaleEncoder(tiny_policy, replace(SETTINGS, instruction="What would answer this?"), HFRollouts(6))
+    np.testing.assert_array_equal(two.encode(TEXTS, prompt_type="query"), queries.encode(TEXTS))
+    np.testing.assert_array_equal(two.encode(TEXTS, prompt_type="document"), plain.encode(TEXTS))
+    np.testing.assert_array_equal(two.encode(TEXTS), plain.encode(TEXTS))
+    np.testing.assert_array_equal(plain.encode(TEXTS, prompt_type="query"), plain.encode(TEXTS))
+
+
+def test_from_pretrained_reads_an_exported_folder(tiny_policy: Policy, tmp_path: Path) -> None:
+    folder = export(tiny_policy, SETTINGS, tmp_path / "export")
+    loaded = RationaleEncoder.from_pretrained(folder)
+    np.testing.assert_allclose(loaded.encode(TEXTS), encoder(tiny_policy).encode(TEXTS), atol=1e-6)
+    bare = export(tiny_policy, replace(SETTINGS, rationale=False), tmp_path / "bare")  # of a baseline, trained without rationales
+    without = encoder(tiny_policy, rationale=False).encode(TEXTS)
+    np.testing.assert_allclose(RationaleEncoder.from_pretrained(bare).encode(TEXTS), without, atol=1e-6)
+    short = RationaleEncoder.from_pretrained(str(folder), max_new_tokens=2)
+    assert short.settings.max_new_tokens == short.engine.max_new_tokens == 2
+    with pytest.raises(FileNotFoundError, match=r"no model at .*nowhere: name an exported folder"):
+        RationaleEncoder.from_pretrained(tmp_path / "nowhere")
+
+
+def test_progress_is_shown_where_it_is_asked_for(tiny_policy: Policy, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder(tiny_policy, rationale=False).encode(TEXTS)
+    assert capsys.readouterr().err == ""
+    encoder(tiny_policy, rationale=False).encode(TEXTS, show_progress=True)
+    assert "4/4" in capsys.readouterr().err
+
+
+def test_bad_calls_are_refused(tiny_policy: Policy) -> None:
+    with pytest.raises(TypeError, match="texts is one string: give a list"):
+        encoder(tiny_policy).encode("a graph")
+    with pytest.raises(ValueError, match="prompt_type='passage': it is query, document or none"):
+        encoder(tiny_policy).encode(TEXTS, prompt_type="passage")
+    with pytest.raises(ValueError, match="batch_size=0"):
+        encoder(tiny_policy).encode(TEXTS, batch_size=0)
+
+
+@pytest.mark.parametrize(("option", "message"), [({"temperature": -1.0}, "temperature=-1.0"), ({"batch_size": 0}, "batch_size=0")])
+def test_bad_options_are_refused(tiny_policy: Policy, option: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encoder(tiny_policy, **option)

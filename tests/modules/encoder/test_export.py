@@ -1,0 +1,159 @@
+import shutil
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from src.modules.encoder.export import export, load_policy
+from src.modules.encoder.settings import EncoderSettings
+from src.modules.grace import GRACE, Algorithm
+from src.modules.objectives.advantages import grpo
+from src.modules.objectives.losses import ppo_clip
+from src.modules.objectives.rewards import paper
+from src.modules.policy.files import policy_of
+from src.modules.policy.model import Policy
+from src.modules.prompt.renderer import PromptRenderer
+from src.modules.rollouts.hf import HFRollouts, end_tokens
+from src.utils.checkpoint_io import FolderCheckpoints
+
+SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=64, max_new_tokens=5)
+
+
+def moved(policy: Policy) -> Policy:
+    """The policy as if trained: other weights than its folder has."""
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return policy
+
+
+def same_weights(left: Policy, right: Policy) -> bool:
+    a, b = left.state_dict(), right.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_transformers_loads_what_was_exported(tiny_policy: Policy, tmp_path: Path) -> None:
+    policy = moved(tiny_policy)
+    folder = export(policy, SETTINGS, tmp_path / "run" / "export")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("a graph", return_tensors="pt")["input_ids"]
+    assert model.dtype == torch.float32
+    torch.testing.assert_close(model(ids).logits, policy.model(ids).logits)
+    assert tokenizer.chat_template == policy.tokenizer.chat_template
+    assert [path.name for path in folder.parent.iterdir()] == ["export"]  # nothing left of writing it aside
+
+
+def test_a_policy_comes_back_with_its_settings(tiny_policy: Policy, tmp_path: Path) -> None:
+    policy = moved(tiny_policy)
+    loaded, settings = load_policy(export(policy, SETTINGS, tmp_path / "export"))
+    assert settings == SETTINGS
+    assert same_weights(loaded, policy)
+    assert loaded.frozen_encoder is None
+
+
+def test_float16_halves_the_file_and_leaves_the_policy_alone(tiny_policy: Policy, tmp_path: Path) -> None:
+    half = export(tiny_policy, SETTINGS, tmp_path / "half", dtype=torch.float16) / "model.safetensors"
+    whole = export(tiny_policy, SETTINGS, tmp_path / "whole") / "model.safetensors"
+    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.float16
+    assert {p.dtype for p in tiny_policy.parameters()} == {torch.float32}
+    assert {p.dtype for p in load_policy(tmp_path / "half")[0].parameters()} == {torch.float32}
+
+
+def test_a_frozen_encoder_goes_along(tiny_policy_folder: Path, tmp_path: Path) -> None:
+    policy = moved(Policy.load(str(tiny_policy_folder), encoder="frozen"))
+    loaded, _ = load_policy(export(policy, SETTINGS, tmp_path / "export"))
+    assert same_weights(loaded, policy)
+    assert loaded.frozen_encoder is not None
+    start = Policy.load(str(tiny_policy_folder)).model.base_model.state_dict()
+    assert all(torch.equal(tensor, start[name]) for name, tensor in loaded.frozen_encoder.state_dict().items())
+
+
+def test_an_export_in_the_same_place_is_replaced(tiny_policy: Policy, tmp_path: Path) -> None:
+    export(tiny_policy, SETTINGS, tmp_path / "export")
+    (tmp_path / "export" / "stale").touch()
+    export(moved(tiny_policy), SETTINGS, tmp_path / "export")
+    assert not (tmp_path / "export" / "stale").exists()
+    assert same_weights(load_policy(tmp_path / "export")[0], tiny_policy)
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def trained(policy: Policy) -> GRACE:
+    return GRACE(
+        policy,
+        HFRollouts(SETTINGS.max_new_tokens),
+        reward=paper,
+        algorithm=Algorithm(advantage=grpo, loss=ppo_clip),
+        instruction=SETTINGS.instruction,
+        max_prompt_tokens=SETTINGS.max_prompt_tokens,
+    )
+
+
+def checkpoint_of(module: GRACE, file: Path, *plugins: FolderCheckpoints) -> Path:
+    trainer = L.Trainer(
+        plugins=plugins, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+    )
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(file, weights_only=True)
+    return file
+
+
+@pytest.mark.parametrize("encoder", ["live", "frozen"])
+def test_a_lightning_checkpoint_loads(tiny_policy_folder: Path, tmp_path: Path, encoder: str) -> None:
+    policy = moved(Policy.load(str(tiny_policy_folder), encoder=encoder))  # type: ignore[arg-type]
+    loaded, settings = load_policy(checkpoint_of(trained(policy), tmp_path / "last.ckpt"))
+    assert settings == SETTINGS
+    assert same_weights(loaded, policy)
+
+
+def test_what_is_missing_or_foreign_is_named(tiny_policy: Policy, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no model at .*nowhere: name an exported folder"):
+        load_policy(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*last.ckpt: training writes them to"):
+        load_policy(tmp_path / "last.ckpt")
+    (tmp_path / "broken.ckpt").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match=r"broken.ckpt cannot be read as a checkpoint"):
+        load_policy(tmp_path / "broken.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"other.ckpt is not a checkpoint of GRACE training"):
+        load_policy(tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize("encoder", ["live", "frozen"])
+def test_a_checkpoint_needs_no_other_folder(tiny_policy_folder: Path, tmp_path: Path, encoder: str) -> None:
+    start = shutil.copytree(tiny_policy_folder, tmp_path / "start")
+    policy = moved(Policy.load(str(start), encoder=encoder))  # type: ignore[arg-type]
+    policy.model.generation_config.eos_token_id = [7, policy.tokenizer.eos_token_id]
+    checkpoint = checkpoint_of(trained(policy), tmp_path / "last.ckpt", FolderCheckpoints())
+    shutil.rmtree(start)
+    loaded, settings = load_policy(shutil.move(checkpoint, tmp_path / "elsewhere.ckpt"))
+    assert settings == SETTINGS
+    assert same_weights(loaded, policy)
+    assert torch.equal(end_tokens(loaded), end_tokens(policy))
+    prompts = PromptRenderer(policy.tokenizer, SETTINGS.instruction, 96)(["some text"])
+    again = PromptRenderer(loaded.tokenizer, SETTINGS.instruction, 96)(["some text"])
+    assert torch.equal(prompts.ids[0], again.ids[0])
+    both = [HFRollouts(6).generate(one, prompts, n=2, seed=3).embeddings for one in (policy.eval(), loaded)]
+    torch.testing.assert_close(both[0], both[1], atol=0, rtol=0)
+
+
+def test_weights_of_another_policy_are_refused(tiny_policy: Policy, tmp_path: Path) -> None:
+    module = trained(tiny_policy)
+    del tiny_policy.model.base_model.layers[1]  # its config still says two
+    with pytest.raises(ValueError, match=r"the weights in .*last.ckpt are not those of its own policy"):
+        load_policy(checkpoint_of(module, tmp_path / "last.ckpt"))
+
+
+def test_a_file_name_that_leads_out_of_the_checkpoint_is_refused(tiny_policy: Policy) -> None:
+    files = {"../escaped": torch.zeros(1, dtype=torch.uint8)}
+    with pytest.raises(ValueError, match="leads out of its folder"):
+        policy_of(files, {}, "", "live", "mean", -1, None)
+
+
+def test_a_checkpoint_may_be_named_as_the_folder_that_it_is(tiny_policy_folder: Path, tmp_path: Path) -> None:
+    policy = moved(Policy.load(str(tiny_policy_folder)))
+    file = checkpoint_of(trained(policy), tmp_path / "last.ckpt", FolderCheckpoints())
+    loaded, _ = load_policy(f"{file}/")
+    assert same_weights(loaded, policy)

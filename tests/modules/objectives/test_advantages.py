@@ -1,0 +1,69 @@
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.modules.objectives.advantages import grpo, reinforce_pp, reinforce_pp_baseline, remax, rloo
+from tests import oracles
+
+BASELINE = torch.tensor([0.3, -1.0, 2.0, 0.0, 0.7], dtype=torch.float64)
+
+PAIRS = {
+    "grpo": (grpo, partial(oracles.grpo_oracle, std=False)),
+    "grpo_std": (partial(grpo, std=True), partial(oracles.grpo_oracle, std=True)),
+    "rloo": (rloo, oracles.rloo_oracle),
+    "remax": (lambda r, keep: remax(r, keep, BASELINE[: len(r)]), lambda r, keep: oracles.remax_oracle(r, keep, BASELINE)),
+    "reinforce_pp": (reinforce_pp, oracles.reinforce_pp_oracle),
+    "reinforce_pp_baseline": (reinforce_pp_baseline, oracles.reinforce_pp_baseline_oracle),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@settings(max_examples=40, deadline=None)
+@given(b=st.integers(1, 5), k=st.integers(1, 6), masked=st.booleans(), seed=st.integers(0, 2**31 - 1))
+def test_it_is_the_papers_equation_forward_and_backward(name, b, k, masked, seed):
+    fast, slow = PAIRS[name]
+    generator = torch.Generator().manual_seed(seed)
+    ours = torch.randn(b, k, generator=generator, dtype=torch.float64).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    keep = torch.rand(b, k, generator=generator) > 0.3 if masked else torch.ones(b, k, dtype=torch.bool)
+    a, b_ = fast(ours, keep), slow(theirs, keep)
+    torch.testing.assert_close(a, b_)
+    weights = torch.randn(a.shape, generator=generator, dtype=torch.float64)
+    (a * weights).sum().backward()
+    if b_.requires_grad:
+        (b_ * weights).sum().backward()
+    expected = torch.zeros_like(ours) if theirs.grad is None else theirs.grad
+    torch.testing.assert_close(ours.grad.nan_to_num(), expected.nan_to_num(), atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in PAIRS if name != "remax"])
+def test_equal_rewards_have_no_advantage(name):
+    assert PAIRS[name][0](torch.full((2, 4), 3.0), torch.ones(2, 4, dtype=torch.bool)).eq(0).all()
+
+
+def test_a_rollout_that_is_left_out_has_no_say_in_any_other():
+    rewards, keep = torch.randn(3, 4), torch.ones(3, 4, dtype=torch.bool)
+    keep[1, 2] = False
+    other = rewards.clone()
+    other[1, 2] = 1e6
+    for name, (advantage, _) in PAIRS.items():
+        if name == "remax":
+            continue
+        torch.testing.assert_close(advantage(rewards, keep), advantage(other, keep), msg=name)
+        assert advantage(other, keep)[1, 2] == 0
+
+
+def test_rloo_is_grpo_without_the_deviation_but_for_a_factor():
+    rewards, keep = torch.randn(3, 4), torch.ones(3, 4, dtype=torch.bool)
+    torch.testing.assert_close(rloo(rewards, keep), grpo(rewards, keep) * 4 / 3)
+
+
+def test_reinforce_pp_baseline_keeps_small_what_grpo_std_blows_up():
+    rewards = torch.tensor([[0.0, 1e-3], [0.0, 1.0]])
+    keep = torch.ones(2, 2, dtype=torch.bool)
+    ours, theirs = reinforce_pp_baseline(rewards, keep).abs(), grpo(rewards, keep, std=True).abs()
+    assert ours[0, 0] < ours[1, 0] / 100
+    torch.testing.assert_close(theirs[0], theirs[1], rtol=1e-2, atol=0)

@@ -1,0 +1,151 @@
+"""Every algorithm as its config puts it together, from rewards to gradient, against its paper's objective."""
+
+from functools import partial
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.modules.objectives.advantages import grpo, remax
+from src.modules.objectives.algorithm import Algorithm
+from src.modules.objectives.losses import ppo_clip
+from src.modules.objectives.truncation import Penalty
+from tests import oracles
+from tests.conftest import ROOT, Compose
+
+MAX_TOKENS = 8
+KL = ("algorithm.kl_weight=0.3",)
+
+OBJECTIVES = {
+    ("grpo", ()): oracles.grace_objective,
+    ("grpo_std", KL): partial(oracles.grpo_objective, beta=0.3),
+    ("dr_grpo", ()): partial(oracles.dr_grpo_objective, constant=MAX_TOKENS),
+    ("rloo", ()): partial(oracles.rloo_objective, constant=MAX_TOKENS),
+    ("remax", ()): partial(oracles.remax_objective, constant=MAX_TOKENS),
+    ("reinforce_pp", KL): partial(oracles.reinforce_pp_objective, beta=0.3, baseline=False),
+    ("reinforce_pp_baseline", KL): partial(oracles.reinforce_pp_objective, beta=0.3, baseline=True),
+    ("dapo", ()): partial(oracles.dapo_objective, max_tokens=MAX_TOKENS),
+}
+
+
+def composed(compose: Compose, name: str, *overrides: str) -> Algorithm:
+    cfg = compose("~experiment", "name=none", f"algorithm={name}", f"rollout.max_new_tokens={MAX_TOKENS}", *overrides)
+    return instantiate(cfg.algorithm)
+
+
+def random_case(b: int, k: int, seed: int) -> oracles.Case:
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    old = randn(b, k, MAX_TOKENS) - 2
+    return oracles.Case(
+        rewards=randn(b, k),
+        greedy=randn(b),
+        lengths=torch.randint(1, MAX_TOKENS + 1, (b, k), generator=generator),
+        logprobs=(old + 0.3 * randn(b, k, MAX_TOKENS)).requires_grad_(),
+        old=old,
+        reference=old + 0.3 * randn(b, k, MAX_TOKENS),
+    )
+
+
+def loss_of(algorithm: Algorithm, case: oracles.Case) -> torch.Tensor:
+    """The road of a training step, without a model."""
+    flat = [x.flatten(0, 1) for x in (case.logprobs, case.old, case.reference)]
+    mask = torch.arange(MAX_TOKENS) < case.lengths.flatten().unsqueeze(1)
+    divergence = None
+    if algorithm.kl_in_reward:
+        divergence = algorithm.divergence(flat[1], flat[2], mask).sum(dim=1).view_as(case.rewards)
+    rewards, keep = algorithm.judged(case.rewards, case.lengths, torch.ones_like(case.lengths, dtype=torch.bool), divergence)
+    greedy = (case.greedy,) if algorithm.greedy_baseline else ()
+    advantages = algorithm.advantage(rewards, keep, *greedy).flatten().unsqueeze(1) * mask
+    tokens = algorithm.token_loss(flat[0], flat[1], advantages, mask, flat[2]).loss
+    return (tokens.sum(dim=1) * algorithm.aggregation(case.lengths.flatten())).sum()
+
+
+def test_every_algorithm_has_an_oracle() -> None:
+    own = {"grpo_token_credit"}  # no paper's; its parts are tested in test_credit.py
+    assert {file.stem for file in (ROOT / "configs" / "algorithm").glob("*.yaml")} - own == {name for name, _ in OBJECTIVES}
+
+
+@pytest.mark.parametrize(("name", "overrides"), OBJECTIVES)
+def test_it_is_its_papers_objective_forward_and_backward(name: str, overrides: tuple[str, ...], compose: Compose) -> None:
+    algorithm = composed(compose, name, *overrides)
+
+    @settings(max_examples=15, deadline=None)
+    @given(b=st.integers(1, 3), k=st.integers(2, 4), seed=st.integers(0, 2**31 - 1))
+    def check(b: int, k: int, seed: int) -> None:
+        case = random_case(b, k, seed)
+        ours, theirs = loss_of(algorithm, case), OBJECTIVES[name, overrides](case)
+        torch.testing.assert_close(ours, theirs.to(ours.dtype), atol=1e-5, rtol=1e-5)
+        (our_gradient,) = torch.autograd.grad(ours, case.logprobs)
+        (their_gradient,) = torch.autograd.grad(theirs, case.logprobs)
+        torch.testing.assert_close(our_gradient, their_gradient, atol=1e-6, rtol=1e-5)
+
+    check()
+
+
+def test_importance_weights_scale_the_policy_gradient_and_not_the_divergence() -> None:
+    numbers = {"advantage": grpo, "loss": ppo_clip, "kl_weight": 0.3}
+    plain, weighted = Algorithm(**numbers), Algorithm(**numbers, importance_cap=2.0)
+    old, engine = torch.full((1, 3), -1.0), torch.tensor([[-1.0, -3.0, -0.5]])
+    mask, reference = torch.ones(1, 3, dtype=torch.bool), torch.full((1, 3), -1.5)
+    gradients = []
+    for algorithm in (plain, weighted):
+        logprobs = old.clone().requires_grad_()
+        algorithm.token_loss(logprobs, old, torch.ones(1, 3), mask, reference, engine).loss.sum().backward()
+        gradients.append(logprobs.grad)
+    by_kl = 0.3 * (1 - torch.exp(torch.tensor(-0.5)))  # d k3 / d log pi = 1 - r
+    torch.testing.assert_close(gradients[0], torch.full((1, 3), -1.0) + by_kl)
+    torch.testing.assert_close(gradients[1], -torch.tensor([[1.0, 2.0, 2.718281828**-0.5]]) + by_kl)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"updates_per_batch": 0}, "updates_per_batch=0"),
+        ({"min_group_std": -0.1}, "min_group_std=-0.1"),
+        ({"max_extra_batches": -1}, "max_extra_batches=-1"),
+        ({"kl_weight": -1.0}, "kl_weight=-1.0"),
+        ({"kl_estimator": "k4"}, "kl_estimator='k4': it is k1 or k2 or k3"),
+        ({"kl_in": "advantage"}, "kl_in='advantage': it is loss or reward"),
+        ({"importance_cap": 0.0}, "importance_cap=0.0"),
+        ({"importance_level": "batch"}, "importance_level='batch': it is token or sequence"),
+        ({"kl_weight": 0.1, "kl_estimator": "k1"}, "k1 in the loss pushes nowhere"),
+        ({"credit_decay": 1.5}, "credit_decay=1.5"),
+        ({"credit_decay": 0.9, "greedy_baseline": True}, "set credit_decay to null"),
+        ({"greedy_baseline": True}, "greedy_baseline=true does not go with algorithm.advantage"),
+        ({"truncation": "absolute"}, "truncation='absolute': it is relative or constant or mask or none"),
+    ],
+)
+def test_numbers_without_sense_are_refused_by_name(numbers: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Algorithm(advantage=grpo, loss=ppo_clip, **numbers)  # type: ignore[arg-type]
+
+
+def test_what_an_algorithm_needs_and_does_not_get_is_named() -> None:
+    x, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="importance_cap needs the engine's log-probs"):
+        Algorithm(grpo, ppo_clip, importance_cap=2.0).token_loss(x, x, x, mask)
+    with pytest.raises(ValueError, match="needs log-probs of the reference"):
+        Algorithm(grpo, ppo_clip, kl_weight=0.1).token_loss(x, x, x, mask)
+
+
+def test_an_advantage_that_needs_greedy_rollouts_is_not_left_without() -> None:
+    with pytest.raises(ValueError, match=r"greedy_baseline=false does not go with algorithm.advantage"):
+        Algorithm(advantage=remax, loss=ppo_clip)
+    Algorithm(advantage=remax, loss=ppo_clip, greedy_baseline=True)
+
+
+@pytest.mark.parametrize("truncation", ["constant", "relative", "mask", "none"])
+def test_a_rationale_that_met_the_limit_is_charged_for_its_distance_too(truncation: Penalty) -> None:
+    rewards, lengths = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[4, 5, 6]])
+    finished, divergence = torch.tensor([[True, True, False]]), torch.tensor([[1.0, 2.0, 20.0]])
+    algorithm = Algorithm(grpo, ppo_clip, truncation=truncation, kl_weight=0.1, kl_in="reward", kl_estimator="k1")
+    plain, kept = algorithm.judged(rewards, lengths, finished)
+    charged, kept_too = algorithm.judged(rewards, lengths, finished, divergence)
+    torch.testing.assert_close(plain - charged, 0.1 * divergence)
+    assert torch.equal(kept, kept_too)

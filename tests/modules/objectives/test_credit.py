@@ -1,0 +1,166 @@
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.modules.objectives.advantages import grpo
+from src.modules.objectives.algorithm import Algorithm
+from src.modules.objectives.credit import at_tokens, prefix_rewards, token_advantages, token_returns
+from src.modules.objectives.judging import by_token, judge
+from src.modules.objectives.losses import ppo_clip
+from src.modules.objectives.rewards import Embeddings, document, listwise, paper
+from src.modules.objectives.roles import standing_in
+from src.modules.training.scoring import ScoredSide
+from src.modules.types import Rollouts
+
+shapes = st.tuples(st.integers(2, 4), st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**31 - 1))
+
+
+def drawn(b: int, k: int, r: int, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(b, k, r + 1, generator=generator, dtype=torch.float64)
+    return rewards, torch.randint(1, r + 1, (b, k), generator=generator)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.floats(0, 1), st.floats(-2, 2))
+def test_returns_are_the_decayed_sum_of_gains(shape, decay, at_end):
+    rewards, lengths = drawn(*shape)
+    returns = token_returns(rewards, torch.full(lengths.shape, at_end, dtype=torch.float64), lengths, decay)
+    for b in range(rewards.shape[0]):
+        for k in range(rewards.shape[1]):
+            n = int(lengths[b, k])
+            value = rewards[b, k, : n + 1].tolist()
+            value[n] += at_end
+            for t in range(rewards.shape[2] - 1):
+                wanted = sum(decay ** (s - t) * (value[s + 1] - value[s]) for s in range(t, n))
+                assert returns[b, k, t].item() == pytest.approx(wanted, abs=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(shapes)
+def test_without_decay_the_return_is_the_reward_still_to_come(shape):
+    rewards, lengths = drawn(*shape)
+    returns = token_returns(rewards, torch.zeros(lengths.shape, dtype=torch.float64), lengths, 1.0)
+    reached = torch.arange(returns.shape[2]) < lengths.unsqueeze(2)
+    final = rewards.gather(2, lengths.unsqueeze(2))
+    torch.testing.assert_close(returns, (final - rewards[:, :, :-1]) * reached)
+
+
+def test_without_decay_the_gradient_has_the_mean_of_the_plain_one():
+    # two tokens of a vocabulary of three; every rationale with its probability, so that the means are exact
+    logits = torch.tensor([[0.3, -0.2, 0.5], [0.1, 0.4, -0.6]], dtype=torch.float64, requires_grad=True)
+    logprobs = logits.log_softmax(dim=1)
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(3, generator=generator, dtype=torch.float64)  # the reward after one token
+    last = torch.randn(3, 3, generator=generator, dtype=torch.float64)
+    plain = shaped = torch.zeros((), dtype=torch.float64)
+    for a in range(3):
+        for b in range(3):
+            probability = (logprobs[0, a] + logprobs[1, b]).exp().detach()
+            rewards = torch.stack([torch.zeros((), dtype=torch.float64), first[a], last[a, b]]).view(1, 1, 3)
+            returns = token_returns(rewards, torch.zeros(1, 1, dtype=torch.float64), torch.tensor([[2]]), 1.0)[0, 0]
+            plain = plain + probability * last[a, b] * (logprobs[0, a] + logprobs[1, b])
+            shaped = shaped + probability * (returns[0] * logprobs[0, a] + returns[1] * logprobs[1, b])
+    torch.testing.assert_close(torch.autograd.grad(shaped, logits, retain_graph=True), torch.autograd.grad(plain, logits))
+
+
+@pytest.mark.parametrize("reward", [listwise, document, paper])
+def test_the_last_prefix_earns_what_the_rollout_earns(reward):
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(3, 4, 6, 8, generator=generator)
+    prefixes = torch.nn.functional.normalize(raw, dim=-1)
+    query, negative = torch.randn(3, 8, generator=generator), torch.randn(3, 1, 8, generator=generator)
+    e = Embeddings.normalised(query, raw[:, :, -1], negative)
+    values = prefix_rewards(standing_in(reward, e, "positive"), prefixes)
+    assert values.shape == (3, 4, 6)
+    torch.testing.assert_close(values[:, :, -1], reward(e).total)
+    middle = reward(Embeddings(e.query, prefixes[:, :, 2], e.negative)).total
+    torch.testing.assert_close(values[:, :, 2], middle)
+
+
+def test_advantages_compare_the_rollouts_that_reach_a_position():
+    returns = torch.tensor([[[1.0, 5.0, 2.0], [3.0, 0.0, 0.0], [5.0, 1.0, 0.0]]])
+    lengths = torch.tensor([[3, 1, 2]])
+    everyone = torch.ones(1, 3, dtype=torch.bool)
+    got = token_advantages(partial(grpo, std=False), returns, lengths, everyone)
+    # position 0: mean 3; position 1: the first and third, mean 3; position 2: one rollout has nothing to compare with
+    torch.testing.assert_close(got, torch.tensor([[[-2.0, 2.0, 0.0], [0.0, 0.0, 0.0], [2.0, -2.0, 0.0]]]))
+    without_third = token_advantages(partial(grpo, std=False), returns, lengths, torch.tensor([[True, True, False]]))
+    torch.testing.assert_close(without_third, torch.tensor([[[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]]))
+
+
+def test_values_go_to_their_tokens():
+    rollouts = Rollouts(
+        input_ids=torch.zeros(2, 5, dtype=torch.long),
+        prefix_lengths=torch.tensor([1, 1]),
+        prompt_lengths=torch.tensor([2, 3]),
+        lengths=torch.tensor([5, 4]),
+        finished=torch.tensor([True, True]),
+    )
+    placed = at_tokens(torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]]), rollouts)
+    torch.testing.assert_close(placed, torch.tensor([[0.0, 0.0, 1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 4.0, 0.0]]))
+
+
+@pytest.mark.parametrize("reward", [listwise, document, paper])
+def test_rationales_of_mixed_lengths_are_credited_with_what_they_earned(reward):
+    generator = torch.Generator().manual_seed(1)
+    b, k, r = 3, 4, 6
+    lengths = torch.randint(1, r + 1, (b, k), generator=generator)
+    whole = torch.randn(b, k, r + 1, 8, generator=generator)
+    own = torch.arange(r + 1).minimum(lengths.unsqueeze(2))
+    prefixes = torch.nn.functional.normalize(whole.gather(2, own.unsqueeze(3).expand_as(whole)), dim=-1)
+    e = Embeddings.normalised(torch.randn(b, 8, generator=generator), prefixes[:, :, -1], torch.randn(b, 1, 8, generator=generator))
+    side = ScoredSide(
+        Rollouts(
+            input_ids=torch.zeros(b * k, r + 2, dtype=torch.long),
+            prefix_lengths=torch.ones(b * k, dtype=torch.long),
+            prompt_lengths=torch.full((b * k,), 2),
+            lengths=lengths.flatten() + 2,
+            finished=torch.ones(b * k, dtype=torch.bool),
+        ),
+        e.positive,
+        None,
+        None,
+        prefixes,
+        ("a", "b", "c"),
+    )
+    algorithm = Algorithm(advantage=lambda rewards, keep: rewards, loss=ppo_clip, truncation="none", credit_decay=1.0)
+    value = standing_in(reward, e, "positive")
+    judged = judge(algorithm, value, side)
+    first = by_token(algorithm, value, side, judged)[:, 2].view(b, k)  # the first token's return
+    start = reward(Embeddings(e.query, prefixes[:, :, 0], e.negative)).total
+    torch.testing.assert_close(first, reward(e).total - start)
+
+
+def test_the_divergence_is_charged_to_the_token_that_caused_it() -> None:
+    generator = torch.Generator().manual_seed(2)
+    b, k, r, decay = 2, 3, 4, 0.5
+    lengths = torch.tensor([[4, 2, 3], [1, 4, 4]])
+    prompts = torch.tensor([2, 3, 2, 4, 2, 3])
+    rollouts = Rollouts(
+        input_ids=torch.zeros(b * k, 8, dtype=torch.long),
+        prefix_lengths=torch.ones(b * k, dtype=torch.long),
+        prompt_lengths=prompts,
+        lengths=prompts + lengths.flatten(),
+        finished=torch.tensor([True, False, True, True, True, False]),
+    )
+    logprobs, reference = torch.randn(2, b * k, 8, generator=generator)
+    embeddings = torch.nn.functional.normalize(torch.randn(b, k, 5, generator=generator), dim=-1)
+    side = ScoredSide(rollouts, embeddings, logprobs, reference, embeddings.unsqueeze(2).expand(b, k, r + 1, 5), ("a", "b"))
+
+    def flat(own: torch.Tensor) -> torch.Tensor:  # nothing but the divergence tells rationales apart
+        return torch.zeros(own.shape[:2])
+
+    algorithm = Algorithm(
+        lambda rewards, keep: rewards, ppo_clip, truncation="none", credit_decay=decay, kl_weight=0.1, kl_in="reward", kl_estimator="k1"
+    )
+    got = by_token(algorithm, flat, side, judge(algorithm, flat, side))
+    for row, (prompt, length) in enumerate(zip(prompts.tolist(), lengths.flatten().tolist(), strict=True)):
+        cost = [0.1 * float(logprobs[row, prompt + t] - reference[row, prompt + t]) for t in range(length)]
+        wanted = [-sum(decay ** (s - t) * cost[s] for s in range(t, length)) for t in range(length)]
+        assert got[row, prompt : prompt + length].tolist() == pytest.approx(wanted, abs=1e-5)
+        assert got[row, :prompt].eq(0).all()
+        assert got[row, prompt + length :].eq(0).all()

@@ -1,0 +1,181 @@
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from src.modules.objectives.advantages import grpo
+from src.modules.objectives.rewards import Embeddings, document, listwise, paper, unsupervised
+from tests.oracles import document_oracle, listwise_oracle, paper_oracle, unsupervised_oracle
+
+shapes = st.tuples(st.integers(2, 5), st.integers(1, 5), st.integers(0, 3), st.integers(2, 7), st.integers(0, 2**31 - 1))
+
+
+def random_embeddings(b: int, k: int, m: int, d: int, seed: int) -> Embeddings:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = (torch.randn(*shape, d, generator=generator, dtype=torch.float64) for shape in ((b,), (b, k), (b, m)))
+    return Embeddings.normalised(*drawn)
+
+
+def leaves(e: Embeddings) -> list[Tensor]:
+    return [x.clone().requires_grad_() for x in (e.query, e.positive, e.negative)]
+
+
+def agree(fast, slow, e: Embeddings) -> None:
+    """Same values, and the same gradient of a random weighting of them."""
+    ours, theirs = leaves(e), leaves(e)
+    a, b = fast(Embeddings(*ours)).total, slow(*theirs)
+    torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+    weights = torch.randn(a.shape, generator=torch.Generator().manual_seed(0), dtype=a.dtype)
+    (a * weights).sum().backward()
+    (b * weights).sum().backward()
+    for x, y in zip(ours, theirs, strict=True):
+        gradient = torch.zeros_like(x) if y.grad is None else y.grad
+        torch.testing.assert_close(x.grad if x.grad is not None else torch.zeros_like(x), gradient, atol=1e-8, rtol=1e-8)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shapes, st.floats(0, 1), st.floats(0, 1), st.floats(0.05, 1))
+def test_paper_is_the_equation(shape, lambda1, lambda2, tau):
+    agree(
+        lambda e: paper(e, consistency_weight=lambda1, hard_weight=lambda2, temperature=tau),
+        lambda q, p, n: paper_oracle(q, p, n, lambda1, lambda2, tau),
+        random_embeddings(*shape),
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(shapes, st.floats(0, 1), st.floats(0, 1), st.floats(0.05, 1), st.sampled_from(["mean", "max"]))
+def test_document_is_the_equation(shape, lambda1, lambda2, tau, hard):
+    agree(
+        lambda e: document(e, consistency_weight=lambda1, hard_weight=lambda2, temperature=tau, hard=hard),
+        lambda q, p, n: document_oracle(q, p, n, lambda1, lambda2, tau, hard),
+        random_embeddings(*shape),
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(shapes, st.floats(0, 1), st.floats(0, 1), st.floats(0.05, 1))
+def test_unsupervised_is_the_equation_and_the_document_form_without_negatives(shape, lambda1, lambda2, tau):
+    b, k, _, d, seed = shape
+    e = random_embeddings(b, k, 0, d, seed)
+    weights = {"consistency_weight": lambda1, "hard_weight": lambda2, "temperature": tau}
+    agree(lambda e: unsupervised(e, **weights), lambda q, p, n: unsupervised_oracle(q, p, lambda1, lambda2, tau), e)
+    torch.testing.assert_close(unsupervised(e, **weights).total, document(e, **weights).total)
+
+
+def test_unsupervised_refuses_negatives():
+    with pytest.raises(ValueError, match="no term for negatives"):
+        unsupervised(random_embeddings(2, 3, 1, 4, seed=0))
+
+
+@settings(max_examples=25, deadline=None)
+@given(shapes, st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0.05, 1), st.sampled_from(["none", "document", "both"]))
+def test_listwise_is_the_equation(shape, to_query, to_document, lambda1, tau, centre):
+    weights = {"document_weight": to_query, "query_weight": to_document, "consistency_weight": lambda1, "temperature": tau}
+    agree(
+        lambda e: listwise(e, centre=centre, **weights),
+        lambda q, p, n: listwise_oracle(q, p, n, to_query, to_document, lambda1, tau, centre),
+        random_embeddings(*shape),
+    )
+
+
+def everything_kept(rewards: Tensor) -> Tensor:
+    return torch.ones_like(rewards, dtype=torch.bool)
+
+
+def advantages_of(reward, e: Embeddings, **kwargs) -> Tensor:
+    total = reward(e, **kwargs).total
+    return grpo(total, everything_kept(total))
+
+
+def test_negatives_and_hard_term_of_the_paper_cancel_and_those_of_document_do_not():
+    e = random_embeddings(6, 8, 2, 16, seed=3)
+    e = Embeddings(e.query.float(), e.positive.float(), e.negative.float())
+    bare = Embeddings(e.query, e.positive, e.negative[:, :0])
+    torch.testing.assert_close(advantages_of(paper, e, hard_weight=0.2), advantages_of(paper, bare, hard_weight=0.0), atol=1e-5, rtol=0)
+    moved = (advantages_of(document, e, hard_weight=0.2) - advantages_of(document, bare, hard_weight=0.0)).abs().max()
+    assert moved > 0.1
+
+
+@pytest.mark.parametrize("shift", [-0.3, 0.2])
+@pytest.mark.parametrize("centre", ["none", "document", "both"])
+def test_a_shift_common_to_all_similarities_earns_nothing_listwise(shift, centre):
+    e = random_embeddings(4, 3, 2, 8, seed=1)
+    # one more coordinate, held by queries on one side and by everything else on the other, adds `shift` to each similarity
+    size = abs(shift) ** 0.5
+
+    def extended(x: Tensor, value: float) -> Tensor:
+        return torch.cat([x, torch.full((*x.shape[:-1], 1), value, dtype=x.dtype)], dim=-1)
+
+    sign = 1.0 if shift > 0 else -1.0
+    shifted = Embeddings(extended(e.query, size), extended(e.positive, sign * size), extended(e.negative, sign * size))
+    torch.testing.assert_close(shifted.query @ shifted.positive[0].T, e.query @ e.positive[0].T + shift)
+    torch.testing.assert_close(listwise(shifted, centre=centre).total, listwise(e, centre=centre).total)
+    assert (paper(shifted).total - paper(e).total).abs().min() > 1e-3
+
+
+def test_coming_closer_to_every_query_alike_earns_nothing_listwise_and_much_in_the_other_forms():
+    # queries share a direction; one rollout takes up more of it, as longer rationales do
+    generator = torch.Generator().manual_seed(2)
+    shared = torch.zeros(9).index_fill(0, torch.tensor([8]), 1.0)
+    query = torch.nn.functional.pad(torch.randn(5, 8, generator=generator), (0, 1))
+    query = torch.nn.functional.normalize(query, dim=-1) * 0.8 + 0.6 * shared
+    positive = torch.nn.functional.pad(torch.randn(5, 3, 8, generator=generator), (0, 1)) * 0.2
+    negative = torch.nn.functional.pad(torch.randn(5, 1, 8, generator=generator), (0, 1)) * 0.2
+    hub = positive.clone()
+    hub[0, 0] += 0.2 * shared
+    # lengths are left as they are: one number is added to the rollout's similarities, and nothing else changes
+    before, after = Embeddings(query, positive, negative), Embeddings(query, hub, negative)
+    torch.testing.assert_close(listwise(after).total, listwise(before).total)
+    for reward in (paper, document, partial(listwise, centre="none")):
+        assert (reward(after).total - reward(before).total)[0, 0] > 0.1
+
+
+def test_a_query_that_comes_closer_to_every_document_alike_earns_nothing_listwise():
+    e = random_embeddings(4, 3, 2, 8, seed=5)
+
+    def extended(x: Tensor, last: Tensor) -> Tensor:
+        return torch.cat([x, last.expand(*x.shape[:-1], 1).to(x)], dim=-1)
+
+    one = torch.ones(1)
+    ours = Embeddings(extended(e.query, 0 * one), extended(e.positive, one), extended(e.negative, one))
+    query = ours.query.clone()
+    query[0, -1] = 0.3  # one number is added to the first query's similarities with all documents
+    closer = Embeddings(query, ours.positive, ours.negative)
+    torch.testing.assert_close(listwise(closer).total, listwise(ours).total)
+    assert (paper(closer).total - paper(ours).total)[0].abs().min() > 0.1
+
+
+def test_terms_are_returned_before_weighting_and_add_up():
+    e = random_embeddings(3, 4, 2, 8, seed=0)
+    for reward, scale in ((paper(e), 10.0), (document(e), 10.0), (listwise(e), 1.0)):
+        total = sum(reward.weights[name] * term for name, term in reward.terms.items()) * scale
+        torch.testing.assert_close(reward.total, total)
+        assert {term.shape for term in reward.terms.values()} == {reward.total.shape}
+
+
+def test_one_instance_has_no_in_batch_negatives():
+    e = random_embeddings(1, 4, 1, 8, seed=0)
+    assert paper(e).terms["hard"].eq(0).all()
+    assert document(e).terms["hard"].eq(0).all()
+    assert document(e, hard="max").terms["hard"].eq(0).all()
+    assert unsupervised(random_embeddings(1, 4, 0, 8, seed=0)).terms["in_batch"].eq(0).all()
+    with pytest.raises(ValueError, match="at least 2 instances"):
+        listwise(e)
+
+
+def test_one_rollout_has_no_consistency():
+    assert paper(random_embeddings(2, 1, 1, 8, seed=0)).terms["consistency"].eq(0).all()
+
+
+def test_an_unknown_hard_form_is_refused():
+    with pytest.raises(ValueError, match="mean or max"):
+        document(random_embeddings(2, 2, 1, 4, seed=0), hard="median")  # type: ignore[arg-type]
+
+
+def test_an_unknown_centre_is_refused():
+    with pytest.raises(ValueError, match="none, document or both"):
+        listwise(random_embeddings(2, 2, 1, 4, seed=0), centre="query")  # type: ignore[arg-type]

@@ -1,0 +1,108 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.modules.policy.logprobs import selected_logprobs
+from tests.builders import small_policy, some_rollouts
+from tests.oracles import logprobs_of_targets
+
+
+def random_case(n: int, d: int, v: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, d, generator=generator, requires_grad=True)
+    weight = torch.randn(v, d, generator=generator, requires_grad=True)
+    return hidden, weight, torch.randint(v, (n,), generator=generator)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 9),
+    d=st.integers(1, 6),
+    v=st.integers(1, 11),
+    temperature=st.sampled_from([0.5, 1.0, 1.7]),
+    chunk_tokens=st.sampled_from([1, 2, 3, 1024]),
+    seed=st.integers(0, 10_000),
+)
+def test_selected_logprobs_are_the_loop_forward_and_backward(
+    n: int, d: int, v: int, temperature: float, chunk_tokens: int, seed: int
+) -> None:
+    hidden, weight, targets = random_case(n, d, v, seed)
+    fast, entropies = selected_logprobs(hidden, weight, targets, temperature, chunk_tokens)
+    slow, expected_entropies = logprobs_of_targets(hidden, weight, targets, temperature)
+    upstream = torch.randn(n, generator=torch.Generator().manual_seed(seed + 1))
+    fast_gradients = torch.autograd.grad((fast * upstream).sum(), (hidden, weight))
+    slow_gradients = torch.autograd.grad((slow * upstream).sum(), (hidden, weight))
+    torch.testing.assert_close(fast.double(), slow, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropies.double(), expected_entropies, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fast_gradients, slow_gradients, rtol=1e-5, atol=1e-5)
+
+
+def test_entropies_carry_no_gradient() -> None:
+    hidden, weight, targets = random_case(4, 3, 5, seed=0)
+    assert not selected_logprobs(hidden, weight, targets)[1].requires_grad
+
+
+def test_nothing_of_the_size_of_all_logits_is_kept_for_the_backward_pass() -> None:
+    hidden, weight, targets = random_case(60, 4, 500, seed=0)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        logprobs, _ = selected_logprobs(hidden, weight, targets, chunk_tokens=10)
+    logprobs.sum().backward()
+    assert max(shape.numel() for shape in kept) == weight.numel()
+
+
+def test_bfloat16_arithmetic_changes_values_and_gradients_by_rounding_alone() -> None:
+    hidden, weight, targets = random_case(40, 16, 300, seed=0)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            logprobs, _ = selected_logprobs(hidden, weight, targets, 0.7, chunk_tokens=7)
+        results.append((logprobs.detach(), *torch.autograd.grad(logprobs.sum(), (hidden, weight))))
+    for exact, rounded in zip(*results, strict=True):
+        assert rounded.dtype == torch.float32
+        assert 0 < float((exact - rounded).norm() / exact.norm()) < 0.02
+
+
+def test_a_held_output_layer_gets_no_gradient_and_the_states_still_do() -> None:
+    hidden, weight, targets = random_case(9, 4, 11, seed=0)
+    expected = torch.autograd.grad(selected_logprobs(hidden, weight, targets, 0.7)[0].sum(), hidden)[0]
+    held = weight.detach()
+    selected_logprobs(hidden, held, targets, 0.7)[0].sum().backward()
+    torch.testing.assert_close(hidden.grad, expected)
+    assert held.grad is None
+
+
+def test_no_targets_give_no_logprobs() -> None:
+    logprobs, entropies = selected_logprobs(torch.zeros(0, 3), torch.zeros(5, 3), torch.zeros(0, dtype=torch.int64))
+    assert logprobs.shape == entropies.shape == (0,)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_policy_logprobs_are_those_of_the_models_own_logits(temperature: float) -> None:
+    policy = small_policy()
+    rollouts = some_rollouts(policy)
+    logprobs, entropies = policy.logprobs(rollouts, policy.hidden_states(rollouts), temperature)
+    logits = policy.model(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask.long()).logits / temperature
+    for row in range(len(rollouts)):
+        for position in range(rollouts.input_ids.shape[1]):
+            if rollouts.prompt_lengths[row] <= position < rollouts.lengths[row]:
+                distribution = torch.log_softmax(logits[row, position - 1], dim=-1)
+                expected = distribution[rollouts.input_ids[row, position]]
+                torch.testing.assert_close(logprobs[row, position], expected, rtol=0, atol=1e-5)
+                torch.testing.assert_close(entropies[row, position], -(distribution.exp() * distribution).sum(), rtol=1e-5, atol=1e-5)
+            else:
+                assert logprobs[row, position] == entropies[row, position] == 0
+
+
+def test_policy_logprobs_have_the_gradients_of_the_models_own_logits() -> None:
+    policy = small_policy()
+    rollouts = some_rollouts(policy)
+    mask = rollouts.rationale_mask
+    policy.logprobs(rollouts, policy.hidden_states(rollouts))[0].sum().backward()
+    fast = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
+    policy.zero_grad()
+    logprobs = torch.log_softmax(policy.model(input_ids=rollouts.input_ids).logits[:, :-1], dim=-1)
+    (logprobs.gather(-1, rollouts.input_ids[:, 1:, None]).squeeze(-1) * mask[:, 1:]).sum().backward()
+    for name, parameter in policy.model.named_parameters():
+        torch.testing.assert_close(fast[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")

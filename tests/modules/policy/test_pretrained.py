@@ -1,0 +1,170 @@
+"""Model folders that would like to run code."""
+
+import json
+import logging
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig
+
+from src.datamodules.prompt_limit import PromptLimit
+from src.modules.encoder.export import export, load_policy
+from src.modules.policy.files import policy_files
+from src.modules.policy.model import ENCODER_FOLDER, Policy
+from src.utils.checkpoint_io import CheckpointError
+from tests.conftest import Compose
+from train import train
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.file,)
+
+
+@pytest.fixture
+def folder(tiny_policy_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_policy_folder, tmp_path / "model"))
+
+
+@pytest.fixture
+def ran(tmp_path: Path) -> Path:
+    """Exists once hostile code has run."""
+    return tmp_path / "ran"
+
+
+def test_a_pickle_of_weights_is_refused_in_one_line_and_not_read(folder: Path, ran: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(ran)))
+    for load in (Policy.load, load_policy):
+        with pytest.raises(FileNotFoundError, match=r"its weights are a pickle \(pytorch_model\.bin\), which can run code") as caught:
+            load(str(folder))
+        assert "\n" not in str(caught.value)
+    assert not ran.exists()
+    with pytest.raises(pickle.UnpicklingError):  # torch's own guard, were it the only one
+        torch.load(folder / "pytorch_model.bin", weights_only=True)
+    pickle.loads((folder / "pytorch_model.bin").read_bytes())
+    assert ran.exists()  # it would have worked
+
+
+def test_a_pickle_beside_safetensors_is_not_read(folder: Path, ran: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(ran)))
+    Policy.load(str(folder))
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", f"{ENCODER_FOLDER}/pytorch_model.bin"])
+def test_pickles_of_adapters_and_of_a_frozen_encoder_are_not_read(folder: Path, ran: Path, name: str) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(pickle.dumps(Touch(ran)))
+    AutoConfig.from_pretrained(folder).save_pretrained((folder / name).parent)
+    with pytest.raises(OSError, match=r"pickle|no file named model\.safetensors"):
+        Policy.load(str(folder))
+    assert not ran.exists()
+
+
+CODE = "from pathlib import Path\nPath({!r}).touch()\nfrom transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer\n"
+
+
+def with_code(folder: Path, ran: Path, model_type: str) -> None:
+    """A folder whose model, and its tokenizer, are Python files of its own."""
+    classes = "class OwnConfig(Qwen2Config):\n    model_type = 'own'\nclass OwnModel(Qwen2ForCausalLM):\n    config_class = OwnConfig\n"
+    classes += "class OwnTokenizer(Qwen2Tokenizer):\n    pass\n"
+    (folder / "own.py").write_text(CODE.format(str(ran)) + classes)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": model_type, "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    if model_type == "own":
+        tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+        tokenizer |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+
+
+def test_a_models_own_code_runs_only_where_a_setting_says_so(folder: Path, ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder.parent / "modules"))  # not in the home
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with_code(folder, ran, "own")
+    for load in (Policy.load, load_policy):
+        with pytest.raises(ValueError, match=r"brings Python code of its own.*trust_remote_code=true") as caught:
+            load(str(folder))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="brings Python code of its own"):
+        PromptLimit.load(str(folder), "Name the terms.", 60)
+    assert not ran.exists()
+    policy = Policy.load(str(folder), trust_remote_code=True)
+    assert ran.exists()
+    assert type(policy.model).__name__ == "OwnModel"
+
+
+def test_code_that_would_replace_a_known_model_does_not_run(folder: Path, ran: Path) -> None:
+    with_code(folder, ran, "qwen2")
+    assert type(Policy.load(str(folder)).model).__name__ == "Qwen2ForCausalLM"
+    assert not ran.exists()
+
+
+def test_the_setting_is_off_and_reaches_training(compose: Compose, folder: Path, ran: Path) -> None:
+    with_code(folder, ran, "own")
+    cfg = compose(
+        "logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=1", "rollout.max_new_tokens=2"
+    )
+    cfg.policy.path, cfg.packages.train = str(folder), ["urllib3"]
+    assert cfg.policy.trust_remote_code is False
+    with pytest.raises(Exception, match="brings Python code of its own"):
+        train(cfg)
+    assert not ran.exists()
+    assert compose("experiment=triplets_sup", "datamodule.path=x", "policy.trust_remote_code=true").datamodule.limit.trust_remote_code
+
+
+def test_a_chat_template_cannot_reach_python(folder: Path, ran: Path) -> None:
+    reach = "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.system('touch " + str(ran) + "') }}"
+    (folder / "chat_template.jinja").write_text(reach + "{{ messages[-1].content }}")
+    with pytest.raises(Exception, match=r"unsafe|undefined"):
+        PromptLimit.load(str(folder), "Name the terms.", 60)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "no_suffix"])
+def test_a_checkpoint_runs_no_code(compose: Compose, tmp_path: Path, ran: Path, name: str) -> None:
+    file = tmp_path / name
+    torch.save({"state_dict": {}, "grace": Touch(ran)}, file)
+    if name.endswith(".ckpt"):
+        with pytest.raises(ValueError, match="cannot be read as a checkpoint") as caught:
+            load_policy(file)
+        assert "\n" not in str(caught.value)
+    cfg = compose("logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=1", f"ckpt_path={file}")
+    cfg.packages.train = ["urllib3"]
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        train(cfg)
+    assert not ran.exists()
+
+
+def test_a_file_of_safetensors_that_is_none_is_one_error(folder: Path) -> None:
+    save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:20])
+    with pytest.raises(ValueError, match="are no safetensors, or cut off"):
+        Policy.load(str(folder))
+
+
+@pytest.mark.parametrize("written", [{"temperature": 0.9, "top_p": 0.6}, {"do_sample": False, "temperature": 0.9}])
+def test_sampling_settings_that_contradict_each_other_do_not_keep_a_policy_from_being_saved(
+    folder: Path, tmp_path: Path, written: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    file = folder / "generation_config.json"
+    ends = {"eos_token_id": [1, 2], "pad_token_id": 0}
+    file.write_text(json.dumps({**written, **ends}))
+    with caplog.at_level(logging.WARNING):
+        policy, settings = load_policy(str(folder))
+    assert "generation_config.json contradicts itself" in caplog.text
+    assert "generation_config.json" in policy_files(policy)
+    again, _ = load_policy(export(policy, settings, tmp_path / "export"))
+    assert {name: getattr(again.model.generation_config, name) for name in ends} == ends

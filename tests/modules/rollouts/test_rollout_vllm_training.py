@@ -1,0 +1,133 @@
+"""GRACE trained through vLLM and through the in-process engine."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from src.callbacks.checkpoint import RolloutCheckpoint
+from src.modules.grace import GRACE
+from src.modules.objectives.advantages import grpo
+from src.modules.objectives.algorithm import Algorithm
+from src.modules.objectives.losses import ppo_clip
+from src.modules.objectives.rewards import listwise
+from src.modules.policy.model import Policy
+from src.modules.prompt.renderer import Prompts
+from src.modules.rollouts import vllm_engine
+from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.vllm_engine import EngineError
+from src.modules.types import Rollouts
+from tests.builders import SENTENCES
+from tests.callbacks.conftest import fit as fit_few
+from tests.conftest import ROOT, Compose
+from tests.modules.test_grace import TRIPLETS, fit
+from tests.vllm_builders import NEEDS_VLLM, engine, policy_of
+from train import train
+
+pytestmark = NEEDS_VLLM
+
+
+class SamePositives:
+    """Positives always from HFRollouts, as no two engines draw alike; greedy queries and negatives from another engine."""
+
+    def __init__(self, others: Any) -> None:
+        self.max_new_tokens, self.others = others.max_new_tokens, others
+
+    def generate(self, policy: Policy, prompts: Prompts, n: int, temperature: float, seed: int, prefixes: bool = False) -> Rollouts:
+        chosen = HFRollouts(self.max_new_tokens) if temperature > 0 else self.others
+        return chosen.generate(policy, prompts, n, temperature, seed, prefixes)
+
+
+def grace(rollouts: Any, **settings: Any) -> GRACE:
+    return GRACE(
+        policy_of(),
+        rollouts,
+        partial(listwise),
+        Algorithm(grpo, ppo_clip, **settings),
+        instruction="Name the terms.",
+        max_prompt_tokens=100,
+        num_rollouts=4,
+        other_temperature=0.0,
+        learning_rate=1e-3,
+    )
+
+
+def test_five_steps_through_either_engine_lead_to_the_same_rationales_and_embeddings() -> None:
+    runs = [grace(SamePositives(HFRollouts(12))), grace(SamePositives(engine(12)))]
+    start = runs[0].encoder().explain(SENTENCES)
+    reports = [fit(run, [TRIPLETS] * 5).reports for run in runs]
+    for ours, theirs in zip(*reports, strict=True):
+        # embeddings met while sampling in the one, from an encode pass in the other
+        torch.testing.assert_close(ours.reward.total, theirs.reward.total, atol=1e-4, rtol=0)
+    for run, own in zip(runs, (HFRollouts(12), engine(12)), strict=True):
+        run.engine = own
+    (embeddings, rationales), (theirs_embedded, theirs_written) = (run.encoder().explain(SENTENCES) for run in runs)
+    assert rationales == theirs_written
+    np.testing.assert_allclose(embeddings, theirs_embedded, atol=1e-3, rtol=0)
+    assert np.abs(embeddings - start[0]).max() > 1e-2  # the updates did something
+
+
+def test_importance_weights_make_up_for_an_engine_in_bfloat16() -> None:
+    runs = [grace(engine(dtype="bfloat16"), importance_cap=cap) for cap in (None, 2.0)]
+    watches = [fit(run, [TRIPLETS]) for run in runs]
+    assert all(watch.reports[0].logprob_gap[0] > 1e-4 for watch in watches)
+    norms = [watch.reports[0].update["gradient_norm"] for watch in watches]
+    assert norms[0] != norms[1]
+    assert norms[1] == pytest.approx(norms[0], rel=0.1)  # ratios within a few hundredths of 1
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_a_run_on_its_own_samples_stays_with_the_trainer_and_keeps_the_engine_out_of_the_checkpoint(updates: int) -> None:
+    module = grace(engine(12), updates_per_batch=updates)
+    names = set(grace(HFRollouts(12)).state_dict())
+    for report in fit(module, [TRIPLETS] * 3).reports:
+        mean, largest = report.logprob_gap
+        assert 0 < mean <= largest < 1e-4
+        assert report.update["updates"] == updates
+    assert set(module.state_dict()) == names
+
+
+def test_a_stale_copy_shows_in_the_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = grace(engine(12))
+    fit(module, [TRIPLETS])
+    monkeypatch.setattr("src.modules.rollouts.vllm_engine.push", lambda llm, model: None)
+    reports = fit(module, [TRIPLETS] * 2).reports
+    assert all(report.logprob_gap[1] > 1e-3 for report in reports)
+
+
+def test_a_run_whose_engine_dies_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    class DyingInTheSecondBatch(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            llm = vllm_engine.start(pl_module.engine._spec(pl_module.policy)).llm
+            monkeypatch.setattr(llm.llm_engine, "step", die)
+
+    def die() -> None:
+        raise EngineDeadError()
+
+    def checkpoint() -> RolloutCheckpoint:
+        return RolloutCheckpoint(str(tmp_path), every_n_rollout_batches=1)
+
+    with pytest.raises(EngineError, match=r"^vLLM died .*ckpt_path="):
+        fit_few(grace(engine(12)), [checkpoint(), DyingInTheSecondBatch()], tmp_path, batches=2)
+    resumed = grace(engine(12))
+    fit_few(resumed, [checkpoint()], tmp_path, batches=2, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert resumed.rollout_batches == 2
+
+
+def test_the_command_line_trains_with_it(compose: Compose) -> None:
+    small = ["rollout.max_new_tokens=16", "rollout.sleep=false", "rollout.gpu_memory_utilization=0.05", "rollout.cpu_kv_cache_gib=0.2"]
+    run = ["logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=2"]
+    # truncated rationales are masked out by default, and in 16 tokens few finish
+    cfg = compose("rollout=vllm", "algorithm.truncation=relative", *small, *run)
+    cfg.policy.path = str(ROOT / "experiments" / "tiny_policy" / "weights")
+    cfg.packages.train = ["urllib3"]
+    cfg.optimized_metric = "rollout/logprob_gap_max"
+    gap = train(cfg)
+    assert gap is not None
+    assert 0 < gap < 1e-3

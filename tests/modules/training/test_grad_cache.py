@@ -1,0 +1,137 @@
+"""The gradient taken part by part against that of one graph over everything."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from src.modules.objectives.info_nce import info_nce
+from src.modules.policy.model import Policy
+from src.modules.prompt.renderer import PromptRenderer
+from src.modules.training.grad_cache import RandomState, cached_gradient, parts_by_length
+from src.modules.types import Rollouts, without_rationales
+from tests.builders import SENTENCES, small_policy
+
+CPU = torch.device("cpu")
+
+
+def loss(embeddings: Tensor) -> Tensor:
+    queries, documents = embeddings.chunk(2)
+    return info_nce(queries, documents, torch.arange(len(queries)), 0.05)
+
+
+def texts(policy: Policy) -> Rollouts:
+    short = [text[: 8 + 7 * i] for i, text in enumerate(SENTENCES)]
+    return without_rationales(PromptRenderer(policy.tokenizer, "Name the terms.", 128)([*short, *SENTENCES]), policy.pad_id)
+
+
+def gradient_of(policy: Policy, run: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The loss and the gradients that `run` leaves, from one random state."""
+    policy.zero_grad()
+    torch.manual_seed(3)
+    value = run()
+    return value, [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+
+
+def one_graph(policy: Policy, sequences: Rollouts, parts: list[Tensor]) -> Tensor:
+    value = loss(torch.cat([policy.embed(sequences[rows]) for rows in parts]))
+    value.backward()
+    return value.detach()
+
+
+def cached(policy: Policy, sequences: Rollouts, parts: list[Tensor]) -> Tensor:
+    return cached_gradient(lambda rows: policy.embed(sequences[rows]), parts, loss, Tensor.backward, CPU)[0]
+
+
+def assert_same(one: tuple[Tensor, list[Tensor]], other: tuple[Tensor, list[Tensor]]) -> None:
+    torch.testing.assert_close(one[0], other[0], atol=1e-5, rtol=1e-5)
+    largest = max(float(g.abs().max()) for g in one[1])
+    assert len(one[1]) == len(other[1]) > 0
+    for a, b in zip(one[1], other[1], strict=True):
+        assert float((a - b).abs().max()) <= 1e-5 * max(1.0, largest)
+
+
+@pytest.mark.parametrize("size", [1, 3, 10])
+def test_cached_equals_one_pass_over_the_whole_batch(size: int) -> None:
+    policy = small_policy().train()
+    sequences = texts(policy)
+    everything = torch.arange(len(sequences))
+    whole = gradient_of(policy, lambda: one_graph(policy, sequences, [everything]))
+    parts = gradient_of(policy, lambda: cached(policy, sequences, list(everything.split(size))))
+    assert_same(whole, parts)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_is_drawn_again_as_it_was(checkpointing: bool) -> None:
+    policy = small_policy(attention_dropout=0.4).train()
+    if checkpointing:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    sequences = texts(policy)
+    parts = list(torch.arange(len(sequences)).split(4))
+    graph = gradient_of(policy, lambda: one_graph(policy, sequences, parts))
+    after_graph = torch.rand(1)
+    assert_same(graph, gradient_of(policy, lambda: cached(policy, sequences, parts)))
+    assert torch.equal(torch.rand(1), after_graph)  # and the next batch draws on from where this one's dropout ended
+    policy.eval()
+    assert not torch.allclose(gradient_of(policy, lambda: cached(policy, sequences, parts))[0], graph[0], atol=1e-3)
+
+
+def test_without_replaying_it_the_gradient_would_be_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = small_policy(attention_dropout=0.4).train()
+    sequences = texts(policy)
+    parts = list(torch.arange(len(sequences)).split(4))
+    graph = gradient_of(policy, lambda: one_graph(policy, sequences, parts))
+    monkeypatch.setattr(RandomState, "again", lambda _: torch.random.fork_rng([]))
+    with pytest.raises(AssertionError):
+        assert_same(graph, gradient_of(policy, lambda: cached(policy, sequences, parts)))
+
+
+def test_one_part_of_the_graph_is_alive_at_a_time() -> None:
+    alive, most = 0, 0
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, upstream: Tensor) -> Tensor:
+            nonlocal alive
+            alive -= 1
+            return upstream * 2
+
+    weight = torch.ones(3, 2, requires_grad=True)
+
+    def embed(part: Tensor) -> Tensor:
+        nonlocal alive, most
+        if torch.is_grad_enabled():
+            alive += 1
+            most = max(most, alive)
+        return Counted.apply(part @ weight)
+
+    cached_gradient(embed, list(torch.randn(6, 2, 3)), loss, Tensor.backward, CPU)
+    assert (alive, most) == (0, 1)
+
+
+def test_bfloat16_autocast_with_its_cache_of_weights_gives_the_same_gradient() -> None:
+    policy = small_policy().train()
+    sequences = texts(policy)
+    parts = list(torch.arange(len(sequences)).split(4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        graph = gradient_of(policy, lambda: one_graph(policy, sequences, parts))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = gradient_of(policy, lambda: cached(policy, sequences, parts))
+    for a, b in zip(graph[1], ours[1], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-2 * float(a.abs().max()), rtol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 120))
+def test_parts_hold_every_text_once_and_keep_to_the_budget(lengths: list[int], tokens: int) -> None:
+    parts = parts_by_length(torch.tensor(lengths), tokens)
+    assert sorted(torch.cat(parts).tolist()) == list(range(len(lengths)))
+    for part in parts:
+        assert len(part) == 1 or len(part) * max(lengths[row] for row in part.tolist()) <= tokens

@@ -1,0 +1,39 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from src.modules.training.scoring import micro_batches
+from src.modules.types import Rollouts
+
+lengths = st.lists(st.tuples(st.integers(1, 20), st.lists(st.integers(0, 15), min_size=3, max_size=3)), min_size=1, max_size=5)
+
+
+def rollouts_of(instances: list[tuple[int, list[int]]]) -> Rollouts:
+    """Three rollouts to an instance, given as (prompt length, rationale lengths)."""
+    prompts = torch.tensor([prompt for prompt, own in instances for _ in own])
+    lengths = prompts + torch.tensor([length for _, own in instances for length in own])
+    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+    return Rollouts(ids, torch.zeros_like(prompts), prompts, lengths, torch.ones_like(prompts, dtype=torch.bool))
+
+
+def tokens_of(rollouts: Rollouts, part: torch.Tensor) -> int:
+    leads = [int(rows[0]) for rows in (part[part // 3 == instance] for instance in (part // 3).unique())]
+    return int(rollouts.rationale_lengths[part].sum() + rollouts.prompt_lengths[leads].sum())
+
+
+@given(instances=lengths, budget=st.integers(1, 120), data=st.data())
+def test_micro_batches_take_every_row_once_within_the_budget(instances, budget, data):
+    rollouts = rollouts_of(instances)
+    rows = torch.tensor(sorted(data.draw(st.sets(st.integers(0, len(rollouts) - 1), min_size=1))))
+    parts = list(micro_batches(rollouts, rows, 3, budget))
+    assert torch.equal(torch.cat(parts), rows)
+    for part in parts:
+        assert tokens_of(rollouts, part) <= budget or len(part) == 1
+    for instance in (rows // 3).unique():
+        members = rows[rows // 3 == instance]
+        if tokens_of(rollouts, members) <= budget:  # fits: its prompt is computed once
+            assert sum(bool((part // 3 == instance).any()) for part in parts) == 1
+
+
+def test_no_rows_make_no_micro_batch():
+    assert list(micro_batches(rollouts_of([(4, [1, 2, 3])]), torch.zeros(0, dtype=torch.long), 3, 10)) == []
