@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from src.modules.types import Rollouts
 
 
@@ -32,7 +32,7 @@ def taken(hidden: Tensor, weight: Tensor, draws: Tensor, temperature: float, *, 
     return ids, logits.log_softmax(dim=-1).gather(1, ids.unsqueeze(1)).squeeze(1)
 
 
-class DrawnRationales(HFRollouts):
+class DrawnRationales(HFEngine):
     """The in-process engine, but that tokens come from the draws alone."""
 
     mean_length = 32

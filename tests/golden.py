@@ -46,7 +46,7 @@ class Asked(DrawnRationales):
     def generate(
         self, policy: Policy, prompts: Prompts, n: int = 1, temperature: float = 1.0, seed: int | Tensor = 0, prefixes: bool = False
     ) -> Rollouts:
-        ids = repr([[row.tolist() for row in prompts.ids], prompts.prefix_lengths.tolist(), torch.as_tensor(seed).tolist()])
+        ids = repr([[row.tolist() for row in prompts.ids], prompts.text_starts.tolist(), torch.as_tensor(seed).tolist()])
         digest = hashlib.sha256(ids.encode()).hexdigest()[:16]
         self.asked.append(f"{n} rationales for each of {len(prompts)} prompts at temperature {temperature}, prompts and seeds {digest}")
         return super().generate(policy, prompts, n, temperature, seed, prefixes)
@@ -78,7 +78,7 @@ class Recorder(L.Callback):
             "reward": float(report.reward.total.double().mean()),
             "reward_within_groups": float(report.reward.total.double().std(dim=1).mean()),
             "advantages": float(report.advantages.double().norm()),
-            "gradient_norm": report.update["gradient_norm"],
+            "grad_norm": report.update["grad_norm"],
             "entropy": report.update["entropy"],
             "moved": float(torch.nn.utils.get_total_norm(moved)),  # how far the weights are from where they began
         }

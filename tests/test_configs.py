@@ -83,7 +83,10 @@ def test_smollm2_experiments_are_of_one_size(experiment: str, gpu: bool, compose
     monkeypatch.setattr("src.utils.machine.has_gpu", lambda: gpu)
     cfg, default = (hydra_compose("train", overrides=[f"experiment={name}"]) for name in (experiment, "smollm2_sup"))
     sizes = [
-        (c.trainer.limit_train_batches, c.datamodule.get("batch_size") or c.datamodule.groups * c.datamodule.per_group)
+        (
+            c.trainer.limit_train_batches,
+            c.datamodule.get("batch_size") or c.datamodule.modules_per_batch * c.datamodule.docstrings_per_module,
+        )
         for c in (cfg, default)
     ]
     assert sizes[0] == sizes[1] == ((150, 48) if gpu else (7, 16))

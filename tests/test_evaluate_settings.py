@@ -6,11 +6,11 @@ import pytest
 
 import evaluate
 from src.modules.encoder.export import load_policy
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from tests.conftest import Compose
 
 
-class SetUpForPrompts(HFRollouts):
+class SetUpForPrompts(HFEngine):
     """An engine that must know the longest prompt, as vLLM's."""
 
     def __init__(self, max_new_tokens: int, max_prompt_tokens: int = 1024) -> None:

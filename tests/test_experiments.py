@@ -30,7 +30,7 @@ EXPERIMENTS = [f"{backbone}_{data}" for backbone in BACKBONES for data in ("sup"
 
 SMALL = [
     *("logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=2", "trainer.max_epochs=1"),
-    *("rollout.max_new_tokens=4", "module.num_rollouts=2", "datamodule.batch_size=4", "algorithm.updates_per_batch=2"),
+    *("rollout.max_new_tokens=4", "module.num_generations=2", "datamodule.batch_size=4", "algorithm.updates_per_batch=2"),
     "callbacks.reward_diagnostics.figure_path=null",  # drawing takes longer than the rest
 ]
 
@@ -80,8 +80,8 @@ def test_the_published_settings(experiment: str, compose: Compose) -> None:
     cfg = compose(f"experiment={experiment}")
     assert plain("train", [f"experiment={experiment}"]).policy.path == BACKBONES[backbone][0]
     assert cfg.name == experiment
-    assert (cfg.module.learning_rate, cfg.module.num_rollouts, cfg.module.max_prompt_tokens) == (1e-6, 8, 1024)
-    assert (cfg.module.positive_temperature, cfg.module.other_temperature) == (1.0, 0.5)
+    assert (cfg.module.learning_rate, cfg.module.num_generations, cfg.module.max_prompt_tokens) == (1e-6, 8, 1024)
+    assert (cfg.module.temperature, cfg.module.context_temperature) == (1.0, 0.5)
     assert (cfg.rollout.max_new_tokens, cfg.trainer.max_epochs, cfg.datamodule.batch_size) == (2048, 2, 64)
     assert (cfg.algorithm.updates_per_batch, cfg.algorithm.truncation, cfg.algorithm.truncation_size) == (4, "constant", 1.0)
     assert (cfg.algorithm.advantage.std, cfg.algorithm.loss.clip_low, cfg.algorithm.loss.clip_high) == (False, 0.2, 0.2)

@@ -6,7 +6,7 @@ from importlib import metadata
 import pytest
 from packaging.requirements import Requirement
 
-from src.modules.rollouts.vllm import VLLMRollouts
+from src.modules.rollouts.vllm import VLLMEngine
 from tests.vllm_builders import NEEDS_VLLM
 
 LEFT_OUT = {"mistral-common", "torchvision", "torchaudio", "torchcodec", "setuptools"}
@@ -35,4 +35,4 @@ def test_the_extra_brings_what_vllm_asks_for_but_for_what_is_left_out() -> None:
 def test_without_vllm_one_line_names_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="`make vllm`"):
-        VLLMRollouts(8)
+        VLLMEngine(8)

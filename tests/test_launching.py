@@ -19,7 +19,7 @@ from tests.programs import Programs
 SMALL = [
     "callbacks=minimal",
     "rollout.max_new_tokens=4",
-    "module.num_rollouts=2",
+    "module.num_generations=2",
     "trainer.limit_train_batches=2",
     "algorithm.truncation=none",
 ]

@@ -83,7 +83,7 @@ def test_a_run_told_to_stop_goes_on_in_its_own_folder_and_mlflow_run(
 ) -> None:
     own = [place for place in places if not place.startswith("hydra.run.dir")]
     settings = [*own, f"paths.output_root={tmp_path}/outputs", "callbacks=minimal", "trainer.limit_train_batches=4"]
-    settings += ["rollout.max_new_tokens=4", "module.num_rollouts=2", "datamodule.groups=2"]
+    settings += ["rollout.max_new_tokens=4", "module.num_generations=2", "datamodule.modules_per_batch=2"]
     command = [sys.executable, "train.py", *settings]  # as users start it
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
@@ -119,13 +119,13 @@ def test_a_run_told_to_stop_goes_on_in_its_own_folder_and_mlflow_run(
 @pytest.mark.slow
 def test_a_sweep_over_training_is_grouped_and_goes_on(run_train: RunTrain, places: list[str], tracking_uri: str, tmp_path: Path) -> None:
     small = ["callbacks=minimal", "trainer.limit_train_batches=1", "rollout.max_new_tokens=4", "optimized_metric=reward/total/mean"]
-    grid = ["-m", "reward=paper", "reward.consistency_weight=0,0.2", "module.num_rollouts=1,2"]
+    grid = ["-m", "reward=paper", "reward.consistency_weight=0,0.2", "module.num_generations=1,2"]
     places = [place for place in places if not place.startswith("hydra.run.dir")] + [f"paths.output_root={tmp_path}"]
     done = run_train(*grid, *small, *places)  # a group of one is refused
     assert done.returncode == 1
     assert "sweep: 2 of 4 points failed" in done.stderr
-    assert "  consistency_weight=0, num_rollouts=1: InstantiationException:" in done.stderr
-    assert "module.num_rollouts=1: a group of one rollout has no baseline" in done.stderr
+    assert "  consistency_weight=0, num_generations=1: InstantiationException:" in done.stderr
+    assert "module.num_generations=1: a group of one rollout has no baseline" in done.stderr
     again = run_train(*grid, *small, *places)
     assert again.stdout.count("finished before, not repeated") == 2
     client = MlflowClient(tracking_uri)

@@ -86,7 +86,7 @@ def module_with(engine: type[Short] = Short, lora: bool = False, inner: bool = F
         inner: the last state before the last layer is the embedding, and that layer and what follows has no part in it.
         untied: the output layer has weights of its own, which embeddings do not read.
     """
-    module = make(**{"seed": 3, "num_rollouts": 3, "micro_batch_tokens": 120, "max_new_tokens": 7, "max_gradient_norm": 1.0, **settings})
+    module = make(**{"seed": 3, "num_generations": 3, "micro_batch_tokens": 120, "max_new_tokens": 7, "max_grad_norm": 1.0, **settings})
     module.engine = engine(7)
     if inner:
         module.policy.pooling, module.policy.layer = "eos", -2
@@ -104,11 +104,11 @@ def module_with(engine: type[Short] = Short, lora: bool = False, inner: bool = F
 SCENARIOS: dict[str, Callable[[], GRACE]] = {
     "several updates": lambda: module_with(reward=listwise, algorithm={"updates_per_batch": 2}),
     "credit by token, all sides": lambda: module_with(
-        reward=listwise, also_learn_from=["query", "negative"], algorithm={"credit_decay": 0.9, "updates_per_batch": 2}
+        reward=listwise, also_learn_from=["query", "negative"], algorithm={"gae_lambda": 0.9, "updates_per_batch": 2}
     ),
-    "credit by token, from a pass": lambda: module_with(WithoutStates, reward=paper, algorithm={"credit_decay": 0.9, "truncation": "none"}),
+    "credit by token, from a pass": lambda: module_with(WithoutStates, reward=paper, algorithm={"gae_lambda": 0.9, "truncation": "none"}),
     "statistics of the whole batch": lambda: module_with(
-        reward=document, algorithm={"advantage": reinforce_pp_baseline, "kl_weight": 0.1, "updates_per_batch": 2}
+        reward=document, algorithm={"advantage": reinforce_pp_baseline, "kl_coef": 0.1, "updates_per_batch": 2}
     ),
     "greedy baseline": lambda: module_with(reward=paper, encoder="frozen", algorithm={"advantage": remax, "greedy_baseline": True}),
     "groups gathered": lambda: module_with(
@@ -119,19 +119,23 @@ SCENARIOS: dict[str, Callable[[], GRACE]] = {
     ),
     "adapters": lambda: module_with(reward=listwise, lora=True),
     "pathwise": lambda: module_with(
-        reward=listwise, pathwise_weight=0.7, gradient_parts_every=1, untied=True, algorithm={"updates_per_batch": 2}
+        reward=listwise, pathwise_weight=0.7, gradient_parts_every_n_rollout_batches=1, untied=True, algorithm={"updates_per_batch": 2}
     ),
     "pathwise, queries learned from": lambda: module_with(
-        reward=listwise, also_learn_from=["query"], pathwise_weight=0.7, gradient_parts_every=2, algorithm={"updates_per_batch": 2}
+        reward=listwise,
+        also_learn_from=["query"],
+        pathwise_weight=0.7,
+        gradient_parts_every_n_rollout_batches=2,
+        algorithm={"updates_per_batch": 2},
     ),
     "pathwise, adapters, positives alone": lambda: module_with(
-        reward=listwise, lora=True, pathwise_weight=0.7, pathwise_sides=["positive"], gradient_parts_every=1
+        reward=listwise, lora=True, pathwise_weight=0.7, pathwise_roles=["positive"], gradient_parts_every_n_rollout_batches=1
     ),
     "pathwise alone, inner layer": lambda: module_with(
         reward=paper, inner=True, untied=True, score_function_weight=0.0, pathwise_weight=0.7, algorithm={"updates_per_batch": 2}
     ),
     "pathwise, a rank without tokens": lambda: module_with(
-        OddOnesNeverEnd, reward=document, pathwise_weight=0.7, gradient_parts_every=1, algorithm={"truncation": "mask"}
+        OddOnesNeverEnd, reward=document, pathwise_weight=0.7, gradient_parts_every_n_rollout_batches=1, algorithm={"truncation": "mask"}
     ),
     "pathwise, no negatives": lambda: module_with(reward=document, pathwise_reward=listwise, pathwise_weight=0.7),
 }
@@ -164,7 +168,7 @@ class Watch(L.Callback):
                 "advantages": r.advantages,
                 "lengths": r.rationale_lengths,
                 "update": r.update,
-                "gap": r.logprob_gap,
+                "gap": r.logprob_mismatch,
                 "numbers": {**numbers, "unrelated": r.unrelated_similarity},
             }
         )

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from src.modules.encoder.export import load_policy
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import PromptRenderer, Prompts
-from src.modules.rollouts.vllm import VLLMRollouts
+from src.modules.rollouts.vllm import VLLMEngine
 from src.modules.types import Rollouts
 from tests.builders import SENTENCES, small_tokenizer
 from tests.conftest import ROOT
@@ -45,9 +45,9 @@ def policy_of(kind: str = "qwen2") -> Policy:
     return policy
 
 
-def engine(max_new_tokens: int = 16, **settings: Any) -> VLLMRollouts:
+def engine(max_new_tokens: int = 16, **settings: Any) -> VLLMEngine:
     small: dict[str, Any] = {"max_prompt_tokens": 128, "dtype": "float32", "cpu_kv_cache_gib": 0.1}
-    return VLLMRollouts(max_new_tokens, **(small | {"gpu_memory_utilization": 0.05, "sleep": False} | settings))
+    return VLLMEngine(max_new_tokens, **(small | {"gpu_memory_utilization": 0.05, "sleep": False} | settings))
 
 
 def prompts_of(policy: Policy) -> Prompts:

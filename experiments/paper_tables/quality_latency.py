@@ -26,7 +26,7 @@ from src.modules.encoder.export import load_policy
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import PromptRenderer, Prompts
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from src.modules.types import Rollouts, without_rationales
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def times(policy: Policy, prompts: Prompts, length: int, batch_size: int, repeat
     """Mean tokens of a rationale, seconds of writing and of encoding them, for texts of like lengths together."""
     parts = prompts.lengths.argsort(descending=True, stable=True).split(batch_size)
     batches = [prompts.select(part) for part in parts]
-    engine = HFRollouts(max(1, length))
+    engine = HFEngine(max(1, length))
 
     def write() -> list[Rollouts]:
         if length == 0:
@@ -79,7 +79,7 @@ def measure(policy: Policy, settings: EncoderSettings, texts: Sequence[str], tas
     renderer = PromptRenderer(policy.tokenizer, settings.instruction, settings.max_prompt_tokens, dict(settings.template_kwargs))
     tokens, writing, encoding = times(policy, renderer(list(texts)), length, a.batch_size, a.repeats)
     settings = replace(settings, max_new_tokens=max(1, length))
-    encoder = RationaleEncoder(policy, settings, HFRollouts(settings.max_new_tokens), rationale=length > 0, batch_size=a.batch_size)
+    encoder = RationaleEncoder(policy, settings, HFEngine(settings.max_new_tokens), rationale=length > 0, batch_size=a.batch_size)
     scores = run_tasks(encoder, tasks, None, f"length-{length}")
     if scores.failures:
         raise SystemExit("quality_latency: " + "; ".join(f"{task}: {reason}" for task, reason in scores.failures.items()))

@@ -38,8 +38,8 @@ ROWS = {"without": {"grace": "grace_without_rationales", "cl": "cl", "simcse": "
 ROWS["with"] = {"grace": "grace", "cl": "cl_reasoning", "simcse": "simcse_reasoning"}
 BASES = {"without": "base", "with": "base_reasoning"}
 DIAGNOSTICS = {
-    "update/score_function_gradient_norm": "norm, score-function part",
-    "update/pathwise_gradient_norm": "norm, pathwise part",
+    "update/score_function_grad_norm": "norm, score-function part",
+    "update/pathwise_grad_norm": "norm, pathwise part",
     "update/gradient_parts_cosine": "cosine of the two",
     "rollout/unrelated_similarity": "similarity of unrelated texts",
     "update/entropy": "entropy (nats a token)",

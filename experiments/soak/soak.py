@@ -63,7 +63,7 @@ def settings(folder: Path, steps: int, packages: str) -> DictConfig:
         "experiment=tiny_sup",
         f"policy.path={small_policy(folder / 'policy')}",
         f"packages.train=[{packages}]",
-        *("datamodule.groups=2", "datamodule.per_group=2", "module.num_rollouts=3", "rollout.max_new_tokens=8"),
+        *("datamodule.modules_per_batch=2", "datamodule.docstrings_per_module=2", "module.num_generations=3", "rollout.max_new_tokens=8"),
         *("callbacks.mteb=null", "callbacks.final_report=null", "callbacks.rationale_table.texts=4", "callbacks.similarities.records=4"),
         *("callbacks.checkpoint.monitor=reward/total/mean", "trainer.accelerator=cpu", f"trainer.limit_train_batches={steps}"),
         f"paths.tracking_uri=sqlite:///{folder}/mlflow.db",

@@ -20,7 +20,7 @@ from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
 from src.modules.policy.pooling import pool
 from src.modules.prompt.renderer import PromptRenderer
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 
 
 class GenerateThenEncode:
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     renderer = PromptRenderer(policy.tokenizer, settings.instruction, settings.max_prompt_tokens)
     texts = [triplet.positive for triplet in triplets(renderer, a.texts, a.packages)]
     encoders = {
-        "RationaleEncoder": RationaleEncoder(policy, settings, HFRollouts(settings.max_new_tokens), batch_size=a.batch_size),
+        "RationaleEncoder": RationaleEncoder(policy, settings, HFEngine(settings.max_new_tokens), batch_size=a.batch_size),
         "generate, decode, encode": GenerateThenEncode(policy, settings, a.batch_size),
     }
     first, other = [torch.as_tensor(encoder.encode(texts[:8])) for encoder in encoders.values()]  # also warms up

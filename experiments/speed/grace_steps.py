@@ -28,7 +28,7 @@ from src.modules.objectives.losses import ppo_clip
 from src.modules.objectives.rewards import listwise
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import PromptRenderer
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,12 @@ def run(spec: Spec) -> dict[str, Any]:
     before = reset_peak()
     module = GRACE(
         policy=policy,
-        engine=HFRollouts(spec.new_tokens, spec.sampled_tokens),
+        engine=HFEngine(spec.new_tokens, spec.sampled_tokens),
         reward=functools.partial(listwise, temperature=0.05),
         algorithm=Algorithm(grpo, ppo_clip),
         instruction=settings.instruction,
         max_prompt_tokens=settings.max_prompt_tokens,
-        num_rollouts=spec.rollouts,
+        num_generations=spec.rollouts,
         micro_batch_tokens=spec.micro_batch_tokens,
         learning_rate=3e-5,
     )

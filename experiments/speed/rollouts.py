@@ -19,7 +19,7 @@ from experiments.speed.measuring import alternating, machine, paired_ratio, repo
 from experiments.speed.subject import POLICY, triplets, unending_policy
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import Prompts
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 
 Engine = Callable[[Prompts, int], int]
 """(prompts, rationales of each) -> tokens written."""
@@ -30,7 +30,7 @@ PAGE = 256  # tokens a page of continuous batching's cache holds, its own defaul
 
 def ours(policy: Policy, new_tokens: int) -> Engine:
     """`rollout=hf`, which also gathers log-probs and embeddings."""
-    engine = HFRollouts(new_tokens)
+    engine = HFEngine(new_tokens)
     return lambda prompts, n: int(engine.generate(policy, prompts, n, temperature=1.0).rationale_lengths.sum())
 
 
@@ -38,9 +38,9 @@ def vllm(policy: Policy, new_tokens: int, max_prompt_tokens: int) -> Engine:
     """`rollout=vllm`, which also pushes the weights; without an end token, as vLLM refuses one outside of the vocabulary,
     and without a seed for each prompt, as it draws more slowly with them.
     """
-    from src.modules.rollouts.vllm import VLLMRollouts
+    from src.modules.rollouts.vllm import VLLMEngine
 
-    class Unending(VLLMRollouts):
+    class Unending(VLLMEngine):
         def _requests(self, *args: Any) -> list[tuple[Any, Any]]:
             requests = super()._requests(*args)
             for _, params in requests:

@@ -18,7 +18,7 @@ DIAGNOSTICS = {
     "rollout/distinct_rationales": "distinct rationales",
     "reward/total/within_group_std": "within-group std of the reward",
     "rollout/rationale_length": "rationale length",
-    "rollout/truncated_share": "truncated",
+    "rollout/truncated_fraction": "truncated",
     "kl/from_start": "KL from the start (nats a token)",
 }
 

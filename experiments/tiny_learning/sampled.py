@@ -14,7 +14,7 @@ from src.evaluation.run_tasks import run_tasks
 from src.evaluation.tasks.offline_tasks import offline_tasks
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.export import load_policy
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -25,7 +25,7 @@ def scores(folder: Path, tasks: list, draws: int) -> dict[str, float]:
     policy, settings = load_policy(folder)
     found: list[dict[str, float]] = []
     for seed in range(draws):
-        encoder = RationaleEncoder(policy, settings, HFRollouts(settings.max_new_tokens), temperature=1.0, seed=seed)
+        encoder = RationaleEncoder(policy, settings, HFEngine(settings.max_new_tokens), temperature=1.0, seed=seed)
         result = run_tasks(encoder, tasks, None, f"sampled-{seed}")
         found.append(result.tasks | {"average": result.average})
     return {task: fmean(draw[task] for draw in found) for task in SCORES}

@@ -80,7 +80,7 @@ class ColdStartModule(L.LightningModule):
         """Mean cross-entropy over the tokens of the texts, and over those of the rationales."""
         weight = self.policy.model.get_output_embeddings().weight
         positions = torch.arange(rollouts.input_ids.shape[1], device=self.device)
-        in_text = (positions >= rollouts.prefix_lengths.unsqueeze(1)) & (positions < rollouts.prompt_lengths.unsqueeze(1))
+        in_text = (positions >= rollouts.text_starts.unsqueeze(1)) & (positions < rollouts.prompt_lengths.unsqueeze(1))
         losses = []
         for mask in (in_text, rollouts.rationale_mask):
             rows, columns = mask.nonzero(as_tuple=True)

@@ -58,7 +58,7 @@ def write_rationale(terms: Sequence[str], summary: str) -> str:
 
 
 class DemonstrationStream(IterableDataset[list[Demonstration]]):
-    """Endless batches of `groups` modules with `per_group` docstrings each: a batch mate is often a hard negative.
+    """Endless batches of `modules_per_batch` modules with `docstrings_per_module` docstrings each: a batch mate is often a hard negative.
 
     `done` says at every start how many to leave out, as for TripletStream.
     """
@@ -66,8 +66,8 @@ class DemonstrationStream(IterableDataset[list[Demonstration]]):
     def __init__(
         self,
         docstrings: Sequence[Docstring],
-        groups: int,
-        per_group: int,
+        modules_per_batch: int,
+        docstrings_per_module: int,
         terms: int,
         max_text_chars: int,
         seed: int,
@@ -75,10 +75,16 @@ class DemonstrationStream(IterableDataset[list[Demonstration]]):
     ) -> None:
         self.done = done
         self.idf = inverse_document_frequency(docstrings)
-        self.groups, self.per_group, self.terms, self.max_text_chars, self.seed = groups, per_group, terms, max_text_chars, seed
+        self.modules_per_batch, self.docstrings_per_module, self.terms, self.max_text_chars, self.seed = (
+            modules_per_batch,
+            docstrings_per_module,
+            terms,
+            max_text_chars,
+            seed,
+        )
         # a summary that quotes a control token would write it into the rationale as one
         self.docstrings = [doc for doc in docstrings if not _CONTROL.search(doc.summary)]
-        require_one_batch(len(self.docstrings), groups, per_group)
+        require_one_batch(len(self.docstrings), modules_per_batch, docstrings_per_module)
 
     def demonstrate(self, doc: Docstring, rng: random.Random) -> Demonstration:
         """A fresh demonstration of one docstring; its terms come from the part that the model sees."""
@@ -96,7 +102,7 @@ class DemonstrationStream(IterableDataset[list[Demonstration]]):
     def _batches(self) -> Iterator[list[Demonstration]]:
         rng = random.Random(self.seed)
         while True:
-            for docs in grouped_batches(self.docstrings, lambda doc: doc.module, self.groups, self.per_group, rng):
+            for docs in grouped_batches(self.docstrings, lambda doc: doc.module, self.modules_per_batch, self.docstrings_per_module, rng):
                 yield [self.demonstrate(doc, rng) for doc in docs]
 
 
@@ -106,7 +112,7 @@ class DemonstrationDataModule(L.LightningDataModule):
     Args:
         train_packages, val_packages: names as in `collect`.
         cache_dir: where the parsed docstrings are kept.
-        groups, per_group: a batch is `groups` modules with `per_group` docstrings each.
+        modules_per_batch, docstrings_per_module: a batch is `modules_per_batch` modules with `docstrings_per_module` docstrings each.
         terms: most terms in a rationale.
         max_text_chars: a document is cut here, between words, before its terms are drawn.
         val_batches: batches of one validation.
@@ -118,8 +124,8 @@ class DemonstrationDataModule(L.LightningDataModule):
         train_packages: Sequence[str],
         val_packages: Sequence[str],
         cache_dir: str,
-        groups: int = 16,
-        per_group: int = 4,
+        modules_per_batch: int = 16,
+        docstrings_per_module: int = 4,
         terms: int = 6,
         max_text_chars: int = 320,
         val_batches: int = 8,
@@ -127,7 +133,12 @@ class DemonstrationDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.train_packages, self.val_packages, self.cache_dir = list(train_packages), list(val_packages), cache_dir
-        self.stream: dict[str, Any] = {"groups": groups, "per_group": per_group, "terms": terms, "max_text_chars": max_text_chars}
+        self.stream: dict[str, Any] = {
+            "modules_per_batch": modules_per_batch,
+            "docstrings_per_module": docstrings_per_module,
+            "terms": terms,
+            "max_text_chars": max_text_chars,
+        }
         self.val_batches, self.seed = val_batches, seed
 
     def train_dataloader(self) -> DataLoader[list[Demonstration]]:

@@ -18,7 +18,7 @@ from src.evaluation.run_tasks import run_tasks
 from src.evaluation.tasks.offline_tasks import offline_tasks
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.export import load_policy
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -76,7 +76,7 @@ def main() -> None:
     print(loss_curve(arguments.tracking_uri, arguments.run_name, arguments.output / "loss.png"))
 
     policy, settings = load_policy(arguments.policy)
-    engine = HFRollouts(settings.max_new_tokens)
+    engine = HFEngine(settings.max_new_tokens)
     encoders = {
         "without rationales": RationaleEncoder(policy, settings, engine, rationale=False),
         "with rationales, greedy": RationaleEncoder(policy, settings, engine),

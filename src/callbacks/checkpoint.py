@@ -11,8 +11,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from src.callbacks.monitoring import as_policy_module
 from src.callbacks.probe import is_due
-from src.callbacks.watcher import as_policy_module
 from src.modules.policy_module import PolicyModule
 from src.utils.checkpoint_io import ABOUT, remove, tidy
 from src.utils.tracking import log_metrics

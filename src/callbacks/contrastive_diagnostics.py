@@ -4,14 +4,14 @@ from typing import cast
 
 import lightning as L
 
-from src.callbacks.watcher import Watcher, last_report
+from src.callbacks.monitoring import MonitoringCallback, last_report
 from src.modules.contrastive import Contrastive
 from src.modules.policy_module import PolicyModule
 from src.modules.training.contrastive_report import ContrastiveReport
 
 
-class ContrastiveDiagnostics(Watcher):
-    """Logs update/loss, update/gradient_norm, contrastive/accuracy, contrastive/positive_similarity and
+class ContrastiveDiagnostics(MonitoringCallback):
+    """Logs update/loss, update/grad_norm, contrastive/accuracy, contrastive/positive_similarity and
     contrastive/unrelated_similarity after every batch, and names the step of all that is logged after it.
     """
 

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from src.callbacks.monitoring import MonitoringCallback
 from src.callbacks.probe import in_training_arithmetic, start_embeddings, undisturbed
 from src.callbacks.rationale_table import RationaleTable
-from src.callbacks.watcher import Watcher
 from src.evaluation.run_tasks import EvaluationScores, run_tasks
 from src.modules.policy_module import PolicyModule
 from src.utils.plots import scores_figure
@@ -40,7 +40,7 @@ _PLACES = {
 _SHORT = {"Retrieval": "Retr", "Reranking": "Rerank", "Clustering": "Clust", "PairClassification": "PairCls", "Classification": "Class"}
 
 
-class FinalReport(Watcher):
+class FinalReport(MonitoringCallback):
     """Scores the starting policy when training starts and the trained one when it ends, on tasks that nothing else sees.
 
     A policy that is trained with rationales is scored without and with them, before and after, each pair from one pass over the texts;

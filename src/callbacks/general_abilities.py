@@ -9,8 +9,8 @@ from typing import Any
 import lightning as L
 from rich.console import Console
 
+from src.callbacks.monitoring import MonitoringCallback
 from src.callbacks.probe import undisturbed
-from src.callbacks.watcher import Watcher
 from src.evaluation.abilities import AbilityScore, Change, ability_markdown, ability_metrics, ability_table, compare, run_abilities
 from src.modules.policy_module import PolicyModule
 from src.utils.tracking import log_metrics, log_text, write_text
@@ -18,7 +18,7 @@ from src.utils.tracking import log_metrics, log_text, write_text
 log = logging.getLogger(__name__)
 
 
-class GeneralAbilities(Watcher):
+class GeneralAbilities(MonitoringCallback):
     """Scores lm-eval tasks when training starts and when it ends, and says what was kept, what lost, and what is unclear.
 
     Logs abilities/<task>/before, after, gain, gain_low and gain_high; writes a table to `path` and to the loggers.

@@ -7,7 +7,7 @@ import lightning as L
 import requests
 from mlflow.exceptions import MlflowException
 
-from src.callbacks.watcher import Watcher
+from src.callbacks.monitoring import MonitoringCallback
 from src.modules.policy_module import PolicyModule
 from src.utils.run_data import read_run
 from src.utils.run_report import FILE, render
@@ -16,7 +16,7 @@ from src.utils.tracking import mlflow_loggers, write_text
 log = logging.getLogger(__name__)
 
 
-class HTMLReport(Watcher):
+class HTMLReport(MonitoringCallback):
     """Writes report.html (curves, similarities, rationales by step) from what the run has logged, and logs it too.
 
     It reads the tables and metrics of an MLflow run, so it comes after the callbacks that log them; without such a logger

@@ -9,8 +9,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from src.callbacks.monitoring import MonitoringCallback
 from src.callbacks.probe import in_training_arithmetic, is_due, start_embeddings, undisturbed
-from src.callbacks.watcher import Watcher
 from src.evaluation.run_tasks import EvaluationScores, run_tasks
 from src.modules.policy_module import PolicyModule
 from src.utils.tracking import log_metrics
@@ -18,7 +18,7 @@ from src.utils.tracking import log_metrics
 log = logging.getLogger(__name__)
 
 
-class MTEBEvaluation(Watcher):
+class MTEBEvaluation(MonitoringCallback):
     """Scores the policy on MTEB tasks at the start, every n rollout batches and at the end.
 
     Logs mteb/<task>, mteb/category/<category> and mteb/average (fractions), and mteb/seconds. The average also stands in

@@ -71,9 +71,9 @@ def unit_vectors(module: GRACE, rollouts: Rollouts) -> Tensor:
 def embed_sides(module: GRACE, triplets: Sequence[Triplet], n: int, seed: int = 0) -> Embeddings:
     """Embeddings of a batch as training meets them: n rollouts of a positive, one of the others, at its temperatures."""
     b, m = len(triplets), negatives_an_instance(triplets)
-    positive = sample(module, texts_of(triplets, "positive"), module.hparams["positive_temperature"], seed, n)
+    positive = sample(module, texts_of(triplets, "positive"), module.hparams["temperature"], seed, n)
     texts = texts_of(triplets, "query") + texts_of(triplets, "negative")
-    others = unit_vectors(module, sample(module, texts, module.hparams["other_temperature"], seed + 1))
+    others = unit_vectors(module, sample(module, texts, module.hparams["context_temperature"], seed + 1))
     return Embeddings(others[:b], unit_vectors(module, positive).unflatten(0, (b, n)), others[b:].unflatten(0, (b, m)))
 
 

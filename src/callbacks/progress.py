@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from src.callbacks.watcher import as_policy_module, last_report
+from src.callbacks.monitoring import as_policy_module, last_report
 from src.modules.policy_module import PolicyModule
 from src.utils.timing import clock
 

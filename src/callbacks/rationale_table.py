@@ -10,8 +10,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from src.callbacks.monitoring import MonitoringCallback, as_grace
 from src.callbacks.probe import embed_sides, fixed_triplets, is_due, sample, undisturbed, unit_vectors
-from src.callbacks.watcher import Watcher, as_grace
 from src.modules.grace import GRACE
 from src.modules.objectives.roles import texts_of
 from src.modules.policy_module import PolicyModule
@@ -56,7 +56,7 @@ def write_rationales(module: GRACE, triplets: Sequence[Triplet], temperature: fl
 
 
 def _earned(module: GRACE, triplets: Sequence[Triplet], rollouts: Rollouts, seed: int) -> list[dict[str, float]]:
-    others = embed_sides(module, triplets, module.hparams["num_rollouts"], seed)
+    others = embed_sides(module, triplets, module.hparams["num_generations"], seed)
     together = torch.cat([others.positive, unit_vectors(module, rollouts).unsqueeze(1)], dim=1)
     reward = module.reward(replace(others, positive=together))
     columns = {**reward.terms, "total": reward.total}
@@ -80,7 +80,7 @@ def _fenced(text: str) -> list[str]:
     return [f"{fence}text", text.strip(), fence]
 
 
-class RationaleTable(Watcher):
+class RationaleTable(MonitoringCallback):
     """Logs rationales/step_<n>.json (step, text, rationale, length, finished, reward terms) and, at the end, a list of before
     and after.
 

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from src.callbacks.watcher import Watcher, last_report
+from src.callbacks.monitoring import MonitoringCallback, last_report
 from src.modules.grace import GRACE
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.policy_module import PolicyModule
@@ -37,12 +37,12 @@ def diagnose(report: StepReport) -> dict[str, float]:
         metrics[f"reward/of_{side}/mean"] = float(values.mean())
         metrics[f"reward/of_{side}/within_group_std"] = within_group_std(values)
     metrics |= {
-        "rollout/truncated_share": 1.0 - float(report.finished.float().mean()),
+        "rollout/truncated_fraction": 1.0 - float(report.finished.float().mean()),
         "rollout/rationale_length": float(report.rationale_lengths.float().mean()),
         "rollout/distinct_rationales": report.distinct_rationales,
         "rollout/unrelated_similarity": report.unrelated_similarity,
-        "rollout/logprob_gap_mean": report.logprob_gap[0],
-        "rollout/logprob_gap_max": report.logprob_gap[1],
+        "rollout/logprob_mismatch_mean": report.logprob_mismatch[0],
+        "rollout/logprob_mismatch_max": report.logprob_mismatch[1],
         "advantage/std": float(report.advantages.std(correction=0)),
     }
     metrics |= {f"update/{name}": float(value) for name, value in report.update.items()}
@@ -58,7 +58,7 @@ def _by_group(algorithm: Algorithm) -> bool:
     return torch.allclose(plain, other)
 
 
-class RewardDiagnostics(Watcher):
+class RewardDiagnostics(MonitoringCallback):
     """Logs `diagnose(module.report)` after every rollout batch and draws the reward terms over them at the end.
 
     A group baseline removes whatever is the same for all rollouts of an instance. So a weighted term without spread
@@ -115,7 +115,7 @@ class RewardDiagnostics(Watcher):
                 self._warned.add(name)
                 log.warning(
                     "reward term %r (weight %g) is the same for all rollouts of an instance (std within groups below %g): it cannot move "
-                    "the gradient, as the group baseline removes it (with algorithm.credit_decay, among rationales of one length). If it "
+                    "the gradient, as the group baseline removes it (with algorithm.gae_lambda, among rationales of one length). If it "
                     "stays so, its weight does nothing; reward=document and "
                     "reward=listwise have forms of it that depend on the rollout",
                     name,

@@ -6,8 +6,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from src.callbacks.monitoring import MonitoringCallback, as_grace
 from src.callbacks.probe import embed_sides, fixed_triplets, undisturbed
-from src.callbacks.watcher import Watcher, as_grace
 from src.modules.grace import GRACE
 from src.modules.objectives.rewards import Embeddings
 from src.modules.policy_module import PolicyModule
@@ -30,7 +30,7 @@ def similarities(embeddings: Embeddings) -> Similarities:
     return {kind: values.tolist() for kind, values in kinds.items() if len(values)}
 
 
-class SimilarityHistograms(Watcher):
+class SimilarityHistograms(MonitoringCallback):
     """Logs similarities/step_<n>.json (kind, cosine) at the start and at the end, and draws their histograms.
 
     Rationales are sampled at the temperatures of training: where anchor and document are one text, greedy ones would not differ.

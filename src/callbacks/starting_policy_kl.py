@@ -6,8 +6,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from src.callbacks.monitoring import MonitoringCallback
 from src.callbacks.probe import fixed_texts, is_due, sample, undisturbed
-from src.callbacks.watcher import Watcher
 from src.modules.policy.model import Policy
 from src.modules.policy_module import PolicyModule
 from src.modules.types import Rollouts
@@ -22,7 +22,7 @@ def score(policy: Policy, rollouts: Rollouts, batch_size: int) -> Tensor:
     return torch.cat(scored)
 
 
-class StartingPolicyKL(Watcher):
+class StartingPolicyKL(MonitoringCallback):
     """Logs `kl/from_start`: an estimate of KL(starting policy || policy) in nats a token, on fixed held-out texts.
 
     The starting policy writes rationales at T = 1 once, and its log-probs of them are kept; every so often the policy

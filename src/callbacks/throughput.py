@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from src.callbacks.watcher import Watcher, last_report
+from src.callbacks.monitoring import MonitoringCallback, last_report
 from src.modules.policy_module import PolicyModule
 from src.modules.training.batch_report import BatchReport
 
@@ -32,7 +32,7 @@ def speeds(report: BatchReport) -> dict[str, float]:
     return metrics
 
 
-class Throughput(Watcher):
+class Throughput(MonitoringCallback):
     """Logs `speeds`, `peak_memory` and the seconds of the whole batch, evaluations between batches left out.
 
     Memory is that of the rank that takes the most.

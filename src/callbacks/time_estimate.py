@@ -31,7 +31,7 @@ class TimeEstimate(L.Callback):
         if not isinstance(pl_module, PolicyModule) or not trainer.is_global_zero:
             return
         batches, data = trainer.limit_train_batches, trainer.datamodule  # type: ignore[attr-defined]
-        size = getattr(data, "batch_size", None) or getattr(data, "groups", 0) * getattr(data, "per_group", 0)
+        size = getattr(data, "batch_size", None) or getattr(data, "groups", 0) * getattr(data, "docstrings_per_module", 0)
         if not isinstance(batches, int) or not size:
             return
         half = str(trainer.precision) != "32-true"
@@ -45,7 +45,7 @@ class TimeEstimate(L.Callback):
         parameters = sum(p.numel() for p in module.policy.model.parameters())
         prompt = 0.6 * module.settings.max_prompt_tokens
         written = module.engine.max_new_tokens if module.settings.rationale else 0
-        positives = instances * (prompt + written * (module.hparams["num_rollouts"] if isinstance(module, GRACE) else 0))
+        positives = instances * (prompt + written * (module.hparams["num_generations"] if isinstance(module, GRACE) else 0))
         others = instances * (1 + negatives) * (prompt + written)
         read = self.evaluated_texts * (prompt + written) + batches * (positives + others)
         return parameters * (2 * read + 6 * batches * (positives + others))

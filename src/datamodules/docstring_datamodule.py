@@ -36,15 +36,28 @@ def batches_done(trainer: L.Trainer | None) -> int:
 
 
 class TripletStream(IterableDataset[list[Triplet]]):
-    """Endless shuffled passes of batches of `groups` modules with `per_group` triplets each.
+    """Endless shuffled passes of batches of `modules_per_batch` modules with `docstrings_per_module` triplets each.
 
     `done` is asked at every start and says how many batches to leave out, so that neither a resumed run nor another of
     the trainer's epochs sees the first batches again.
     """
 
-    def __init__(self, triplets: Sequence[Triplet], groups: int, per_group: int, seed: int, done: Callable[[], int] = lambda: 0) -> None:
-        require_one_batch(len(triplets), groups, per_group)
-        self.triplets, self.groups, self.per_group, self.seed, self.done = list(triplets), groups, per_group, seed, done
+    def __init__(
+        self,
+        triplets: Sequence[Triplet],
+        modules_per_batch: int,
+        docstrings_per_module: int,
+        seed: int,
+        done: Callable[[], int] = lambda: 0,
+    ) -> None:
+        require_one_batch(len(triplets), modules_per_batch, docstrings_per_module)
+        self.triplets, self.modules_per_batch, self.docstrings_per_module, self.seed, self.done = (
+            list(triplets),
+            modules_per_batch,
+            docstrings_per_module,
+            seed,
+            done,
+        )
 
     def __iter__(self) -> Iterator[list[Triplet]]:
         return islice(self._batches(), self.done(), None)
@@ -52,7 +65,7 @@ class TripletStream(IterableDataset[list[Triplet]]):
     def _batches(self) -> Iterator[list[Triplet]]:
         rng = random.Random(self.seed)
         while True:
-            yield from grouped_batches(self.triplets, lambda t: t.id.split(":")[0], self.groups, self.per_group, rng)
+            yield from grouped_batches(self.triplets, lambda t: t.id.split(":")[0], self.modules_per_batch, self.docstrings_per_module, rng)
 
 
 class DocstringDataModule(L.LightningDataModule):
@@ -63,7 +76,7 @@ class DocstringDataModule(L.LightningDataModule):
         val_packages: looked at while training runs, and what settings are chosen on.
         test_packages: scored at the end, and looked at for nothing else.
         cache_dir: where the parsed docstrings are kept.
-        groups, per_group: a batch is `groups` modules with `per_group` triplets each.
+        modules_per_batch, docstrings_per_module: a batch is `modules_per_batch` modules with `docstrings_per_module` triplets each.
         negatives: M hard negatives an instance.
         max_text_chars: longest document, cut between words.
         seed: of the order and of the negatives.
@@ -75,8 +88,8 @@ class DocstringDataModule(L.LightningDataModule):
         val_packages: Sequence[str],
         test_packages: Sequence[str],
         cache_dir: str,
-        groups: int = 8,
-        per_group: int = 4,
+        modules_per_batch: int = 8,
+        docstrings_per_module: int = 4,
         negatives: int = 1,
         max_text_chars: int = 320,
         seed: int = 0,
@@ -86,7 +99,7 @@ class DocstringDataModule(L.LightningDataModule):
         if held_out & set(train_packages) or set(val_packages) & set(test_packages):
             raise ValueError("datamodule: train_packages, val_packages and test_packages must not share a package")
         self.train_packages, self.val_packages, self.test_packages = list(train_packages), list(val_packages), list(test_packages)
-        self.cache_dir, self.groups, self.per_group = cache_dir, groups, per_group
+        self.cache_dir, self.modules_per_batch, self.docstrings_per_module = cache_dir, modules_per_batch, docstrings_per_module
         self.negatives, self.max_text_chars, self.seed = negatives, max_text_chars, seed
 
     def prepare_data(self) -> None:
@@ -99,7 +112,11 @@ class DocstringDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[list[Triplet]]:
         stream = TripletStream(
-            self.triplets(self.train_packages, self.seed), self.groups, self.per_group, self.seed, lambda: batches_done(self.trainer)
+            self.triplets(self.train_packages, self.seed),
+            self.modules_per_batch,
+            self.docstrings_per_module,
+            self.seed,
+            lambda: batches_done(self.trainer),
         )
         return load(stream)
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from src.datamodules.aside import written_aside
+from src.datamodules.atomic import written_aside
 from src.datamodules.files import DataFile
 from src.datamodules.prompt_limit import PromptLimit
 from src.datamodules.reading import BadRecord, Chunk, Reader, open_parquet
@@ -50,7 +50,7 @@ class Report:
     """What became of the records of some files.
 
     Attributes:
-        records: lines (but for blank ones) and rows.
+        records: lines (but for dummy_rollouts ones) and rows.
         kept: those that training can use.
         too_long: those with a text whose prompt is longer than the limit.
         bad: malformed ones.

@@ -170,7 +170,7 @@ def json_rows(chunk: Chunk) -> Iterator[tuple[str, Any]]:
 
 
 def text_lines(chunk: Chunk) -> Iterator[tuple[str, str | BadRecord]]:
-    """Where each line stands and its text, or a BadRecord; blank lines are left out."""
+    """Where each line stands and its text, or a BadRecord; dummy_rollouts lines are left out."""
     with _opened(chunk.file) as file:
         file.seek(chunk.start)
         number = chunk.first

@@ -94,7 +94,7 @@ def frames(encoder: RationaleEncoder) -> dict[str, tuple[list[int], int]]:
     """
     # those that are in use: made now, they might show another date
     sides = {side or "none": renderer([""]) for side, renderer in encoder.renderers.items()}
-    return {side: (frame.ids[0].tolist(), int(frame.prefix_lengths[0])) for side, frame in sides.items()}
+    return {side: (frame.ids[0].tolist(), int(frame.text_starts[0])) for side, frame in sides.items()}
 
 
 def _config_of(config: PretrainedConfig) -> Any:

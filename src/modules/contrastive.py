@@ -39,7 +39,7 @@ class Contrastive(PolicyModule):
         temperature: of InfoNCE.
         micro_batch_tokens: most tokens in one forward and backward pass, padding included; a batch of no more takes one pass
             in place of two.
-        learning_rate, warmup_steps, weight_decay, max_gradient_norm: see PolicyModule.
+        learning_rate, warmup_steps, weight_decay, max_grad_norm: see PolicyModule.
         seed: of dropout; each batch draws its own stream from it, so that a resumed run draws what it would have drawn.
 
     Raises:
@@ -60,7 +60,7 @@ class Contrastive(PolicyModule):
         learning_rate: float = 1e-5,
         warmup_steps: int = 0,
         weight_decay: float = 0.0,
-        max_gradient_norm: float = 1.0,
+        max_grad_norm: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__(policy, engine, instruction, max_prompt_tokens, template_kwargs, rationale=False)
@@ -109,7 +109,7 @@ class Contrastive(PolicyModule):
         if len(pairs.documents) < 2:
             raise ValueError(
                 f"a batch with one document, that of {names[0]}, has nothing to tell it from: ask the datamodule for larger batches "
-                "(datamodule.batch_size; of docstrings datamodule.groups or datamodule.per_group)"
+                "(datamodule.batch_size; of docstrings datamodule.modules_per_batch or datamodule.docstrings_per_module)"
             )
         seconds: dict[str, float] = {}
         self.policy.train()
@@ -122,7 +122,7 @@ class Contrastive(PolicyModule):
                 )
             norm = self.take_step(names)
         self.rollout_batches += 1
-        update = {"loss": float(loss), "gradient_norm": norm, "updates": 1.0}
+        update = {"loss": float(loss), "grad_norm": norm, "updates": 1.0}
         self.report = contrastive_report(embeddings, pairs, update, seconds, int(sequences.lengths.sum()), names)
 
     @contextmanager

@@ -14,22 +14,22 @@ from torch import Tensor
 from src.modules.distributed.fsdp import gradient_exchange, shard, whole
 from src.modules.encoder.encoder import RolloutEngine
 from src.modules.objectives.algorithm import Algorithm
-from src.modules.objectives.judging import Judged, SideReward, by_token, judge
+from src.modules.objectives.judging import Judged, RoleReward, by_token, judge
 from src.modules.objectives.rewards import RewardFunction, without_autocast
-from src.modules.objectives.roles import OTHERS, Side, ids_of, standing_in
+from src.modules.objectives.roles import CONTEXT_ROLES, Role, ids_of, standing_in
 from src.modules.policy.model import Policy
 from src.modules.policy.reference import Reference
 from src.modules.policy_module import PolicyModule
 from src.modules.rollouts.checks import require_readable
 from src.modules.training.dynamic_sampling import GroupBuffer, shared_out
 from src.modules.training.experience import Experience, concatenate, interleaving
-from src.modules.training.logprob_gap import LogprobGap
+from src.modules.training.logprob_mismatch import LogprobMismatch
 from src.modules.training.non_finite import NonFiniteError
 from src.modules.training.pathwise import SIDES, Companions, PathwiseTerm, check_weights, companions_of, first_of_group, reward_gradients
 from src.modules.training.report import step_report
 from src.modules.training.scorer import Scorer
 from src.modules.training.scoring import Scored
-from src.modules.training.update import MinibatchPass, gradient_in_parts, minibatch_gradient
+from src.modules.training.update import MinibatchPass, accumulate_gradients, gradient_in_parts
 from src.records import Triplet
 from src.utils.timing import timed
 
@@ -51,23 +51,23 @@ class GRACE(PolicyModule):
             training/pathwise.py); 0 as published. The derivative is taken once a rollout batch, at the embeddings of the policy that
             sampled, and held over its updates; each update embeds anew. All rollouts take part, those left out of the algorithm's loss
             too.
-        pathwise_sides: whose embeddings are moved: `positive`, `query`, `negative`.
+        pathwise_roles: whose embeddings are moved: `positive`, `query`, `negative`.
         pathwise_reward: Embeddings -> Reward, what the embeddings are moved by; None: `reward`.
-        gradient_parts_every: rollout batches between those whose first update takes a pass more, to log the norms of both parts of the
+        gradient_parts_every_n_rollout_batches: how often the first update takes one more pass, to log the norms of both parts of the
             gradient and the cosine between them; 0: never.
         instruction, max_prompt_tokens, template_kwargs: of the prompt renderer.
-        num_rollouts: K.
-        positive_temperature, other_temperature: of sampling; the second for queries and negatives.
+        num_generations: K.
+        temperature, context_temperature: of sampling; the second for queries and negatives.
         also_learn_from: `query`, `negative` or both: K rollouts of these too, at the positives' temperature, each rewarded by
             what it does for its instance (see `standing_in`); none as published.
         micro_batch_tokens: most tokens in one forward and backward pass, a prompt counted once for its rationales.
         encode_batch_size: sequences in one encode pass of queries and negatives.
         learning_rate, warmup_steps, weight_decay: AdamW; linear warm-up over optimiser steps, then constant.
-        max_gradient_norm: gradients are scaled down to it.
+        max_grad_norm: gradients are scaled down to it.
         seed: of the rollouts; each batch and side draws its own stream from it, whatever the number of processes.
 
     Raises:
-        ValueError: num_rollouts < 2, as a group of one has no baseline; a temperature, a side, a weight or a size without sense; a
+        ValueError: num_generations < 2, as a group of one has no baseline; a temperature, a side, a weight or a size without sense; a
             pathwise term with a frozen encoder, which nothing moves, or with an algorithm that leaves groups out.
     """
 
@@ -82,48 +82,52 @@ class GRACE(PolicyModule):
         instruction: str,
         max_prompt_tokens: int = 1024,
         template_kwargs: dict[str, str] | None = None,
-        num_rollouts: int = 8,
-        positive_temperature: float = 1.0,
-        other_temperature: float = 0.5,
-        also_learn_from: Sequence[Side] | None = (),
+        num_generations: int = 8,
+        temperature: float = 1.0,
+        context_temperature: float = 0.5,
+        also_learn_from: Sequence[Role] | None = (),
         micro_batch_tokens: int = 8192,
         encode_batch_size: int = 64,
         learning_rate: float = 1e-6,
         warmup_steps: int = 0,
         weight_decay: float = 0.0,
-        max_gradient_norm: float = 1.0,
+        max_grad_norm: float = 1.0,
         seed: int = 0,
         score_function_weight: float = 1.0,
         pathwise_weight: float = 0.0,
-        pathwise_sides: Sequence[Side] | None = SIDES,
+        pathwise_roles: Sequence[Role] | None = SIDES,
         pathwise_reward: RewardFunction | None = None,
-        gradient_parts_every: int = 10,
+        gradient_parts_every_n_rollout_batches: int = 10,
     ) -> None:
         super().__init__(policy, engine, instruction, max_prompt_tokens, template_kwargs, rationale=True)
-        if num_rollouts < 2:
-            raise ValueError(f"module.num_rollouts={num_rollouts}: a group of one rollout has no baseline to be better than; use 2 or more")
-        if positive_temperature <= 0 or other_temperature < 0:
+        if num_generations < 2:
             raise ValueError(
-                f"module.positive_temperature={positive_temperature}, module.other_temperature={other_temperature}: the first must be "
+                f"module.num_generations={num_generations}: a group of one rollout has no baseline to be better than; use 2 or more"
+            )
+        if temperature <= 0 or context_temperature < 0:
+            raise ValueError(
+                f"module.temperature={temperature}, module.context_temperature={context_temperature}: the first must be "
                 "above 0, as greedy rollouts do not differ; the second may be 0 (greedy)"
             )
         also_learn_from = tuple(map(str, also_learn_from or ()))  # type: ignore[arg-type]  # plain, to be kept in checkpoints
-        if unknown := set(also_learn_from) - set(OTHERS):
+        if unknown := set(also_learn_from) - set(CONTEXT_ROLES):
             raise ValueError(
-                f"module.also_learn_from={list(also_learn_from)}: {', '.join(sorted(unknown))} is not one of {', '.join(OTHERS)}"
+                f"module.also_learn_from={list(also_learn_from)}: {', '.join(sorted(unknown))} is not one of {', '.join(CONTEXT_ROLES)}"
             )
         for name, value in (("micro_batch_tokens", micro_batch_tokens), ("encode_batch_size", encode_batch_size)):
             if value < 1:
                 raise ValueError(f"module.{name}={value}: it must be at least 1")
-        if gradient_parts_every < 0:
-            raise ValueError(f"module.gradient_parts_every={gradient_parts_every}: it must be at least 0, and is never at 0")
-        pathwise_sides = tuple(map(str, pathwise_sides or ()))  # type: ignore[arg-type]  # plain, to be kept in checkpoints
-        check_weights(score_function_weight, pathwise_weight, pathwise_sides, policy, algorithm)
+        if gradient_parts_every_n_rollout_batches < 0:
+            raise ValueError(
+                f"module.gradient_parts_every_n_rollout_batches={gradient_parts_every_n_rollout_batches}: use 0 (never) or more"
+            )
+        pathwise_roles = tuple(map(str, pathwise_roles or ()))  # type: ignore[arg-type]  # plain, to be kept in checkpoints
+        check_weights(score_function_weight, pathwise_weight, pathwise_roles, policy, algorithm)
         self.save_hyperparameters(ignore=["policy", "engine", "reward", "algorithm", "template_kwargs", "pathwise_reward"])
         self.reward, self.algorithm = without_autocast(reward), algorithm
         self.pathwise_by_reward = pathwise_reward is None
         self.pathwise_reward = without_autocast(pathwise_reward or reward)
-        self.reference = Reference(policy) if algorithm.kl_weight else None
+        self.reference = Reference(policy) if algorithm.kl_coef else None
         self.buffer = GroupBuffer(algorithm.min_group_std, algorithm.max_extra_batches)
 
     def setup(self, stage: str) -> None:
@@ -158,7 +162,7 @@ class GRACE(PolicyModule):
         rewards = torch.cat([part.rewards for part in judged.values()])[order]
         ready = self.buffer.add(concatenate(list(experiences.values())).select(order), rewards, ranks)
         self.policy.train()
-        gap = LogprobGap()
+        gap = LogprobMismatch()
         with timed(seconds, "update"):
             update = self.update(ready, gap, pathwise)
         self.rollout_batches += 1
@@ -171,11 +175,11 @@ class GRACE(PolicyModule):
         parts = (self.policy, self.engine, self.renderer, self.reference, self.algorithm)
         return Scorer(*parts, dict(self.hparams), seed, self.ranks, seconds)
 
-    def _reward_of(self, scored: Scored, side: Side) -> SideReward:
+    def _reward_of(self, scored: Scored, side: Role) -> RoleReward:
         """Of this rank's rollouts of a side, among the texts of all ranks."""
         return self.ranks.on_whole(standing_in(self.reward, scored.embeddings, side), len(scored.positive.instance_ids))
 
-    def _judge(self, batch: Sequence[Triplet], share: Sequence[Triplet], scorer: Scorer, scored: Scored, side: Side) -> Judged:
+    def _judge(self, batch: Sequence[Triplet], share: Sequence[Triplet], scorer: Scorer, scored: Scored, side: Role) -> Judged:
         greedy = scorer.greedy(share, side) if self.algorithm.greedy_baseline else None
         judged = judge(self.algorithm, self._reward_of(scored, side), scored.sides[side], greedy)
         self._require_finite({f"{side} rollouts": self.ranks.gather(judged.earned, len(share))}, ids_of(batch, side))
@@ -183,14 +187,14 @@ class GRACE(PolicyModule):
 
     def _pathwise(self, scored: Scored, instances: int) -> PathwiseTerm:
         """The derivative of the rewards of the whole batch in this rank's embeddings; `instances` is B of all ranks."""
-        sides, k = self.hparams["pathwise_sides"], self.hparams["num_rollouts"]
+        sides, k = self.hparams["pathwise_roles"], self.hparams["num_generations"]
         found, mean = reward_gradients(self.pathwise_reward, scored.embeddings, sides)
         own = len(scored.positive.instance_ids)
         rows = {side: self.ranks.own(getattr(found, side).flatten(0, -2), own) for side in SIDES}
         learned = {side: rows[side] if side == "positive" else first_of_group(rows[side], k) for side in scored.sides}
         return PathwiseTerm(learned, companions_of(scored.others, rows, sides, own), instances, mean)
 
-    def _experience(self, scored: Scored, side: Side, judged: Judged, pathwise: PathwiseTerm | None) -> Experience:
+    def _experience(self, scored: Scored, side: Role, judged: Judged, pathwise: PathwiseTerm | None) -> Experience:
         own = scored.sides[side]
         advantage = self.ranks.on_whole(self.algorithm.advantage, len(scored.positive.instance_ids))
         advantages = by_token(replace(self.algorithm, advantage=advantage), self._reward_of(scored, side), own, judged)
@@ -200,7 +204,7 @@ class GRACE(PolicyModule):
 
     # ---- the update
 
-    def update(self, experience: Experience | None, gap: LogprobGap, pathwise: PathwiseTerm | None = None) -> dict[str, float]:
+    def update(self, experience: Experience | None, gap: LogprobMismatch, pathwise: PathwiseTerm | None = None) -> dict[str, float]:
         """`updates_per_batch` optimiser steps, each on its share of the groups; means of what they saw.
 
         A step is all ranks', each with its own groups, and is left out where no rank has anything to learn from.
@@ -226,7 +230,7 @@ class GRACE(PolicyModule):
             # the mean over instances of an update: those of the batch are shared out over so many of them
             scale = 0.0 if pathwise is None else self.hparams["pathwise_weight"] * min(count, owned) / pathwise.instances
             stats = self._gradient(part, companions, scale, gap if steps == 0 else None, parts if measured else None)
-            stats["gradient_norm"] = self.take_step(() if part is None else part.instance_ids)
+            stats["grad_norm"] = self.take_step(() if part is None else part.instance_ids)
             sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
             steps += 1
         means = {name: value / steps for name, value in sums.items()} | parts
@@ -236,7 +240,7 @@ class GRACE(PolicyModule):
 
     def _is_measured(self, pathwise: PathwiseTerm | None) -> bool:
         """Whether this batch logs the two parts of the gradient apart."""
-        every = self.hparams["gradient_parts_every"]
+        every = self.hparams["gradient_parts_every_n_rollout_batches"]
         both = pathwise is not None and self.hparams["score_function_weight"] > 0
         return bool(both and every and self.rollout_batches % every == 0)
 
@@ -245,7 +249,7 @@ class GRACE(PolicyModule):
         part: Experience | None,
         companions: Companions | None,
         scale: float,
-        gap: LogprobGap | None,
+        gap: LogprobMismatch | None,
         parts: dict[str, float] | None,
     ) -> dict[str, float]:
         """Adds up the gradient of one update.
@@ -255,11 +259,9 @@ class GRACE(PolicyModule):
             parts: where given, takes in the norms of the gradient's two parts and their cosine.
         """
         h = self.hparams
-        how = MinibatchPass(
-            h["micro_batch_tokens"], h["positive_temperature"], self._backward, self.ranks, h["score_function_weight"], scale
-        )
+        how = MinibatchPass(h["micro_batch_tokens"], h["temperature"], self._backward, self.ranks, h["score_function_weight"], scale)
         if parts is None:
-            return minibatch_gradient(self.policy, self.algorithm, part, how, gap, companions)
+            return accumulate_gradients(self.policy, self.algorithm, part, how, gap, companions)
         stats, measured = gradient_in_parts(self.policy, self.algorithm, part, how, gap, companions)
         parts.update(measured)
         return stats

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
-from src.modules.distributed.fsdp import whole_norm
+from src.modules.distributed.fsdp import global_grad_norm
 from src.modules.distributed.ranks import Ranks
 from src.modules.encoder.encoder import RationaleEncoder, RolloutEngine
 from src.modules.encoder.settings import EncoderSettings
@@ -29,7 +29,7 @@ class PolicyModule(L.LightningModule):
     """Trains a policy on batches of triplets, by manual optimisation; how is up to `training_step` of the class below it.
 
     Its hyperparameters hold learning_rate, warmup_steps, weight_decay (AdamW; linear warm-up over optimiser steps, then
-    constant) and max_gradient_norm (gradients are scaled down to it).
+    constant) and max_grad_norm (gradients are scaled down to it).
 
     Attributes:
         title: the method's name in tables.
@@ -107,14 +107,14 @@ class PolicyModule(L.LightningModule):
             NonFiniteError: it is not finite.
         """
         optimizer = self.optimizers()
-        norm = whole_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
+        norm = global_grad_norm([p.grad for p in self.policy.parameters() if p.grad is not None])
         if not math.isfinite(norm):  # on every rank, as gradients are exchanged
             records = [name for names in self.ranks.objects(list(instance_ids)) for name in names]
             raise NonFiniteError(
                 f"gradient norm is {norm} in {self.unit} {self.rollout_batches}, records {', '.join(records)}; "
                 "the weights were not changed. Lower module.learning_rate, or look at these records"
             )
-        self.clip_gradients(optimizer, self.hparams["max_gradient_norm"], "norm")  # type: ignore[arg-type]
+        self.clip_gradients(optimizer, self.hparams["max_grad_norm"], "norm")  # type: ignore[arg-type]
         optimizer.step()  # type: ignore[union-attr]
         optimizer.zero_grad()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]

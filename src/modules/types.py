@@ -15,7 +15,7 @@ class Rollouts:
 
     Attributes:
         input_ids: [N, T] int64; prompt, rationale (its EOS included), padding.
-        prefix_lengths: [N] int64, tokens before the user's text.
+        text_starts: [N] int64, tokens before the user's text.
         prompt_lengths: [N] int64, tokens before the rationale.
         lengths: [N] int64, prompt and rationale.
         finished: [N] bool, False where the rationale met the length limit before EOS.
@@ -30,7 +30,7 @@ class Rollouts:
     """
 
     input_ids: Tensor
-    prefix_lengths: Tensor
+    text_starts: Tensor
     prompt_lengths: Tensor
     lengths: Tensor
     finished: Tensor
@@ -53,7 +53,7 @@ class Rollouts:
     @property
     def pooling_mask(self) -> Tensor:
         """[N, T] bool, True from the first token of the text to the last of the rationale."""
-        return self.attention_mask & (self._positions() >= self.prefix_lengths.unsqueeze(1))
+        return self.attention_mask & (self._positions() >= self.text_starts.unsqueeze(1))
 
     @property
     def rationale_mask(self) -> Tensor:
@@ -74,7 +74,7 @@ class Rollouts:
         longest = int(self.lengths[index].max())
         return Rollouts(
             self.input_ids[index, :longest],
-            self.prefix_lengths[index],
+            self.text_starts[index],
             self.prompt_lengths[index],
             self.lengths[index],
             self.finished[index],
@@ -110,7 +110,7 @@ def join(
             row[start : start + len(values)] = values
     return Rollouts(
         input_ids=input_ids,
-        prefix_lengths=prompts.prefix_lengths,
+        text_starts=prompts.text_starts,
         prompt_lengths=prompts.lengths,
         lengths=torch.tensor([len(row) for row in rows]),
         finished=finished,
@@ -118,7 +118,7 @@ def join(
     )
 
 
-def blank(pad_id: int) -> Rollouts:
+def dummy_rollouts(pad_id: int) -> Rollouts:
     """One rollout of two tokens that mean nothing, for a pass that is made for its own sake."""
     one = torch.ones(1, dtype=torch.long)
     return Rollouts(torch.full((1, 2), pad_id), 0 * one, one, 2 * one, torch.ones(1, dtype=torch.bool))

@@ -27,19 +27,19 @@ _TEMPLATE = "run_report.html.jinja"
 CURVES = {
     "validation tasks": "mteb/average",
     "rationale length": "rollout/rationale_length",
-    "truncated share": "rollout/truncated_share",
+    "truncated share": "rollout/truncated_fraction",
     "distinct rationales": "rollout/distinct_rationales",
     "similarity of unrelated texts": "rollout/unrelated_similarity",
     "divergence from the start": "kl/from_start",
     "entropy": "update/entropy",
-    "gradient norm": "update/gradient_norm",
+    "gradient norm": "update/grad_norm",
     "loss": "update/loss",
-    "gap of log-probs": "rollout/logprob_gap_mean",
+    "gap of log-probs": "rollout/logprob_mismatch_mean",
     "sampled tokens a second": "throughput/rollout_tokens_per_second",
 }
 """Titles and metrics of the curves, where the run has them."""
 
-SETTINGS = ("policy.path", "reward._target_", "algorithm.advantage._target_", "module.num_rollouts", "module.learning_rate", "seed")
+SETTINGS = ("policy.path", "reward._target_", "algorithm.advantage._target_", "module.num_generations", "module.learning_rate", "seed")
 """Parameters that are shown first."""
 
 

@@ -10,11 +10,11 @@ from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
 from experiments.tiny_policy.policy import TINY_INSTRUCTION
-from src.callbacks.watcher import as_grace
+from src.callbacks.monitoring import as_grace
 from src.modules.grace import GRACE, Algorithm
 from src.modules.objectives import advantages, losses, rewards
 from src.modules.policy.model import Policy
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from src.records import Triplet
 from src.utils.checkpoint_io import FolderCheckpoints
 from src.utils.run_logger import RunLogger
@@ -63,12 +63,12 @@ def make_module(policy: Policy, reward: Callable[..., rewards.Reward] = rewards.
     algorithm = Algorithm(partial(advantages.grpo), partial(losses.ppo_clip), updates_per_batch=1)
     return GRACE(
         policy,
-        HFRollouts(max_new_tokens=8),
+        HFEngine(max_new_tokens=8),
         partial(reward),
         algorithm,
         instruction=TINY_INSTRUCTION,
         max_prompt_tokens=96,
-        num_rollouts=3,
+        num_generations=3,
         learning_rate=1e-2,
     )
 

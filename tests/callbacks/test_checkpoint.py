@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from src.callbacks.checkpoint import RolloutCheckpoint
+from src.callbacks.monitoring import as_grace
 from src.callbacks.random_states import RandomStates, random_states, set_random_states
-from src.callbacks.watcher import as_grace
 from src.modules.grace import GRACE
 from src.modules.policy.model import Policy
 from src.utils.checkpoint_io import CheckpointError, read_checkpoint

@@ -27,8 +27,8 @@ def report(unrelated_similarity: float = 0.25) -> StepReport:
         rationale_lengths=torch.tensor([[1, 8], [3, 4]]),
         distinct_rationales=0.75,
         unrelated_similarity=unrelated_similarity,
-        update={"loss": -0.5, "gradient_norm": 2.0, "clip_share": 0.0, "entropy": 3.0, "approx_kl": 0.1, "updates": 4.0},
-        logprob_gap=(0.01, 0.04),
+        update={"loss": -0.5, "grad_norm": 2.0, "clip_fraction": 0.0, "entropy": 3.0, "approx_kl": 0.1, "updates": 4.0},
+        logprob_mismatch=(0.01, 0.04),
         seconds={"rollout": 2.0, "encode": 0.5, "update": 4.0},
         rollout_tokens=100,
         update_tokens=400,
@@ -47,10 +47,10 @@ def test_diagnose() -> None:
     assert metrics["reward/total/within_group_std"] == pytest.approx(1.0)
     assert metrics["reward/of_query/mean"] == 2.0
     assert metrics["reward/of_query/within_group_std"] == pytest.approx(0.5)
-    assert metrics["rollout/truncated_share"] == 0.25
+    assert metrics["rollout/truncated_fraction"] == 0.25
     assert metrics["rollout/rationale_length"] == 4.0
-    assert metrics["update/gradient_norm"] == 2.0
-    assert (metrics["rollout/logprob_gap_mean"], metrics["rollout/logprob_gap_max"]) == (0.01, 0.04)
+    assert metrics["update/grad_norm"] == 2.0
+    assert (metrics["rollout/logprob_mismatch_mean"], metrics["rollout/logprob_mismatch_max"]) == (0.01, 0.04)
     assert "rollout/unrelated_similarity" in metrics
     assert "rollout/unrelated_similarity" not in diagnose(report(unrelated_similarity=float("nan")))
 

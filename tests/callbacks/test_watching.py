@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from src.callbacks.checkpoint import RolloutCheckpoint
+from src.callbacks.monitoring import as_policy_module, last_report
 from src.callbacks.probe import embed_sides, fixed_triplets, undisturbed
 from src.callbacks.progress import RolloutProgress, clock
 from src.callbacks.rationale_table import RationaleTable, write_rationales
 from src.callbacks.reward_diagnostics import RewardDiagnostics
 from src.callbacks.similarities import SimilarityHistograms, similarities
 from src.callbacks.starting_policy_kl import StartingPolicyKL, score
-from src.callbacks.watcher import as_policy_module, last_report
 from src.modules.grace import GRACE, NonFiniteError
 from src.modules.objectives import rewards
 from src.modules.objectives.rewards import Embeddings, Reward

@@ -16,7 +16,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from tests.modules.test_pretrained import Touch
 
 from src.datamodules import preparation
 from src.datamodules.files import DataFile, find_files, inside
@@ -30,6 +29,7 @@ from src.evaluation.tasks.own_tasks import read_description
 from src.records import Triplet
 from tests.builders import small_tokenizer
 from tests.fuzzing import HUNDRED_OR_THOUSANDS
+from tests.modules.policy.test_pretrained import Touch
 
 EVIL_YAML = "!!python/object/apply:os.mkdir [{}]"
 

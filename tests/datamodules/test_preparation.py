@@ -28,7 +28,7 @@ def limit(max_prompt_tokens: int = 44, instruction: str = "Name the terms.") -> 
 
 
 def sentences(folder: Path, count: int, name: str = "text.txt") -> DataFile:
-    """Every tenth is blank, every 7th is not UTF-8, and lengths vary."""
+    """Every tenth is dummy_rollouts, every 7th is not UTF-8, and lengths vary."""
     lines = [
         b"" if i % 10 == 0 else b"\xff" if i % 7 == 0 else (SENTENCES[i % 5][: 5 + i % 60] + f" {i}").encode() for i in range(1, count + 1)
     ]

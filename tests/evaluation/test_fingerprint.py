@@ -1,6 +1,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,14 +17,14 @@ from src.evaluation.fingerprint import code_digest, revision
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from tests.conftest import ROOT
 
 SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, max_new_tokens=4)
 
 
 def encoder(policy: Policy, settings: EncoderSettings = SETTINGS, new_tokens: int = 4, **options: object) -> RationaleEncoder:
-    return RationaleEncoder(policy, settings, HFRollouts(new_tokens), **options)  # type: ignore[arg-type]
+    return RationaleEncoder(policy, settings, HFEngine(new_tokens), **options)  # type: ignore[arg-type]
 
 
 def test_whatever_moves_an_embedding_has_a_revision_of_its_own(tiny_policy: Policy) -> None:
@@ -46,9 +47,7 @@ def test_whatever_moves_an_embedding_has_a_revision_of_its_own(tiny_policy: Poli
 
 def test_the_code_that_embeds_is_part_of_a_revision_and_that_of_rewards_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "src" / "modules"
-    package.mkdir(parents=True)
-    for file in (ROOT / "src" / "modules").glob("*.py"):
-        (package / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(ROOT / "src" / "modules", package)
     monkeypatch.setattr(
         "src.evaluation.fingerprint._file_of", lambda name: tmp_path / f"{name.replace('.', '/')}.py" if "modules" in name else None
     )
@@ -59,8 +58,14 @@ def test_the_code_that_embeds_is_part_of_a_revision_and_that_of_rewards_is_not(t
         return code_digest.__wrapped__("src.modules.encoder.encoder", "src.modules.rollouts.hf")
 
     before = code_digest.__wrapped__("src.modules.encoder.encoder", "src.modules.rollouts.hf")
-    assert digest_after("rewards.py") == before
-    digests = {digest_after(name) for name in ("pooling.py", "prompt.py", "plain_text.py", "shared_cache.py", "rollout_hf.py")}
+    assert digest_after("objectives/rewards.py") == before
+    digests = {
+        digest_after(name)
+        for name in (
+            *("policy/pooling.py", "prompt/renderer.py", "prompt/plain_text.py"),
+            *("policy/attention/shared_cache.py", "rollouts/hf.py"),
+        )
+    }
     assert len(digests | {before}) == 6
 
 

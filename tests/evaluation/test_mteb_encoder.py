@@ -17,7 +17,7 @@ from src.evaluation.tasks.offline_tasks import offline_tasks
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 
 SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, max_new_tokens=4)
 SIZE = OfflineSize(documents=60, queries=24, per_module=5, candidates=6, per_label=8)
@@ -33,7 +33,7 @@ class Counting(RationaleEncoder):
 
 
 def encoder(policy: Policy, **options: object) -> Counting:
-    return Counting(policy, SETTINGS, HFRollouts(SETTINGS.max_new_tokens), **options)  # type: ignore[arg-type]
+    return Counting(policy, SETTINGS, HFEngine(SETTINGS.max_new_tokens), **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_failing_task_is_named_and_the_others_go_on(tiny_policy: Policy, tasks
         def encode(self, texts: list[str], prompt_type: str | None = None) -> np.ndarray:  # type: ignore[override]
             raise ValueError("no such luck")
 
-    broken = Fails(tiny_policy, SETTINGS, HFRollouts(4), rationale=False)
+    broken = Fails(tiny_policy, SETTINGS, HFEngine(4), rationale=False)
     scores = run_tasks(broken, tasks[:2], None, "tiny")  # type: ignore[arg-type]
     assert scores.failures == {"DocstringRetrieval": "no such luck", "DocstringReranking": "no such luck"}
     assert scores.without_data == ()
@@ -127,7 +127,7 @@ def test_texts_are_remembered_and_come_in_order(tiny_policy: Policy) -> None:
 
 def test_queries_are_read_under_their_own_instruction(tiny_policy: Policy) -> None:
     settings = replace(SETTINGS, query_instruction="Find what answers this.")
-    own = Counting(tiny_policy, settings, HFRollouts(4))
+    own = Counting(tiny_policy, settings, HFEngine(4))
     adapter, text = MTEBEncoder(own, "tiny"), batches(["a graph"])
     document, query, neither = (
         adapter.encode(text, task_metadata=None, hf_split="test", hf_subset="default", prompt_type=side)  # type: ignore[arg-type]
@@ -135,7 +135,7 @@ def test_queries_are_read_under_their_own_instruction(tiny_policy: Policy) -> No
     )
     assert own.sides == ["document", "query"]  # without a side a text is read as a document is
     np.testing.assert_array_equal(document, neither)
-    expected = RationaleEncoder(tiny_policy, replace(SETTINGS, instruction="Find what answers this."), HFRollouts(4)).encode(["a graph"])
+    expected = RationaleEncoder(tiny_policy, replace(SETTINGS, instruction="Find what answers this."), HFEngine(4)).encode(["a graph"])
     np.testing.assert_allclose(query, expected, atol=1e-6)
     assert np.abs(query - document).max() > 1e-3
 
@@ -168,7 +168,7 @@ def test_a_long_call_is_kept_in_parts_and_says_how_far_it_is(
     monkeypatch.setattr("src.evaluation.mteb_encoder.SECONDS_BETWEEN_LINES", 0.0)
     texts = [f"{'long ' * 5}{i}" for i in range(8)] + ["stop"]
     with caplog.at_level("INFO", "src.evaluation.mteb_encoder"), pytest.raises(KeyboardInterrupt):
-        embed(MTEBEncoder(Stops(tiny_policy, SETTINGS, HFRollouts(4), batch_size=1), "tiny", tmp_path), batches(texts))
+        embed(MTEBEncoder(Stops(tiny_policy, SETTINGS, HFEngine(4), batch_size=1), "tiny", tmp_path), batches(texts))
     assert [re.sub(r"about .* left", "left", record.message) for record in caplog.records] == [
         "test: 4 of 9 texts embedded, left",
         "test: 8 of 9 texts embedded, left",
@@ -212,7 +212,7 @@ def test_embeddings_without_rationales_come_with_those_with_them(tiny_policy: Po
     with MTEBEncoder(encoder(tiny_policy), "tiny", tmp_path, also_without=True) as adapter:
         embed(adapter, batches(texts))
     plain = encoder(tiny_policy, rationale=False)
-    expected = RationaleEncoder(tiny_policy, SETTINGS, HFRollouts(4), rationale=False).encode(texts)
+    expected = RationaleEncoder(tiny_policy, SETTINGS, HFEngine(4), rationale=False).encode(texts)
     with MTEBEncoder(plain, "tiny", tmp_path) as adapter:
         np.testing.assert_allclose(embed(adapter, batches(texts)), expected, atol=1e-5)
     assert not hasattr(plain, "seen")  # all of them were there
@@ -222,7 +222,7 @@ def test_embeddings_without_rationales_come_with_those_with_them(tiny_policy: Po
 @pytest.mark.parametrize("layer", [-1, -2])
 def test_encode_both_is_encode_with_and_without(tiny_policy: Policy, pooling: str, layer: int) -> None:
     policy = Policy(tiny_policy.model, tiny_policy.tokenizer, "live", pooling, layer)  # type: ignore[arg-type]
-    own = RationaleEncoder(policy, replace(SETTINGS, pooling=pooling, layer=layer), HFRollouts(4))  # type: ignore[arg-type]
+    own = RationaleEncoder(policy, replace(SETTINGS, pooling=pooling, layer=layer), HFEngine(4))  # type: ignore[arg-type]
     texts = ["a graph", "a table of numbers", "a graph"]
     with_rationales, plain = own.encode_both(texts)
     np.testing.assert_allclose(with_rationales, own.encode(texts), atol=1e-5)
@@ -231,7 +231,7 @@ def test_encode_both_is_encode_with_and_without(tiny_policy: Policy, pooling: st
 
 def test_an_engine_without_embeddings_brings_none_of_prompts(tiny_policy: Policy) -> None:
     frozen = Policy(tiny_policy.model, tiny_policy.tokenizer, "frozen")
-    assert RationaleEncoder(frozen, SETTINGS, HFRollouts(4)).encode_both(["a graph"])[1] is None
+    assert RationaleEncoder(frozen, SETTINGS, HFEngine(4)).encode_both(["a graph"])[1] is None
 
 
 def test_texts_are_embedded_in_bfloat16_and_scored_in_float32(tiny_policy: Policy, tasks: list[object], tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_texts_are_embedded_in_bfloat16_and_scored_in_float32(tiny_policy: Polic
             seen["compared"].add(found.dtype)
             return found
 
-    own = Watched(tiny_policy, SETTINGS, HFRollouts(4), rationale=False)
+    own = Watched(tiny_policy, SETTINGS, HFEngine(4), rationale=False)
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
         patch.setattr("src.evaluation.mteb_encoder.MTEBEncoder", Compared)
         scores = run_tasks(own, tasks[:1], tmp_path, "tiny")  # type: ignore[arg-type]

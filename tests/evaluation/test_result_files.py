@@ -40,7 +40,7 @@ def test_a_result_without_a_score_is_not_kept(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
-from tests.utils.test_result_files import META, result_of
+from tests.evaluation.test_result_files import META, result_of
 from src.evaluation.result_files import WholeResults
 cache, result = WholeResults(sys.argv[1]), result_of("BIOSSES", 0.5)
 result.scores["test"] *= 2000  # some 200 kB

@@ -35,7 +35,9 @@ def corpus(modules: int = 6, per_module: int = 5) -> list[Docstring]:
 
 
 def stream(seed: int = 0, **settings: int) -> DemonstrationStream:
-    return DemonstrationStream(corpus(), **({"groups": 2, "per_group": 3, "terms": 3, "max_text_chars": 60} | settings), seed=seed)
+    return DemonstrationStream(
+        corpus(), **({"modules_per_batch": 2, "docstrings_per_module": 3, "terms": 3, "max_text_chars": 60} | settings), seed=seed
+    )
 
 
 def test_inverse_document_frequency_by_hand() -> None:
@@ -116,7 +118,7 @@ def test_the_seed_decides_everything() -> None:
 
 
 def test_the_datamodule_validates_on_other_packages_and_always_the_same(tmp_path: Path) -> None:
-    settings = {"groups": 4, "per_group": 2, "val_batches": 3}
+    settings = {"modules_per_batch": 4, "docstrings_per_module": 2, "val_batches": 3}
     data = DemonstrationDataModule(["rich"], ["jinja2"], str(tmp_path), **settings)  # type: ignore[arg-type]
     training = {d.query for batch in itertools.islice(data.train_dataloader(), 40) for d in batch}
     validation = list(data.val_dataloader())
@@ -129,10 +131,10 @@ def test_the_datamodule_validates_on_other_packages_and_always_the_same(tmp_path
 def test_too_few_docstrings_for_a_batch_are_refused_and_do_not_hang() -> None:
     docs = [Docstring(f"m:{i}", "m", "m", "a summary of some words", "a body of some words") for i in range(5)]
     with pytest.raises(ValueError, match="do not fill one batch"):
-        DemonstrationStream(docs, groups=3, per_group=2, terms=2, max_text_chars=100, seed=0)
+        DemonstrationStream(docs, modules_per_batch=3, docstrings_per_module=2, terms=2, max_text_chars=100, seed=0)
 
 
 def test_a_resumed_run_goes_on_at_its_place_with_the_same_terms() -> None:
     whole = list(itertools.islice(stream(), 6))
-    later = DemonstrationStream(corpus(), groups=2, per_group=3, terms=3, max_text_chars=60, seed=0, done=lambda: 4)
+    later = DemonstrationStream(corpus(), modules_per_batch=2, docstrings_per_module=3, terms=3, max_text_chars=60, seed=0, done=lambda: 4)
     assert list(itertools.islice(later, 2)) == whole[4:]

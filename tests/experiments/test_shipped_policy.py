@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from src.datamodules.docstrings import Docstring, collect
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.export import load_policy
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from tests.conftest import ROOT
 
 WEIGHTS = ROOT / "experiments" / "tiny_policy" / "weights"
@@ -27,7 +27,7 @@ def held_out() -> list[Docstring]:
 @pytest.fixture(scope="module")
 def encoders() -> dict[bool, RationaleEncoder]:
     policy, settings = load_policy(WEIGHTS)
-    return {way: RationaleEncoder(policy, settings, HFRollouts(settings.max_new_tokens), rationale=way) for way in (True, False)}
+    return {way: RationaleEncoder(policy, settings, HFEngine(settings.max_new_tokens), rationale=way) for way in (True, False)}
 
 
 def mean_reciprocal_rank(encoder: RationaleEncoder, docs: list[Docstring]) -> float:

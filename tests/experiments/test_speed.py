@@ -13,7 +13,7 @@ from experiments.speed.grace_steps import Spec, run
 from experiments.speed.measuring import MIB, alternating, paired_ratio, peak, reset_peak, table
 from experiments.speed.subject import POLICY, ROOT, unending_policy
 from experiments.speed.trl_reward import ListwiseReward
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 
 TRL = ROOT / ".venv-trl" / "bin" / "python"
 FEW = ["--repeats", "1", "--packages", "joblib"]
@@ -61,7 +61,7 @@ def test_the_floor_counts_every_product_of_sampling_once() -> None:
 
 def test_no_rationale_ends_before_its_limit() -> None:
     policy, renderer = unending_policy()
-    written = HFRollouts(7).generate(policy, renderer(["one text", "another"]), n=3)
+    written = HFEngine(7).generate(policy, renderer(["one text", "another"]), n=3)
     assert not written.finished.any()
     assert (written.rationale_lengths == 7).all()
 
@@ -69,7 +69,7 @@ def test_no_rationale_ends_before_its_limit() -> None:
 def test_the_reward_that_trl_is_given_sees_the_embeddings_of_this_project() -> None:
     policy, renderer = unending_policy()
     documents, queries = ["a sorted copy of the list", "the edges of a graph"], ["sort a list", "graph edges"]
-    written = HFRollouts(5).generate(policy, renderer(documents), n=3)
+    written = HFEngine(5).generate(policy, renderer(documents), n=3)
     reward = ListwiseReward(policy.model, renderer, new_tokens=5, rollouts=3, batch_size=4)
     repeated = [[text for text in side for _ in range(3)] for side in (documents, queries, documents[::-1])]
     values = reward([ids.tolist() for ids in written.rationales()], *repeated)

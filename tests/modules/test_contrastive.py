@@ -17,7 +17,7 @@ from src.modules.objectives.info_nce import info_nce
 from src.modules.objectives.pairs import supervised
 from src.modules.policy.model import Policy
 from src.modules.policy_module import NonFiniteError
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from src.records import Triplet
 from tests.builders import SENTENCES, small_policy
 
@@ -27,8 +27,8 @@ TRIPLETS = [
 
 
 def make(policy: Policy | None = None, **settings: Any) -> Contrastive:
-    settings = {"learning_rate": 1e-3, "max_prompt_tokens": 100, "max_gradient_norm": 1e9, **settings}
-    return Contrastive(policy or small_policy(), HFRollouts(4), "Name the terms.", **settings)
+    settings = {"learning_rate": 1e-3, "max_prompt_tokens": 100, "max_grad_norm": 1e9, **settings}
+    return Contrastive(policy or small_policy(), HFEngine(4), "Name the terms.", **settings)
 
 
 class Gradients(L.Callback):
@@ -98,7 +98,7 @@ def test_adapters_are_trained_and_nothing_else(tiny_policy_folder: Path, checkpo
     moved = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if "lora_" in name}
     assert module.report is not None
-    assert module.report.update["gradient_norm"] > 0
+    assert module.report.update["grad_norm"] > 0
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny_policy_folder: Path) -> None:
@@ -116,7 +116,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_policy_folder: Path) ->
 def test_bfloat16_arithmetic_trains() -> None:
     module = fit(make(micro_batch_tokens=100), [TRIPLETS] * 2, precision="bf16-mixed")
     assert module.report is not None
-    assert module.report.update["gradient_norm"] > 0
+    assert module.report.update["grad_norm"] > 0
     assert {p.dtype for p in module.policy.parameters()} == {torch.float32}
 
 

@@ -14,7 +14,7 @@ from src.modules.objectives.advantages import grpo
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.losses import ppo_clip
 from src.modules.objectives.rewards import Embeddings, Reward, document, listwise, paper
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from src.modules.training.scoring import unrelated_similarity
 from src.modules.types import Rollouts
 from src.records import Triplet
@@ -27,11 +27,11 @@ TRIPLETS = [
 
 
 def make(reward: Any = document, encoder: str = "live", algorithm: dict[str, Any] | None = None, **kwargs: Any) -> GRACE:
-    settings: dict[str, Any] = {"num_rollouts": 3, "learning_rate": 1e-3, "max_prompt_tokens": 100, "max_gradient_norm": 1e9, **kwargs}
+    settings: dict[str, Any] = {"num_generations": 3, "learning_rate": 1e-3, "max_prompt_tokens": 100, "max_grad_norm": 1e9, **kwargs}
     new_tokens = settings.pop("max_new_tokens", 6)
     return GRACE(
         policy=small_policy(encoder),
-        engine=HFRollouts(new_tokens),
+        engine=HFEngine(new_tokens),
         reward=reward,
         algorithm=Algorithm(**{"advantage": grpo, "loss": ppo_clip, **(algorithm or {})}),
         instruction="Name the terms.",
@@ -102,14 +102,14 @@ def test_the_gradient_is_that_of_advantage_weighted_log_probabilities_from_trans
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
 
 
-class WithoutStates(HFRollouts):
+class WithoutStates(HFEngine):
     """An engine that returns token ids alone, as one with its own copy of the weights does."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Rollouts:
         return replace(super().generate(*args, **kwargs), logprobs=None, embeddings=None)
 
 
-@pytest.mark.parametrize("engine", [HFRollouts(6), WithoutStates(6)])
+@pytest.mark.parametrize("engine", [HFEngine(6), WithoutStates(6)])
 def test_log_probs_and_embeddings_are_those_of_separate_rows_whether_the_engine_gives_them_or_a_pass(engine):
     module = make(algorithm={"updates_per_batch": 2})
     module.engine = engine
@@ -157,7 +157,7 @@ def test_the_report_counts_what_happened():
     assert set(report.seconds) == {"rollout", "encode", "update"}
     assert 0 < report.distinct_rationales <= 1
     assert report.rollout_tokens >= report.rationale_lengths.sum()
-    assert report.update["gradient_norm"] > 0
+    assert report.update["grad_norm"] > 0
     assert report.update["entropy"] > 0
 
 
@@ -174,7 +174,7 @@ def test_a_frozen_encoder_embeds_alike_before_and_after_an_update_and_a_live_one
 
 @pytest.mark.parametrize("penalty", ["relative", "constant", "mask"])
 def test_a_batch_in_which_every_rollout_is_truncated_goes_through(penalty):
-    module = make(algorithm={"truncation": penalty}, max_new_tokens=1, num_rollouts=4, seed=2)  # under this seed no first token is EOS
+    module = make(algorithm={"truncation": penalty}, max_new_tokens=1, num_generations=4, seed=2)  # under this seed no first token is EOS
     before = weights(module)
     report = fit(module, [TRIPLETS]).reports[0]
     assert not report.finished.any()
@@ -200,9 +200,9 @@ def test_instances_without_negatives_train(reward):
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
-        ({"num_rollouts": 1}, "num_rollouts=1"),
-        ({"positive_temperature": 0.0}, "positive_temperature=0.0"),  # log-probs would be divided by it
-        ({"other_temperature": -0.5}, "other_temperature=-0.5"),
+        ({"num_generations": 1}, "num_generations=1"),
+        ({"temperature": 0.0}, "temperature=0.0"),  # log-probs would be divided by it
+        ({"context_temperature": -0.5}, "context_temperature=-0.5"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens=0"),
         ({"encode_batch_size": 0}, "encode_batch_size=0"),
         ({"algorithm": {"updates_per_batch": 0}}, "updates_per_batch=0"),
@@ -252,7 +252,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change():
     assert all(torch.equal(a, b) for a, b in zip(before, weights(module), strict=True))
 
 
-class BrokenLogprobs(HFRollouts):
+class BrokenLogprobs(HFEngine):
     """An engine that returns log-probs that are not numbers for the rationales of one record."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Rollouts:
@@ -265,7 +265,7 @@ class BrokenLogprobs(HFRollouts):
 
 
 def test_a_micro_batch_whose_loss_is_not_a_number_stops_before_the_weights_change_and_its_record_is_named():
-    module = make(algorithm={"importance_cap": 3.0}, micro_batch_tokens=1)
+    module = make(algorithm={"tis_cap": 3.0}, micro_batch_tokens=1)
     module.engine = BrokenLogprobs(6)
     before = weights(module)
     with pytest.raises(NonFiniteError, match=r"the loss of a micro-batch is nan, records file\.jsonl:2; the weights were not changed"):
@@ -290,7 +290,7 @@ def test_unrelated_similarity_is_the_mean_over_pairs_of_different_instances():
 
 def test_credit_by_token_sees_the_same_rollouts_and_judges_them_otherwise():
     plain = fit(make(algorithm={"updates_per_batch": 1, "truncation": "none"}), [TRIPLETS[:4]])
-    by_token = make(algorithm={"updates_per_batch": 1, "truncation": "none", "credit_decay": 1.0})
+    by_token = make(algorithm={"updates_per_batch": 1, "truncation": "none", "gae_lambda": 1.0})
     watch = fit(by_token, [TRIPLETS[:4]])
     torch.testing.assert_close(watch.reports[0].reward.total, plain.reports[0].reward.total)
     assert not torch.allclose(watch.reports[0].advantages, plain.reports[0].advantages)
@@ -300,7 +300,7 @@ def test_credit_by_token_sees_the_same_rollouts_and_judges_them_otherwise():
 @pytest.mark.parametrize("encoder", ["live", "frozen"])
 @pytest.mark.parametrize("updates", [1, 2])
 def test_credit_by_token_trains_with_prefixes_from_the_engine_or_from_a_pass(encoder, updates):
-    module = make(listwise, encoder, algorithm={"updates_per_batch": updates, "credit_decay": 0.9})
+    module = make(listwise, encoder, algorithm={"updates_per_batch": updates, "gae_lambda": 0.9})
     before = weights(module)
     watch = fit(module, [TRIPLETS[:4], TRIPLETS[-4:]])
     assert any(not torch.equal(a, b) for a, b in zip(before, weights(module), strict=True))
@@ -309,7 +309,7 @@ def test_credit_by_token_trains_with_prefixes_from_the_engine_or_from_a_pass(enc
 
 def test_prefixes_from_the_engine_and_from_a_pass_give_the_same_gradient():
     def run(drop: bool) -> list[Tensor]:
-        module = make(listwise, algorithm={"credit_decay": 0.9, "truncation": "none"})
+        module = make(listwise, algorithm={"gae_lambda": 0.9, "truncation": "none"})
         if drop:
             generate = module.engine.generate
             module.engine.generate = lambda *args, **kwargs: replace(generate(*args, **kwargs), embeddings=None, prefix_embeddings=None)
@@ -319,9 +319,9 @@ def test_prefixes_from_the_engine_and_from_a_pass_give_the_same_gradient():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("credit_decay", [None, 0.9])
+@pytest.mark.parametrize("gae_lambda", [None, 0.9])
 @pytest.mark.parametrize("form", [paper, document, listwise])
-def test_in_bfloat16_arithmetic_rewards_are_those_of_float32(form: Any, credit_decay: float | None) -> None:
+def test_in_bfloat16_arithmetic_rewards_are_those_of_float32(form: Any, gae_lambda: float | None) -> None:
     """Products of unit vectors in bfloat16 would leave a group's rollouts two or three different rewards."""
     earned: list[tuple[Embeddings, Tensor]] = []
 
@@ -330,9 +330,9 @@ def test_in_bfloat16_arithmetic_rewards_are_those_of_float32(form: Any, credit_d
         earned.append((e, reward.total))
         return reward
 
-    module = make(watched, algorithm={"credit_decay": credit_decay})
+    module = make(watched, algorithm={"gae_lambda": gae_lambda})
     report = fit(module, [TRIPLETS], precision="bf16-mixed").reports[0]
-    assert len(earned) > (2 if credit_decay else 1)
+    assert len(earned) > (2 if gae_lambda else 1)
     for e, total in earned:
         assert e.positive.dtype == total.dtype == torch.float32
         torch.testing.assert_close(total, form(e).total, atol=1e-6, rtol=1e-6)

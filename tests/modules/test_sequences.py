@@ -11,7 +11,7 @@ def example() -> Rollouts:
     """Two prompts (`<u> a b </u> <x>`, `<u> c </u> <x>`), the first with a rationale of 2, the second with none."""
     prompts = Prompts(
         ids=(torch.tensor([1, 10, 11, 2, 3]), torch.tensor([1, 12, 2, 3])),
-        prefix_lengths=torch.tensor([1, 1]),
+        text_starts=torch.tensor([1, 1]),
         text_lengths=torch.tensor([2, 1]),
     )
     logprobs = [torch.tensor([-0.5, -0.25]), torch.zeros(0)]

@@ -12,11 +12,17 @@ from tests.conftest import Compose
 def test_settings_are_what_a_run_computes_with(compose: Compose) -> None:
     begun = settings_of(compose("seed=3", "experiment=tiny_sup"))
     assert begun["seed"] == 3
-    assert begun["module.num_rollouts"] == 8
+    assert begun["module.num_generations"] == 8
     assert not [name for name in begun if name.startswith(("paths", "logger", "callbacks", "module.policy", "hydra"))]
     for same in ("trainer.devices=2", "module.micro_batch_tokens=7", "project=other", "trainer.max_epochs=9", "callbacks=minimal"):
         assert settings_of(compose("seed=3", "experiment=tiny_sup", same)) == begun
-    for other in ("reward=paper", "algorithm.kl_weight=0.1", "module.num_rollouts=4", "datamodule.groups=2", "policy.pooling=eos"):
+    for other in (
+        "reward=paper",
+        "algorithm.kl_coef=0.1",
+        "module.num_generations=4",
+        "datamodule.modules_per_batch=2",
+        "policy.pooling=eos",
+    ):
         assert settings_of(compose("seed=3", "experiment=tiny_sup", other)) != begun
 
 

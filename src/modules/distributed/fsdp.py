@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 
 from src.modules.policy.lora import add_lora, lora_settings
 from src.modules.policy.model import Policy
-from src.modules.types import blank
+from src.modules.types import dummy_rollouts
 
 
 def shard(policy: Policy, mesh: DeviceMesh) -> None:
@@ -55,7 +55,7 @@ def whole(policy: Policy) -> Iterator[None]:
         return
     policy.set_reshard_after_forward(False)
     with torch.no_grad():
-        policy(blank(policy.pad_id).to(policy.device))  # a pass gathers all; and the first must go through the outermost part
+        policy(dummy_rollouts(policy.pad_id).to(policy.device))  # a pass gathers all; and the first must go through the outermost part
     try:
         yield
     finally:
@@ -79,13 +79,13 @@ def gradient_exchange(policy: Policy, strategy: Strategy, now: bool) -> Iterator
             yield
 
 
-def whole_norm(gradients: Sequence[Tensor]) -> float:
+def global_grad_norm(gradients: Sequence[Tensor]) -> float:
     """The norm of all of them, of cut ones over the ranks."""
     norm = torch.nn.utils.get_total_norm(gradients)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def whole_dot(left: Tensor, right: Tensor) -> float:
+def global_dot(left: Tensor, right: Tensor) -> float:
     """The inner product of two tensors, of cut ones over the ranks."""
     product = (left * right).sum()
     return float(product.full_tensor() if isinstance(product, DTensor) else product)

@@ -52,7 +52,7 @@ class Ranks:
         if len(batch) % self.count:
             raise ValueError(
                 f"a batch of {len(batch)} instances cannot be shared out evenly over {self.count} processes: change trainer.devices, or "
-                "the datamodule's batch (datamodule.batch_size; of docstrings groups * per_group)"
+                "the datamodule's batch (datamodule.batch_size; of docstrings modules_per_batch * docstrings_per_module)"
             )
         return list(batch[self.rank :: self.count])
 

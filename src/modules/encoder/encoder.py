@@ -16,7 +16,7 @@ from src.modules.encoder.export import load_policy
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import PromptRenderer, Prompts, require_room
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from src.modules.types import Rollouts, without_rationales
 
 
@@ -123,7 +123,7 @@ class RationaleEncoder:
             settings = replace(settings, max_new_tokens=max_new_tokens)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        engine = HFRollouts(settings.max_new_tokens)
+        engine = HFEngine(settings.max_new_tokens)
         own = settings.rationale  # what was trained without rationales is read without
         return cls(policy.to(device), settings, engine, own, temperature=temperature, seed=seed, batch_size=batch_size)
 

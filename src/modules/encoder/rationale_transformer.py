@@ -15,7 +15,7 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .renderer import PromptRenderer  # an export holds it beside this file
+from ..prompt.renderer import PromptRenderer
 
 _ENCODER = "encoder"
 
@@ -78,7 +78,7 @@ class RationaleTransformer(InputModule):
             self._renderers[instruction] = PromptRenderer(self.tokenizer, instruction, s["max_prompt_tokens"], s["template_kwargs"])
         prompts = self._renderers[instruction](inputs)
         ids, mask = self._padded(list(prompts.ids))
-        return {"input_ids": ids, "attention_mask": mask, "prompt_length": int(prompts.prefix_lengths[0])}
+        return {"input_ids": ids, "attention_mask": mask, "prompt_length": int(prompts.text_starts[0])}
 
     def forward(self, features: dict[str, Any], rationale: bool | None = None, **kwargs: Any) -> dict[str, Any]:
         """Adds `token_embeddings`, [N, T, D]; with rationales, these and the attention mask go on over the rationales."""

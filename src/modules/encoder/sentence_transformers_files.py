@@ -21,8 +21,11 @@ def write_sentence_transformers_files(folder: Path, settings: EncoderSettings, d
         dimension: of the embeddings.
     """
     here = Path(__file__).parent
-    for file in (here / f"{_MODULE}.py", *(here.parent / "prompt" / name for name in ("renderer.py", "plain_text.py"))):
-        shutil.copyfile(file, folder / file.name)
+    for name in ("renderer.py", "plain_text.py"):
+        shutil.copyfile(here.parent / "prompt" / name, folder / name)
+    source = (here / f"{_MODULE}.py").read_text(encoding="utf-8")
+    # transformers finds a file that is imported relatively beside the one that imports it, and nowhere else
+    (folder / f"{_MODULE}.py").write_text(source.replace("from ..prompt.renderer", "from .renderer"), encoding="utf-8")
     pooling = "1_Pooling"
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": f"{_MODULE}.RationaleTransformer"},

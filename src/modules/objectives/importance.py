@@ -9,7 +9,7 @@ Level = Literal["token", "sequence"]
 
 
 @torch.no_grad()
-def truncated_importance(trainer: Tensor, engine: Tensor, mask: Tensor, cap: float, level: Level = "token") -> Tensor:
+def truncated_importance_weights(trainer: Tensor, engine: Tensor, mask: Tensor, cap: float, level: Level = "token") -> Tensor:
     """Truncated importance weights: min(pi_trainer / pi_engine, cap) of the sampled tokens, without gradient.
 
     Rollouts come from the engine's distribution and the gradient is taken under the trainer's; the weight makes up for

@@ -10,7 +10,7 @@ from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.credit import at_tokens, from_tokens, prefix_rewards, token_advantages, token_returns
 from src.modules.training.scoring import ScoredSide
 
-SideReward = Callable[[Tensor], Tensor]
+RoleReward = Callable[[Tensor], Tensor]
 """Rewards [G, K] of a side's rollouts from their unit vectors [G, K, D] (see `standing_in`)."""
 
 
@@ -46,7 +46,7 @@ class Judged:
     baseline: Tensor | None
 
 
-def judge(algorithm: Algorithm, reward: SideReward, side: ScoredSide, greedy: Greedy | None = None) -> Judged:
+def judge(algorithm: Algorithm, reward: RoleReward, side: ScoredSide, greedy: Greedy | None = None) -> Judged:
     """What a side's rollouts earned, and what the advantage is to make of it.
 
     A greedy rollout is scored as one more of its group, so that it has a consistency like the others, whose own rewards do
@@ -78,13 +78,13 @@ def _divergence(algorithm: Algorithm, side: ScoredSide) -> Tensor:
     return algorithm.divergence(side.old_logprobs, side.reference_logprobs, side.rollouts.rationale_mask)
 
 
-def by_token(algorithm: Algorithm, reward: SideReward, side: ScoredSide, judged: Judged) -> Tensor:
+def by_token(algorithm: Algorithm, reward: RoleReward, side: ScoredSide, judged: Judged) -> Tensor:
     """[G*K, T] advantages of every token of a side's rationales, 0 elsewhere.
 
-    A rationale's own for all its tokens, or with `credit_decay` what each of them earned.
+    A rationale's own for all its tokens, or with `gae_lambda` what each of them earned.
     """
     keep = judged.keep
-    if side.prefixes is None or algorithm.credit_decay is None:
+    if side.prefixes is None or algorithm.gae_lambda is None:
         baseline = () if judged.baseline is None else (judged.baseline,)
         return algorithm.advantage(judged.rewards, keep, *baseline).flatten().unsqueeze(1) * side.rollouts.rationale_mask
     lengths = side.rollouts.rationale_lengths.view_as(keep)
@@ -93,8 +93,8 @@ def by_token(algorithm: Algorithm, reward: SideReward, side: ScoredSide, judged:
     at_end = judged.rewards - after.gather(2, lengths.unsqueeze(2)).squeeze(2)
     costs = None
     if algorithm.kl_in_reward:  # of the token that caused it, and not of the last
-        by_tokens = algorithm.kl_weight * _divergence(algorithm, side)
+        by_tokens = algorithm.kl_coef * _divergence(algorithm, side)
         costs = from_tokens(by_tokens, side.rollouts, after.shape[2] - 1).unflatten(0, keep.shape)
         at_end = at_end + costs.sum(dim=2)
-    returns = token_returns(after, at_end, lengths, algorithm.credit_decay, costs)
+    returns = token_returns(after, at_end, lengths, algorithm.gae_lambda, costs)
     return at_tokens(token_advantages(algorithm.advantage, returns, lengths, keep).flatten(0, 1), side.rollouts)

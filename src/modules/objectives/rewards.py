@@ -175,8 +175,8 @@ def unsupervised(e: Embeddings, *, consistency_weight: float = 0.2, hard_weight:
 def listwise(
     e: Embeddings,
     *,
-    document_weight: float = 1.0,
-    query_weight: float = 1.0,
+    to_query_weight: float = 1.0,
+    to_document_weight: float = 1.0,
     consistency_weight: float = 0.0,
     temperature: float = 0.05,
     centre: Literal["none", "document", "both"] = "both",
@@ -194,7 +194,7 @@ def listwise(
     rivals, who do not move, and when all rollouts learn it nothing is won.
 
     Args:
-        document_weight, query_weight, consistency_weight: of to_query, to_document and consistency.
+        to_query_weight, to_document_weight, consistency_weight: of to_query, to_document and consistency.
         temperature: tau.
         centre: what is taken off each similarity first. `document`: the document's mean over the batch's queries, so that a
             hub among documents earns nothing. `both`: also the query's mean over the batch's rollouts, which does the same
@@ -224,5 +224,5 @@ def listwise(
         "to_document": own - torch.logaddexp(own, against),
         "consistency": consistency(e.positive),
     }
-    weights = {"to_query": document_weight, "to_document": query_weight, "consistency": consistency_weight}
+    weights = {"to_query": to_query_weight, "to_document": to_document_weight, "consistency": consistency_weight}
     return combine(terms, weights)

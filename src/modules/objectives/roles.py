@@ -10,23 +10,23 @@ from torch import Tensor
 from src.modules.objectives.rewards import Embeddings, RewardFunction
 from src.records import Triplet
 
-Side = Literal["positive", "query", "negative"]
-OTHERS: tuple[Side, ...] = ("query", "negative")
+Role = Literal["positive", "query", "negative"]
+CONTEXT_ROLES: tuple[Role, ...] = ("query", "negative")
 
 
-def texts_of(batch: Sequence[Triplet], side: Side) -> list[str]:
+def texts_of(batch: Sequence[Triplet], side: Role) -> list[str]:
     """The texts of a side: B positives or queries, or B*M negatives, those of an instance side by side."""
     if side == "negative":
         return [negative for triplet in batch for negative in triplet.negatives]
     return [triplet.positive if side == "positive" else triplet.query for triplet in batch]
 
 
-def ids_of(batch: Sequence[Triplet], side: Side) -> tuple[str, ...]:
+def ids_of(batch: Sequence[Triplet], side: Role) -> tuple[str, ...]:
     """For each text of a side the id of its record."""
     return tuple(triplet.id for triplet in batch for _ in (triplet.negatives if side == "negative" else [None]))
 
 
-def standing_in(reward: RewardFunction, embeddings: Embeddings, side: Side) -> Callable[[Tensor], Tensor]:
+def standing_in(reward: RewardFunction, embeddings: Embeddings, side: Role) -> Callable[[Tensor], Tensor]:
     """The reward of a side's rollouts, as a function of their unit vectors [G, K, D] to [G, K] float32.
 
     A positive's rollout earns what the reward says, as published. The rollout of a query or a negative earns what its

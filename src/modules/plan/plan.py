@@ -84,24 +84,24 @@ def plan(cfg: DictConfig) -> tuple[Work, Shape, Load]:
         rationale=work.rationale,
         rollouts=work.rollouts,
         tokens=max(work.tokens, work.prompt + work.rationale),
-        prefixes=cfg.algorithm.credit_decay is not None,
+        prefixes=cfg.algorithm.gae_lambda is not None,
         checkpointing=policy.gradient_checkpointing,
-        copies=int(cfg.algorithm.kl_weight > 0 and lora is None) + int(policy.encoder == "frozen"),
+        copies=int(cfg.algorithm.kl_coef > 0 and lora is None) + int(policy.encoder == "frozen"),
     )
     return work, shape, load
 
 
 def _work(cfg: DictConfig) -> Work:
     data = cfg.datamodule
-    instances = data.get("batch_size") or data.get("groups", 0) * data.get("per_group", 0)
+    instances = data.get("batch_size") or data.get("modules_per_batch", 0) * data.get("docstrings_per_module", 0)
     if not instances:
-        raise PlanError(f"dry_run: {data._target_} names no batch_size (nor groups and per_group), so there is no batch to plan")
+        raise PlanError(f"dry_run: {data._target_} names no batch_size (nor modules_per_batch), so there is no batch to plan")
     return Work(
         nodes=cfg.trainer.get("num_nodes", 1),
         devices=_devices(cfg.trainer.devices),
         strategy=_strategy(cfg.trainer.get("strategy")),
         instances=instances,
-        rollouts=cfg.module.num_rollouts,
+        rollouts=cfg.module.num_generations,
         negatives=data.get("negatives") or OmegaConf.select(data, "reader.negatives", default=0),
         learned=("positive", *cfg.module.also_learn_from),
         updates=cfg.algorithm.updates_per_batch,
@@ -133,7 +133,7 @@ def _check(work: Work) -> None:
     if work.instances % work.ranks:
         raise PlanError(
             f"{work.instances} instances a batch do not divide by {work.ranks} ranks: change trainer.devices, trainer.num_nodes or the "
-            "datamodule's batch (batch_size; of docstrings groups * per_group)"
+            "datamodule's batch (batch_size; of docstrings modules_per_batch * docstrings_per_module)"
         )
     if work.share % work.updates:
         raise PlanError(

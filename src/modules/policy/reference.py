@@ -38,8 +38,8 @@ class Reference:
             policy.to(rollouts.input_ids.device)  # no module holds the copy, so none moves it
         values = torch.zeros(rollouts.input_ids.shape, device=rollouts.input_ids.device)
         with without_lora(policy.model) if self._adapted else nullcontext():
-            for rows in micro_batches(rollouts, torch.arange(len(rollouts)), how.num_rollouts, how.micro_batch_tokens):
+            for rows in micro_batches(rollouts, torch.arange(len(rollouts)), how.num_generations, how.micro_batch_tokens):
                 part = rollouts[rows]
-                own, _ = policy.logprobs(part, policy.hidden_states(part, rows // how.num_rollouts), how.temperature)
+                own, _ = policy.logprobs(part, policy.hidden_states(part, rows // how.num_generations), how.temperature)
                 values[rows, : own.shape[1]] = own
         return values

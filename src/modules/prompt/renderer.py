@@ -26,14 +26,14 @@ class Prompts:
 
     Attributes:
         ids: N tensors of int64, [L_i] each.
-        prefix_lengths: [N] int64, tokens before the first token of the user's text.
+        text_starts: [N] int64, tokens before the first token of the user's text.
         text_lengths: [N] int64, tokens of the text itself; the template's own tokens follow them.
 
     Example: `<user>` `a` `b` `</user>` `<assistant>` has prefix length 1, text length 2, L = 5.
     """
 
     ids: tuple[Tensor, ...]
-    prefix_lengths: Tensor
+    text_starts: Tensor
     text_lengths: Tensor
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class Prompts:
 
     def select(self, rows: Tensor) -> "Prompts":
         """The prompts at some indices, [n] int64."""
-        return Prompts(tuple(self.ids[row] for row in rows.tolist()), self.prefix_lengths[rows], self.text_lengths[rows])
+        return Prompts(tuple(self.ids[row] for row in rows.tolist()), self.text_starts[rows], self.text_lengths[rows])
 
     def repeat(self, n: int) -> "Prompts":
         """Each prompt n times, its copies side by side."""
@@ -140,6 +140,6 @@ class PromptRenderer:
         cut = [ids[: self.max_text_tokens] for ids in self.tokenize(texts)]
         return Prompts(
             ids=tuple(torch.tensor(self._before + ids + self._after) for ids in cut),
-            prefix_lengths=torch.full((len(cut),), len(self._before)),
+            text_starts=torch.full((len(cut),), len(self._before)),
             text_lengths=torch.tensor([len(ids) for ids in cut]),
         )

@@ -6,7 +6,7 @@ from torch import Tensor
 from src.modules.encoder.encoder import evaluation_mode
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import Prompts
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from src.modules.types import join
 
 _TOLERANCE = 1e-3
@@ -40,7 +40,7 @@ def _differences(policy: Policy) -> dict[str, float]:
     # of two lengths: positions start anew with each prompt
     prompts = Prompts(ids[:2], torch.tensor([1, 1]), torch.tensor(_PROMPTS) - 1)
     four = join(prompts.repeat(2), ids[2:], torch.ones(4, dtype=torch.bool), policy.pad_id).to(policy.device)
-    written = HFRollouts(2).generate(policy, prompts, n=1, temperature=0.0)
+    written = HFEngine(2).generate(policy, prompts, n=1, temperature=0.0)
     packed = policy(four, torch.tensor([0, 0, 1, 1]))[0]
     return {
         "where rationales share their prompt's computation": _largest(policy(four)[0] - packed),

@@ -34,7 +34,7 @@ class _Written:
     prompt_pooled: Tensor
 
 
-class HFRollouts:
+class HFEngine:
     """Samples rationales through the policy's own transformers model, so the sampler is the policy.
 
     Each distinct prompt is read once and shared by its rollouts; prompts of like lengths are read together; keys and values
@@ -95,9 +95,9 @@ class HFRollouts:
         logprobs = [row[:length] for row, length in zip(written.logprobs, lengths, strict=True)]
         rollouts = join(prompts, rationales, written.finished, policy.pad_id, logprobs)
         if policy.frozen_encoder is None:
-            counts, way = rollouts.lengths - rollouts.prefix_lengths, POOLINGS[policy.pooling]
+            counts, way = rollouts.lengths - rollouts.text_starts, POOLINGS[policy.pooling]
             embeddings, after_every = way.finish(written.pooled, counts), _after_every_token(written, counts, way)
-            of_prompts = way.finish(written.prompt_pooled, rollouts.prompt_lengths - rollouts.prefix_lengths)
+            of_prompts = way.finish(written.prompt_pooled, rollouts.prompt_lengths - rollouts.text_starts)
             rollouts = replace(rollouts, embeddings=embeddings, prefix_embeddings=after_every, prompt_embeddings=of_prompts)
         return rollouts.to(policy.device)
 
@@ -171,7 +171,7 @@ def _read_prompts(policy: Policy, prompts: Prompts, cache: SharedPromptCache) ->
     positions = torch.arange(ids.shape[1], device=policy.device)
     inputs = {"input_ids": ids, "position_ids": positions.unsqueeze(0), "past_key_values": cache, "use_cache": True, "rollout_cache": cache}
     last, states = states_at(policy.model.base_model, policy.layer, **inputs)
-    lengths, prefixes = prompts.lengths.to(policy.device), prompts.prefix_lengths.to(policy.device)
+    lengths, prefixes = prompts.lengths.to(policy.device), prompts.text_starts.to(policy.device)
     selected = (positions >= prefixes.unsqueeze(1)) & (positions < lengths.unsqueeze(1))
     pooled = POOLINGS[policy.pooling].begin(states, selected)
     return last[torch.arange(len(lengths), device=policy.device), lengths - 1], pooled

@@ -17,7 +17,7 @@ from src.modules.rollouts.vllm_engine import EngineError, EngineSpec, one_line, 
 from src.modules.types import Rollouts, join
 
 
-class VLLMRollouts:
+class VLLMEngine:
     """Samples rationales through vLLM, in this process.
 
     The policy's weights are pushed at every call (but for those within `holding`), so there is no stale copy to sample from.
@@ -80,7 +80,7 @@ class VLLMRollouts:
     ) -> Rollouts:
         """n rationales for every prompt, from the weights that the policy has now.
 
-        The same seed, prompts and weights give the same rationales; they are others than those of HFRollouts, unless
+        The same seed, prompts and weights give the same rationales; they are others than those of HFEngine, unless
         they are greedy. Random states are left alone.
 
         Args:
@@ -187,5 +187,5 @@ def _plain_errors() -> Iterator[None]:
         start.cache_clear()
         raise EngineError(
             f"vLLM died while it wrote rationales ({one_line(error)}). If memory was short, lower rollout.gpu_memory_utilization, "
-            "module.num_rollouts or rollout.max_new_tokens; ckpt_path=<run>/checkpoints/last.ckpt goes on from the last checkpoint"
+            "module.num_generations or rollout.max_new_tokens; ckpt_path=<run>/checkpoints/last.ckpt goes on from the last checkpoint"
         ) from error

@@ -33,7 +33,7 @@ class EngineSpec:
     Attributes:
         config: the model's config as JSON, its architecture included.
         max_model_len: tokens of the longest prompt and its rationale together.
-        dtype, gpu_memory_utilization, cpu_kv_cache_gib, sleep, tensor_parallel: see VLLMRollouts.
+        dtype, gpu_memory_utilization, cpu_kv_cache_gib, sleep, tensor_parallel: see VLLMEngine.
         extra: further arguments of `vllm.LLM`, as JSON.
         local_rank: which GPU of its machine this process has.
     """

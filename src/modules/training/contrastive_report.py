@@ -18,7 +18,7 @@ class ContrastiveReport:
         accuracy: share of the queries whose own document is the most similar of all that it is told apart from.
         positive_similarity: mean cosine of queries and their documents.
         unrelated_similarity: mean cosine of different documents of the batch.
-        update: loss (InfoNCE, nats), gradient_norm (before clipping), and updates, which is 1.
+        update: loss (InfoNCE, nats), grad_norm (before clipping), and updates, which is 1.
         seconds: of the phase update.
         update_tokens: tokens of all texts, padding not counted.
         instance_ids: B record ids.

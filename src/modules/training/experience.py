@@ -66,7 +66,7 @@ def concatenate(parts: Sequence[Experience]) -> Experience:
     return Experience(
         Rollouts(
             input_ids=_joined([part.input_ids for part in rollouts], columns),
-            prefix_lengths=_joined([part.prefix_lengths for part in rollouts]),
+            text_starts=_joined([part.text_starts for part in rollouts]),
             prompt_lengths=_joined([part.prompt_lengths for part in rollouts]),
             lengths=_joined([part.lengths for part in rollouts]),
             finished=_joined([part.finished for part in rollouts]),

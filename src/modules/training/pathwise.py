@@ -21,11 +21,11 @@ from torch.nn.functional import normalize
 
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.rewards import Embeddings, RewardFunction
-from src.modules.objectives.roles import Side
+from src.modules.objectives.roles import Role
 from src.modules.policy.model import Policy
 from src.modules.types import Rollouts
 
-SIDES: tuple[Side, ...] = ("positive", "query", "negative")
+SIDES: tuple[Role, ...] = ("positive", "query", "negative")
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class PathwiseTerm:
         mean: of the rewards that are differentiated.
     """
 
-    gradients: dict[Side, Tensor]
+    gradients: dict[Role, Tensor]
     companions: Companions | None
     instances: int
     mean: float
 
 
-def reward_gradients(reward: RewardFunction, embeddings: Embeddings, sides: Sequence[Side] = SIDES) -> tuple[Embeddings, float]:
+def reward_gradients(reward: RewardFunction, embeddings: Embeddings, sides: Sequence[Role] = SIDES) -> tuple[Embeddings, float]:
     """Returns the derivative of sum_i mean_k R[i, k] in every unit vector, and the mean of R.
 
     It is the sum over instances, not their mean: an update divides by the number of instances that it has.
@@ -89,7 +89,7 @@ def reward_gradients(reward: RewardFunction, embeddings: Embeddings, sides: Sequ
     """
     asked = [side for side in SIDES if side in sides and getattr(embeddings, side).numel()]
     if not asked:
-        raise ValueError(f"module.pathwise_sides={list(sides)}, and the records have no negatives: name another side")
+        raise ValueError(f"module.pathwise_roles={list(sides)}, and the records have no negatives: name another side")
     # autocast would take the products of the backward pass in bfloat16, whatever the forward pass did
     with torch.enable_grad(), torch.autocast(embeddings.positive.device.type, enabled=False):
         leaves = {side: getattr(embeddings, side).detach().float().requires_grad_() for side in SIDES}
@@ -125,7 +125,7 @@ def first_of_group(gradients: Tensor, k: int) -> Tensor:
 
 
 def companions_of(
-    others: tuple[tuple[Side, ...], Rollouts] | None, gradients: dict[Side, Tensor], sides: Sequence[Side], instances: int
+    others: tuple[tuple[Role, ...], Rollouts] | None, gradients: dict[Role, Tensor], sides: Sequence[Role], instances: int
 ) -> Companions | None:
     """Returns the companions of a batch's sides that are not learned from; None where no side of `sides` is among them.
 
@@ -162,18 +162,18 @@ def check_weights(score_function: float, pathwise: float, sides: Sequence[str], 
         )
     if not score_function and not pathwise:
         raise ValueError("module.score_function_weight=0 and module.pathwise_weight=0: nothing would be learned; set one above 0")
-    if not score_function and algorithm.kl_weight:
+    if not score_function and algorithm.kl_coef:
         raise ValueError(
-            f"module.score_function_weight=0 leaves out the algorithm's loss, and algorithm.kl_weight={algorithm.kl_weight} too: nothing "
+            f"module.score_function_weight=0 leaves out the algorithm's loss, and algorithm.kl_coef={algorithm.kl_coef} too: nothing "
             "would hold the policy near its start; use a small weight in place of 0"
         )
     if unknown := set(sides) - set(SIDES):
-        raise ValueError(f"module.pathwise_sides={list(sides)}: {', '.join(sorted(unknown))} is not one of {', '.join(SIDES)}")
+        raise ValueError(f"module.pathwise_roles={list(sides)}: {', '.join(sorted(unknown))} is not one of {', '.join(SIDES)}")
     if not pathwise:
         return
     if not sides:
         raise ValueError(
-            f"module.pathwise_sides=[] and module.pathwise_weight={pathwise}: no embedding would be moved; set the weight to 0"
+            f"module.pathwise_roles=[] and module.pathwise_weight={pathwise}: no embedding would be moved; set the weight to 0"
         )
     if policy.frozen_encoder is not None:
         raise ValueError(

@@ -9,10 +9,10 @@ from torch import Tensor
 from src.modules.distributed.ranks import Ranks
 from src.modules.objectives.judging import Judged
 from src.modules.objectives.rewards import Reward
-from src.modules.objectives.roles import Side
+from src.modules.objectives.roles import Role
 from src.modules.training.batch_report import speed
 from src.modules.training.experience import Experience
-from src.modules.training.logprob_gap import LogprobGap
+from src.modules.training.logprob_mismatch import LogprobMismatch
 from src.modules.training.scoring import Scored, unrelated_similarity
 
 
@@ -30,12 +30,12 @@ class StepReport:
         rationale_lengths: [B, K] int64, tokens.
         distinct_rationales: share of different rationales among the B*K.
         unrelated_similarity: mean cosine between positives of different instances; nan where B = 1.
-        update: means over the optimiser's steps: loss, gradient_norm (before clipping), clip_share, entropy (nats a
-            token), approx_kl (to the sampling policy), reference_kl where there is a reference, all but the norm only where the
+        update: means over the optimiser's steps: loss, grad_norm (before clipping), clip_fraction, entropy (nats a
+            token), approx_kl (to the sampling policy), kl_to_reference where there is a reference, all but the norm only where the
             algorithm's loss has a weight; updates, the number of steps, and groups, how many they learned from (both 0 while groups are
             gathered). With a pathwise term pathwise_reward, the mean of the reward that it differentiates; and of the first step of
-            every so many batches score_function_gradient_norm, pathwise_gradient_norm and gradient_parts_cosine.
-        logprob_gap: mean and largest distance of the engine's log-probs from the trainer's, in nats a token, over the tokens
+            every so many batches score_function_grad_norm, pathwise_grad_norm and gradient_parts_cosine.
+        logprob_mismatch: mean and largest distance of the engine's log-probs from the trainer's, in nats a token, over the tokens
             of the first step; nan where it took none, or the engine does not say.
         seconds: of the phases rollout, encode and update, and of reference and greedy where the algorithm has them; each the
             slowest rank's.
@@ -46,14 +46,14 @@ class StepReport:
     """
 
     reward: Reward
-    other_rewards: dict[Side, Tensor]
+    other_rewards: dict[Role, Tensor]
     advantages: Tensor
     finished: Tensor
     rationale_lengths: Tensor
     distinct_rationales: float
     unrelated_similarity: float
     update: dict[str, float]
-    logprob_gap: tuple[float, float]
+    logprob_mismatch: tuple[float, float]
     seconds: dict[str, float]
     rollout_tokens: int
     update_tokens: int
@@ -67,11 +67,11 @@ class StepReport:
 def step_report(
     scored: Scored,
     reward: Reward,
-    judged: Mapping[Side, Judged],
+    judged: Mapping[Role, Judged],
     advantages: Tensor,
     learned_from: Experience | None,
     update: dict[str, float],
-    gap: LogprobGap,
+    gap: LogprobMismatch,
     seconds: dict[str, float],
     ranks: Ranks,
     instance_ids: Sequence[str],
@@ -105,7 +105,7 @@ def step_report(
         distinct_rationales=len(everywhere(rationales).unique()) / reward.total.numel(),
         unrelated_similarity=unrelated_similarity(scored.embeddings.positive),
         update=update,
-        logprob_gap=gap.over(ranks),
+        logprob_mismatch=gap.over(ranks),
         seconds=dict(zip(seconds, ranks.largest(*seconds.values()), strict=True)),
         rollout_tokens=int(rollout_tokens),
         update_tokens=int(update_tokens) if update["updates"] else 0,

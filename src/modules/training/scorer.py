@@ -13,7 +13,7 @@ from src.modules.encoder.encoder import RolloutEngine
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.judging import Greedy
 from src.modules.objectives.rewards import Embeddings
-from src.modules.objectives.roles import OTHERS, Side, ids_of, texts_of
+from src.modules.objectives.roles import CONTEXT_ROLES, Role, ids_of, texts_of
 from src.modules.policy.model import Policy
 from src.modules.policy.reference import Reference
 from src.modules.prompt.renderer import PromptRenderer
@@ -40,7 +40,7 @@ class Scorer:
 
     Attributes:
         policy, engine, renderer, reference, algorithm: of the module; no reference where the algorithm has no use for it.
-        settings: the module's: num_rollouts, positive_temperature, other_temperature, micro_batch_tokens, encode_batch_size,
+        settings: the module's: num_generations, temperature, context_temperature, micro_batch_tokens, encode_batch_size,
             also_learn_from.
         seed: tells this rollout batch from others: the run's seed, the batch's number.
         ranks: the processes that score the batch together, each its share of it.
@@ -68,11 +68,11 @@ class Scorer:
         """
         m = negatives_an_instance(batch)
         learned = self._learned(m)
-        rest = [side for side in OTHERS if side not in learned and (side == "query" or m)]
+        rest = [side for side in CONTEXT_ROLES if side not in learned and (side == "query" or m)]
         with timed(self.seconds, "rollout"):
             groups = {side: self._groups(batch, side) for side in learned}
             texts = [texts_of(batch, side) for side in rest]
-            others = [self._roll_out(texts, len(batch), 1, self.settings["other_temperature"], _ONE_EACH)] if rest else []
+            others = [self._roll_out(texts, len(batch), 1, self.settings["context_temperature"], _ONE_EACH)] if rest else []
         with timed(self.seconds, "encode"):
             sides = {side: self._side(rollouts, ids_of(batch, side)) for side, rollouts in groups.items()}
             ones = {side: scored.embeddings[:, 0] for side, scored in sides.items()}  # other sides meet the first rollout
@@ -89,7 +89,7 @@ class Scorer:
         one_each = (tuple(rest), others[0]) if others else None
         return Scored(sides, embeddings, sampled_tokens(*groups.values(), *others), one_each)
 
-    def greedy(self, batch: Sequence[Triplet], side: Side) -> Greedy:
+    def greedy(self, batch: Sequence[Triplet], side: Role) -> Greedy:
         """One greedy rollout of each text of a side."""
         with timed(self.seconds, "greedy"):
             rollouts = self._roll_out([texts_of(batch, side)], len(batch), 1, 0.0, _GREEDY)
@@ -97,8 +97,8 @@ class Scorer:
         lengths, finished = rollouts.rationale_lengths.unsqueeze(1), rollouts.finished.unsqueeze(1)
         return Greedy(normalize(embedded, dim=-1).unsqueeze(1), lengths, finished)
 
-    def _learned(self, negatives: int) -> list[Side]:
-        also: list[Side] = list(self.settings["also_learn_from"])
+    def _learned(self, negatives: int) -> list[Role]:
+        also: list[Role] = list(self.settings["also_learn_from"])
         if "negative" in also and not negatives:
             raise ValueError("module.also_learn_from names negatives, and the records have none: leave it out")
         return ["positive", *also]
@@ -106,15 +106,15 @@ class Scorer:
     @property
     def _encoding(self) -> GroupEncoding:
         s = self.settings
-        return GroupEncoding(s["num_rollouts"], s["micro_batch_tokens"], s["positive_temperature"])
+        return GroupEncoding(s["num_generations"], s["micro_batch_tokens"], s["temperature"])
 
     def _side(self, rollouts: Rollouts, instance_ids: tuple[str, ...]) -> ScoredSide:
         algorithm = self.algorithm
         # importance weights compare the engine's log-probs with the trainer's own
-        own = rollouts if algorithm.importance_cap is None else replace(rollouts, logprobs=None)
+        own = rollouts if algorithm.tis_cap is None else replace(rollouts, logprobs=None)
         with_logprobs = algorithm.updates_per_batch > 1 or algorithm.kl_in_reward
-        encoded = encode_groups(self.policy, own, self._encoding, with_logprobs, with_prefixes=algorithm.credit_decay is not None)
-        by_text = (len(instance_ids), self.settings["num_rollouts"])
+        encoded = encode_groups(self.policy, own, self._encoding, with_logprobs, with_prefixes=algorithm.gae_lambda is not None)
+        by_text = (len(instance_ids), self.settings["num_generations"])
         cut = encoded.prefix_embeddings
         if cut is not None:  # a reward of prefixes looks at the others' of the same length, too
             columns = int(self.ranks.largest(cut.shape[1])[0])
@@ -128,9 +128,9 @@ class Scorer:
             instance_ids=instance_ids,
         )
 
-    def _groups(self, batch: Sequence[Triplet], side: Side) -> Rollouts:
-        k, prefixes = self.settings["num_rollouts"], self.algorithm.credit_decay is not None
-        return self._roll_out([texts_of(batch, side)], len(batch), k, self.settings["positive_temperature"], _STREAMS[side], prefixes)
+    def _groups(self, batch: Sequence[Triplet], side: Role) -> Rollouts:
+        k, prefixes = self.settings["num_generations"], self.algorithm.gae_lambda is not None
+        return self._roll_out([texts_of(batch, side)], len(batch), k, self.settings["temperature"], _STREAMS[side], prefixes)
 
     def _roll_out(
         self, sides: Sequence[list[str]], instances: int, n: int, temperature: float, stream: int, prefixes: bool = False

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from src.modules.objectives.rewards import Embeddings
-from src.modules.objectives.roles import Side
+from src.modules.objectives.roles import Role
 from src.modules.policy.model import Policy
 from src.modules.policy.pooling import pool, pool_prefixes
 from src.modules.types import Rollouts
@@ -48,10 +48,10 @@ class Scored:
             other; None where every side is learned from.
     """
 
-    sides: dict[Side, ScoredSide]
+    sides: dict[Role, ScoredSide]
     embeddings: Embeddings
     rollout_tokens: int
-    others: tuple[tuple[Side, ...], Rollouts] | None = None
+    others: tuple[tuple[Role, ...], Rollouts] | None = None
 
     @property
     def positive(self) -> ScoredSide:
@@ -62,7 +62,7 @@ class Scored:
 class GroupEncoding:
     """How groups are passed through the policy: K rollouts each, so many tokens at a time, at the sampling temperature."""
 
-    num_rollouts: int
+    num_generations: int
     micro_batch_tokens: int
     temperature: float
 
@@ -85,7 +85,7 @@ def encode_groups(
     given = rollouts.embeddings is not None and (logprobs is None) != with_logprobs and (prefixes is None) != with_prefixes
     if rollouts.embeddings is not None and given:
         return EncodedGroups(rollouts.embeddings, logprobs, prefixes)
-    k, longest = how.num_rollouts, int(rollouts.rationale_lengths.max())
+    k, longest = how.num_generations, int(rollouts.rationale_lengths.max())
     pooled, values, cut = [], [], []
     for rows in micro_batches(rollouts, torch.arange(len(rollouts)), k, how.micro_batch_tokens):
         part = rollouts[rows]

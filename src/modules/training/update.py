@@ -8,17 +8,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from src.modules.distributed.fsdp import whole_dot
+from src.modules.distributed.fsdp import global_dot
 from src.modules.distributed.ranks import Ranks
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.kl import k3
 from src.modules.policy.model import Policy
 from src.modules.training.experience import Experience
-from src.modules.training.logprob_gap import LogprobGap
+from src.modules.training.logprob_mismatch import LogprobMismatch
 from src.modules.training.non_finite import require_finite
 from src.modules.training.pathwise import Companions, pathwise_loss
 from src.modules.training.scoring import micro_batches
-from src.modules.types import blank
+from src.modules.types import dummy_rollouts
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ Pass = Callable[[], tuple[Tensor, dict[str, Tensor], list[str]]]
 """Computes the loss of a micro-batch; what is seen of its tokens, [n, T] each; and the records it is of."""
 
 
-def minibatch_gradient(
+def accumulate_gradients(
     policy: Policy,
     algorithm: Algorithm,
     experience: Experience | None,
     how: MinibatchPass,
-    gap: LogprobGap | None = None,
+    gap: LogprobMismatch | None = None,
     companions: Companions | None = None,
 ) -> dict[str, float]:
     """Adds up the gradient of the algorithm's loss and of the pathwise term; the same whatever the micro-batches.
@@ -66,8 +66,8 @@ def minibatch_gradient(
         companions: this rank's queries and negatives with a part in the pathwise term alone.
 
     Returns:
-        Over the groups of all ranks: loss, the algorithm's; and by token clip_share, approx_kl (to the sampling policy), entropy in
-        nats, and, with a reference, reference_kl (k3). Nothing where `how` leaves the algorithm's loss out.
+        Over the groups of all ranks: loss, the algorithm's; and by token clip_fraction, approx_kl (to the sampling policy), entropy in
+        nats, and, with a reference, kl_to_reference (k3). Nothing where `how` leaves the algorithm's loss out.
     """
     ranks = how.ranks
     kept, lengths = (
@@ -88,7 +88,7 @@ def minibatch_gradient(
         # gradients are exchanged as the last pass meets each weight, and one for embeddings alone does not meet the output layer, nor
         # what follows an inner layer: one more pass that adds nothing meets all
         count += 1
-    names = ["loss", "clip_share", "approx_kl", "entropy", *(["reference_kl"] if algorithm.kl_weight else [])]
+    names = ["loss", "clip_fraction", "approx_kl", "entropy", *(["kl_to_reference"] if algorithm.kl_coef else [])]
     sums = dict.fromkeys(names if how.score_function_scale else [], 0.0)
     for number in range(count):
         last = number == count - 1
@@ -109,35 +109,35 @@ def gradient_in_parts(
     algorithm: Algorithm,
     experience: Experience | None,
     how: MinibatchPass,
-    gap: LogprobGap | None,
+    gap: LogprobMismatch | None,
     companions: Companions | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Adds up the same gradient in two passes, and measures its two parts; the arguments are those of `minibatch_gradient`.
+    """Adds up the same gradient in two passes, and measures its two parts; the arguments are those of `accumulate_gradients`.
 
     It needs one more copy of the gradient.
 
     Returns:
-        What `minibatch_gradient` returns; and score_function_gradient_norm, pathwise_gradient_norm and gradient_parts_cosine.
+        What `accumulate_gradients` returns; and score_function_grad_norm, pathwise_grad_norm and gradient_parts_cosine.
     """
-    stats = minibatch_gradient(policy, algorithm, experience, replace(how, pathwise_scale=0.0), gap)
+    stats = accumulate_gradients(policy, algorithm, experience, replace(how, pathwise_scale=0.0), gap)
     before = {p: None if p.grad is None else p.grad.clone() for p in policy.parameters()}
-    minibatch_gradient(policy, algorithm, experience, replace(how, score_function_scale=0.0), None, companions)
+    accumulate_gradients(policy, algorithm, experience, replace(how, score_function_scale=0.0), None, companions)
     squares_first, squares_second, product = 0.0, 0.0, 0.0
     for p, earlier in before.items():
         if p.grad is not None:
             first = torch.zeros_like(p.grad) if earlier is None else earlier
             second = p.grad - first
-            squares_first += whole_dot(first, first)
-            squares_second += whole_dot(second, second)
-            product += whole_dot(first, second)
+            squares_first += global_dot(first, first)
+            squares_second += global_dot(second, second)
+            product += global_dot(first, second)
     norms = math.sqrt(squares_first), math.sqrt(squares_second)
     cosine = product / max(norms[0] * norms[1], 1e-30)
-    return stats, {"score_function_gradient_norm": norms[0], "pathwise_gradient_norm": norms[1], "gradient_parts_cosine": cosine}
+    return stats, {"score_function_grad_norm": norms[0], "pathwise_grad_norm": norms[1], "gradient_parts_cosine": cosine}
 
 
 def _nothing(policy: Policy) -> Tensor:
     """A scalar from a pass of the policy that means nothing."""
-    logprobs, _, _ = policy(blank(policy.pad_id).to(policy.device))
+    logprobs, _, _ = policy(dummy_rollouts(policy.pad_id).to(policy.device))
     return logprobs.sum()
 
 
@@ -149,7 +149,7 @@ def _passes(
     weights: Tensor,
     kept: Tensor,
     how: MinibatchPass,
-    gap: LogprobGap | None,
+    gap: LogprobMismatch | None,
 ) -> Iterator[Pass]:
     """Yields the micro-batches of groups, then those of companions."""
     embeds = how.pathwise_scale != 0
@@ -182,7 +182,7 @@ def _group_pass(
     rows: Tensor,
     weights: Tensor,
     how: MinibatchPass,
-    gap: LogprobGap | None,
+    gap: LogprobMismatch | None,
 ) -> tuple[Tensor, dict[str, Tensor], list[str]]:
     """The loss of some rollouts, [n] int64 rows of the experience with weights [n] in the algorithm's loss."""
     part, k = experience.rollouts[rows], experience.keep.shape[1]
@@ -202,7 +202,13 @@ def _group_pass(
 
 
 def _algorithm_loss(
-    algorithm: Algorithm, experience: Experience, rows: Tensor, weights: Tensor, logprobs: Tensor, entropy: Tensor, gap: LogprobGap | None
+    algorithm: Algorithm,
+    experience: Experience,
+    rows: Tensor,
+    weights: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor,
+    gap: LogprobMismatch | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The algorithm's loss of some rollouts from their log-probs and entropies, [n, T] each, and what is seen of their tokens."""
     part = experience.rollouts[rows]
@@ -215,7 +221,7 @@ def _algorithm_loss(
     )
     loss = (result.loss.sum(dim=1) * weights).sum()
     mask = mask & (weights > 0).unsqueeze(1)  # of what is left out of the loss, nothing is seen
-    seen = {"loss": loss.detach(), "clip_share": result.clipped * mask, "approx_kl": result.kl * mask, "entropy": entropy * mask}
+    seen = {"loss": loss.detach(), "clip_fraction": result.clipped * mask, "approx_kl": result.kl * mask, "entropy": entropy * mask}
     if reference is not None:
-        seen["reference_kl"] = k3(logprobs.detach(), reference) * mask
+        seen["kl_to_reference"] = k3(logprobs.detach(), reference) * mask
     return loss, seen

@@ -18,7 +18,7 @@ from src.evaluation.tasks.mteb_mirror import copy_folder, download, localised
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from tests.conftest import ROOT
 from tests.hub_server import Hub, Repositories, local_hub
 from tests.own_files import LABELS, SCORED, TEXTS, write_own_tasks
@@ -84,7 +84,7 @@ def test_what_was_copied_is_evaluated_without_a_network(tiny_policy: Policy, tmp
         assert "\n  mteb/sts12-sts: " in errors
     assert {file.name for file in folder.iterdir() if file.is_file()} == {"README.md", "test.jsonl"}
     assert not list(folder.parent.glob("*.partial"))
-    encoder = RationaleEncoder(tiny_policy, EncoderSettings("Name the terms.", 96, 4), HFRollouts(4), rationale=False)
+    encoder = RationaleEncoder(tiny_policy, EncoderSettings("Name the terms.", 96, 4), HFEngine(4), rationale=False)
     own = write_own_tasks(tmp_path / "own") / "MyRetrieval.yaml"  # the same texts and answers
     tasks = named_tasks(["BIOSSES", "NFCorpus", str(own)], tmp_path / "data")
     scores = run_tasks(encoder, tasks, tmp_path / "results", "tiny")  # HF_HUB_OFFLINE=1

@@ -15,7 +15,7 @@ from src.evaluation.tasks.own_tasks import KINDS, find_own_tasks, own_task
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from tests.own_files import LABELS, SCORED, TEXTS, TOPICS, describe, jsonl, tsv, write_own_tasks
 
 SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, max_new_tokens=4)
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def encoder(tiny_policy: Policy) -> RationaleEncoder:
-    return RationaleEncoder(tiny_policy, SETTINGS, HFRollouts(4))
+    return RationaleEncoder(tiny_policy, SETTINGS, HFEngine(4))
 
 
 def cosines(encoder: RationaleEncoder, pairs: list[tuple[int, int]]) -> list[float]:

@@ -12,7 +12,7 @@ from src.evaluation.tasks.wordnet_tasks import DESCRIPTIONS, read_rows, wordnet_
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "experiments" / "everyday_english" / "data"
@@ -94,13 +94,13 @@ def test_making_tasks_leaves_random_states_alone(tmp_path: Path) -> None:
 
 def test_mteb_runs_every_task_and_each_text_is_embedded_once(tiny_policy: Policy, tmp_path: Path) -> None:
     settings = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, max_new_tokens=4)
-    encoder = Counting(tiny_policy, settings, HFRollouts(4), rationale=False)
+    encoder = Counting(tiny_policy, settings, HFEngine(4), rationale=False)
     scores = run_tasks(encoder, wordnet_tasks(FOLDER, tmp_path / "cache"), tmp_path / "results", "tiny")
     assert scores.failures == {}
     assert list(scores.tasks) == list(DESCRIPTIONS)
     assert list(scores.categories) == ["Retrieval", "STS", "Classification", "PairClassification"]
     assert len(encoder.seen) == len(set(encoder.seen)) == DISTINCT["small"]
-    again = run_tasks(Counting(tiny_policy, settings, HFRollouts(4), rationale=False), wordnet_tasks(FOLDER, tmp_path), None, "tiny")
+    again = run_tasks(Counting(tiny_policy, settings, HFEngine(4), rationale=False), wordnet_tasks(FOLDER, tmp_path), None, "tiny")
     assert again == scores
 
 

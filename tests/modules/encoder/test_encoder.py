@@ -11,7 +11,7 @@ from src.modules.encoder.export import export
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import PromptRenderer, Prompts
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from src.modules.types import Rollouts
 
 SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, max_new_tokens=6)
@@ -24,7 +24,7 @@ class Recording:
     max_new_tokens = SETTINGS.max_new_tokens
 
     def __init__(self) -> None:
-        self.engine, self.prompts, self.modes = HFRollouts(SETTINGS.max_new_tokens), [], []
+        self.engine, self.prompts, self.modes = HFEngine(SETTINGS.max_new_tokens), [], []
 
     def generate(self, policy: Policy, prompts: Prompts, n: int, temperature: float, seed: int) -> Rollouts:
         self.prompts.append(prompts)
@@ -33,7 +33,7 @@ class Recording:
 
 
 def encoder(policy: Policy, **options: object) -> RationaleEncoder:
-    return RationaleEncoder(policy, SETTINGS, HFRollouts(SETTINGS.max_new_tokens), **options)  # type: ignore[arg-type]
+    return RationaleEncoder(policy, SETTINGS, HFEngine(SETTINGS.max_new_tokens), **options)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -45,9 +45,9 @@ def one_by_one(policy: Policy, texts: Sequence[str], rationale: bool) -> np.ndar
         prompts = render([text])
         ids = prompts.ids[0].unsqueeze(0)
         if rationale:
-            ids = HFRollouts(SETTINGS.max_new_tokens).generate(policy, prompts, n=1, temperature=0.0, seed=0).input_ids
+            ids = HFEngine(SETTINGS.max_new_tokens).generate(policy, prompts, n=1, temperature=0.0, seed=0).input_ids
         states = policy.model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0]
-        rows.append(states[int(prompts.prefix_lengths[0]) :].mean(dim=0).numpy())
+        rows.append(states[int(prompts.text_starts[0]) :].mean(dim=0).numpy())
     return np.stack(rows)
 
 
@@ -89,7 +89,7 @@ def test_explain_shows_what_the_engine_wrote(tiny_policy: Policy) -> None:
     embeddings, rationales = encoder(tiny_policy).explain(TEXTS)
     np.testing.assert_array_equal(embeddings, encoder(tiny_policy).encode(TEXTS))
     prompts = PromptRenderer(tiny_policy.tokenizer, SETTINGS.instruction, SETTINGS.max_prompt_tokens)(TEXTS[:1])
-    rollout = HFRollouts(SETTINGS.max_new_tokens).generate(tiny_policy, prompts, n=1, temperature=0.0, seed=0)
+    rollout = HFEngine(SETTINGS.max_new_tokens).generate(tiny_policy, prompts, n=1, temperature=0.0, seed=0)
     ids = rollout.rationales()[0][: -1 if rollout.finished[0] else None]
     assert rationales[0] == tiny_policy.tokenizer.decode(ids)
     assert encoder(tiny_policy, rationale=False).explain(TEXTS)[1] == [""] * len(TEXTS)
@@ -148,8 +148,8 @@ def test_what_a_call_asks_for_goes_before_what_the_encoder_was_made_with(tiny_po
 
 def test_a_query_may_have_an_instruction_of_its_own(tiny_policy: Policy) -> None:
     plain, asking = encoder(tiny_policy), replace(SETTINGS, query_instruction="What would answer this?")
-    two = RationaleEncoder(tiny_policy, asking, HFRollouts(6))
-    queries = RationaleEncoder(tiny_policy, replace(SETTINGS, instruction="What would answer this?"), HFRollouts(6))
+    two = RationaleEncoder(tiny_policy, asking, HFEngine(6))
+    queries = RationaleEncoder(tiny_policy, replace(SETTINGS, instruction="What would answer this?"), HFEngine(6))
     np.testing.assert_array_equal(two.encode(TEXTS, prompt_type="query"), queries.encode(TEXTS))
     np.testing.assert_array_equal(two.encode(TEXTS, prompt_type="document"), plain.encode(TEXTS))
     np.testing.assert_array_equal(two.encode(TEXTS), plain.encode(TEXTS))

@@ -15,7 +15,7 @@ from src.modules.objectives.rewards import paper
 from src.modules.policy.files import policy_of
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import PromptRenderer
-from src.modules.rollouts.hf import HFRollouts, end_tokens
+from src.modules.rollouts.hf import HFEngine, end_tokens
 from src.utils.checkpoint_io import FolderCheckpoints
 
 SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=64, max_new_tokens=5)
@@ -83,7 +83,7 @@ def test_an_export_in_the_same_place_is_replaced(tiny_policy: Policy, tmp_path: 
 def trained(policy: Policy) -> GRACE:
     return GRACE(
         policy,
-        HFRollouts(SETTINGS.max_new_tokens),
+        HFEngine(SETTINGS.max_new_tokens),
         reward=paper,
         algorithm=Algorithm(advantage=grpo, loss=ppo_clip),
         instruction=SETTINGS.instruction,
@@ -135,7 +135,7 @@ def test_a_checkpoint_needs_no_other_folder(tiny_policy_folder: Path, tmp_path: 
     prompts = PromptRenderer(policy.tokenizer, SETTINGS.instruction, 96)(["some text"])
     again = PromptRenderer(loaded.tokenizer, SETTINGS.instruction, 96)(["some text"])
     assert torch.equal(prompts.ids[0], again.ids[0])
-    both = [HFRollouts(6).generate(one, prompts, n=2, seed=3).embeddings for one in (policy.eval(), loaded)]
+    both = [HFEngine(6).generate(one, prompts, n=2, seed=3).embeddings for one in (policy.eval(), loaded)]
     torch.testing.assert_close(both[0], both[1], atol=0, rtol=0)
 
 

@@ -16,7 +16,7 @@ from tests import oracles
 from tests.conftest import ROOT, Compose
 
 MAX_TOKENS = 8
-KL = ("algorithm.kl_weight=0.3",)
+KL = ("algorithm.kl_coef=0.3",)
 
 OBJECTIVES = {
     ("grpo", ()): oracles.grace_objective,
@@ -89,8 +89,8 @@ def test_it_is_its_papers_objective_forward_and_backward(name: str, overrides: t
 
 
 def test_importance_weights_scale_the_policy_gradient_and_not_the_divergence() -> None:
-    numbers = {"advantage": grpo, "loss": ppo_clip, "kl_weight": 0.3}
-    plain, weighted = Algorithm(**numbers), Algorithm(**numbers, importance_cap=2.0)
+    numbers = {"advantage": grpo, "loss": ppo_clip, "kl_coef": 0.3}
+    plain, weighted = Algorithm(**numbers), Algorithm(**numbers, tis_cap=2.0)
     old, engine = torch.full((1, 3), -1.0), torch.tensor([[-1.0, -3.0, -0.5]])
     mask, reference = torch.ones(1, 3, dtype=torch.bool), torch.full((1, 3), -1.5)
     gradients = []
@@ -109,14 +109,14 @@ def test_importance_weights_scale_the_policy_gradient_and_not_the_divergence() -
         ({"updates_per_batch": 0}, "updates_per_batch=0"),
         ({"min_group_std": -0.1}, "min_group_std=-0.1"),
         ({"max_extra_batches": -1}, "max_extra_batches=-1"),
-        ({"kl_weight": -1.0}, "kl_weight=-1.0"),
+        ({"kl_coef": -1.0}, "kl_coef=-1.0"),
         ({"kl_estimator": "k4"}, "kl_estimator='k4': it is k1 or k2 or k3"),
         ({"kl_in": "advantage"}, "kl_in='advantage': it is loss or reward"),
-        ({"importance_cap": 0.0}, "importance_cap=0.0"),
-        ({"importance_level": "batch"}, "importance_level='batch': it is token or sequence"),
-        ({"kl_weight": 0.1, "kl_estimator": "k1"}, "k1 in the loss pushes nowhere"),
-        ({"credit_decay": 1.5}, "credit_decay=1.5"),
-        ({"credit_decay": 0.9, "greedy_baseline": True}, "set credit_decay to null"),
+        ({"tis_cap": 0.0}, "tis_cap=0.0"),
+        ({"tis_level": "batch"}, "tis_level='batch': it is token or sequence"),
+        ({"kl_coef": 0.1, "kl_estimator": "k1"}, "k1 in the loss pushes nowhere"),
+        ({"gae_lambda": 1.5}, "gae_lambda=1.5"),
+        ({"gae_lambda": 0.9, "greedy_baseline": True}, "set gae_lambda to null"),
         ({"greedy_baseline": True}, "greedy_baseline=true does not go with algorithm.advantage"),
         ({"truncation": "absolute"}, "truncation='absolute': it is relative or constant or mask or none"),
     ],
@@ -128,10 +128,10 @@ def test_numbers_without_sense_are_refused_by_name(numbers: dict[str, object], m
 
 def test_what_an_algorithm_needs_and_does_not_get_is_named() -> None:
     x, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
-    with pytest.raises(ValueError, match="importance_cap needs the engine's log-probs"):
-        Algorithm(grpo, ppo_clip, importance_cap=2.0).token_loss(x, x, x, mask)
+    with pytest.raises(ValueError, match="tis_cap needs the engine's log-probs"):
+        Algorithm(grpo, ppo_clip, tis_cap=2.0).token_loss(x, x, x, mask)
     with pytest.raises(ValueError, match="needs log-probs of the reference"):
-        Algorithm(grpo, ppo_clip, kl_weight=0.1).token_loss(x, x, x, mask)
+        Algorithm(grpo, ppo_clip, kl_coef=0.1).token_loss(x, x, x, mask)
 
 
 def test_an_advantage_that_needs_greedy_rollouts_is_not_left_without() -> None:
@@ -144,7 +144,7 @@ def test_an_advantage_that_needs_greedy_rollouts_is_not_left_without() -> None:
 def test_a_rationale_that_met_the_limit_is_charged_for_its_distance_too(truncation: Penalty) -> None:
     rewards, lengths = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[4, 5, 6]])
     finished, divergence = torch.tensor([[True, True, False]]), torch.tensor([[1.0, 2.0, 20.0]])
-    algorithm = Algorithm(grpo, ppo_clip, truncation=truncation, kl_weight=0.1, kl_in="reward", kl_estimator="k1")
+    algorithm = Algorithm(grpo, ppo_clip, truncation=truncation, kl_coef=0.1, kl_in="reward", kl_estimator="k1")
     plain, kept = algorithm.judged(rewards, lengths, finished)
     charged, kept_too = algorithm.judged(rewards, lengths, finished, divergence)
     torch.testing.assert_close(plain - charged, 0.1 * divergence)

@@ -95,7 +95,7 @@ def test_advantages_compare_the_rollouts_that_reach_a_position():
 def test_values_go_to_their_tokens():
     rollouts = Rollouts(
         input_ids=torch.zeros(2, 5, dtype=torch.long),
-        prefix_lengths=torch.tensor([1, 1]),
+        text_starts=torch.tensor([1, 1]),
         prompt_lengths=torch.tensor([2, 3]),
         lengths=torch.tensor([5, 4]),
         finished=torch.tensor([True, True]),
@@ -116,7 +116,7 @@ def test_rationales_of_mixed_lengths_are_credited_with_what_they_earned(reward):
     side = ScoredSide(
         Rollouts(
             input_ids=torch.zeros(b * k, r + 2, dtype=torch.long),
-            prefix_lengths=torch.ones(b * k, dtype=torch.long),
+            text_starts=torch.ones(b * k, dtype=torch.long),
             prompt_lengths=torch.full((b * k,), 2),
             lengths=lengths.flatten() + 2,
             finished=torch.ones(b * k, dtype=torch.bool),
@@ -127,7 +127,7 @@ def test_rationales_of_mixed_lengths_are_credited_with_what_they_earned(reward):
         prefixes,
         ("a", "b", "c"),
     )
-    algorithm = Algorithm(advantage=lambda rewards, keep: rewards, loss=ppo_clip, truncation="none", credit_decay=1.0)
+    algorithm = Algorithm(advantage=lambda rewards, keep: rewards, loss=ppo_clip, truncation="none", gae_lambda=1.0)
     value = standing_in(reward, e, "positive")
     judged = judge(algorithm, value, side)
     first = by_token(algorithm, value, side, judged)[:, 2].view(b, k)  # the first token's return
@@ -142,7 +142,7 @@ def test_the_divergence_is_charged_to_the_token_that_caused_it() -> None:
     prompts = torch.tensor([2, 3, 2, 4, 2, 3])
     rollouts = Rollouts(
         input_ids=torch.zeros(b * k, 8, dtype=torch.long),
-        prefix_lengths=torch.ones(b * k, dtype=torch.long),
+        text_starts=torch.ones(b * k, dtype=torch.long),
         prompt_lengths=prompts,
         lengths=prompts + lengths.flatten(),
         finished=torch.tensor([True, False, True, True, True, False]),
@@ -155,7 +155,7 @@ def test_the_divergence_is_charged_to_the_token_that_caused_it() -> None:
         return torch.zeros(own.shape[:2])
 
     algorithm = Algorithm(
-        lambda rewards, keep: rewards, ppo_clip, truncation="none", credit_decay=decay, kl_weight=0.1, kl_in="reward", kl_estimator="k1"
+        lambda rewards, keep: rewards, ppo_clip, truncation="none", gae_lambda=decay, kl_coef=0.1, kl_in="reward", kl_estimator="k1"
     )
     got = by_token(algorithm, flat, side, judge(algorithm, flat, side))
     for row, (prompt, length) in enumerate(zip(prompts.tolist(), lengths.flatten().tolist(), strict=True)):

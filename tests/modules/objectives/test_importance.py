@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.modules.objectives.importance import truncated_importance
+from src.modules.objectives.importance import truncated_importance_weights
 
 
 @settings(max_examples=30, deadline=None)
@@ -13,7 +13,7 @@ def test_weights_are_capped_ratios_without_gradient(n, t, cap, level, seed):
     trainer = torch.randn(n, t, dtype=torch.float64, generator=generator).requires_grad_()
     engine = torch.randn(n, t, dtype=torch.float64, generator=generator)
     mask = torch.rand(n, t, generator=generator) > 0.3
-    weights = truncated_importance(trainer, engine, mask, cap, level)
+    weights = truncated_importance_weights(trainer, engine, mask, cap, level)
     assert not weights.requires_grad
     for i in range(n):
         ratios = [(trainer[i, s] - engine[i, s]).exp().item() for s in range(t) if mask[i, s]]
@@ -27,12 +27,12 @@ def test_weights_are_capped_ratios_without_gradient(n, t, cap, level, seed):
 def test_an_exact_engine_weighs_nothing():
     logprobs, mask = torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool)
     for level in ("token", "sequence"):
-        assert truncated_importance(logprobs, logprobs, mask, 1.0, level).eq(1).all()
+        assert truncated_importance_weights(logprobs, logprobs, mask, 1.0, level).eq(1).all()
 
 
 def test_masked_positions_may_hold_anything():
     mask = torch.tensor([[True, False]])
-    weights = truncated_importance(torch.tensor([[0.0, torch.inf]]), torch.zeros(1, 2), mask, 2.0, "sequence")
+    weights = truncated_importance_weights(torch.tensor([[0.0, torch.inf]]), torch.zeros(1, 2), mask, 2.0, "sequence")
     assert weights.tolist() == [[1.0, 0.0]]
 
 
@@ -42,5 +42,5 @@ def test_weighted_gradients_of_the_engines_samples_have_the_mean_of_the_trainers
     generator = torch.Generator().manual_seed(0)
     trainer, engine = torch.randn(2, 6, 1, dtype=torch.float64, generator=generator).log_softmax(1)
     f = torch.randn(6, 1, dtype=torch.float64, generator=generator)
-    weights = truncated_importance(trainer, engine, torch.ones(6, 1, dtype=torch.bool), 1e9, level)
+    weights = truncated_importance_weights(trainer, engine, torch.ones(6, 1, dtype=torch.bool), 1e9, level)
     torch.testing.assert_close((engine.exp() * weights * f).sum(), (trainer.exp() * f).sum())

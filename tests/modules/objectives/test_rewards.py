@@ -74,7 +74,7 @@ def test_unsupervised_refuses_negatives():
 @settings(max_examples=25, deadline=None)
 @given(shapes, st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.floats(0.05, 1), st.sampled_from(["none", "document", "both"]))
 def test_listwise_is_the_equation(shape, to_query, to_document, lambda1, tau, centre):
-    weights = {"document_weight": to_query, "query_weight": to_document, "consistency_weight": lambda1, "temperature": tau}
+    weights = {"to_query_weight": to_query, "to_document_weight": to_document, "consistency_weight": lambda1, "temperature": tau}
     agree(
         lambda e: listwise(e, centre=centre, **weights),
         lambda q, p, n: listwise_oracle(q, p, n, to_query, to_document, lambda1, tau, centre),

@@ -113,9 +113,9 @@ def test_the_gradient_is_the_token_mean_over_all_sides_that_are_learned_from(als
 @pytest.mark.parametrize(
     "algorithm",
     [
-        {"credit_decay": 0.9, "updates_per_batch": 2},
+        {"gae_lambda": 0.9, "updates_per_batch": 2},
         {"greedy_baseline": True, "advantage": lambda rewards, keep, baseline: (rewards - baseline.unsqueeze(1)) * keep},
-        {"kl_weight": 0.1, "kl_in": "reward", "kl_estimator": "k1"},
+        {"kl_coef": 0.1, "kl_in": "reward", "kl_estimator": "k1"},
         {"min_group_std": 1e9, "max_extra_batches": 1},
     ],
 )

@@ -3,15 +3,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from tests.modules.test_rollout_hf import prompts_of
 from transformers import AutoModelForCausalLM
 
 from src.modules.encoder.export import export, load_policy
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.lora import lora_settings, merged, without_lora
 from src.modules.policy.model import Policy
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from tests.builders import some_rollouts
+from tests.modules.rollouts.test_rollout_hf import prompts_of
 
 
 def adapted(folder: Path, moved: bool = True, **options: object) -> Policy:
@@ -68,10 +68,10 @@ def test_merged_it_computes_the_same_and_the_policy_is_left_alone(tiny_policy_fo
 def test_an_engine_samples_with_the_adapters(tiny_policy_folder: Path, tiny_policy: Policy) -> None:
     policy = adapted(tiny_policy_folder)
     prompts = prompts_of(policy)
-    rollouts = HFRollouts(8).generate(policy, prompts, n=1, temperature=0.0)
+    rollouts = HFEngine(8).generate(policy, prompts, n=1, temperature=0.0)
     plain = Policy(merged(policy.model), policy.tokenizer)
-    assert torch.equal(rollouts.input_ids, HFRollouts(8).generate(plain, prompts, n=1, temperature=0.0).input_ids)
-    start = HFRollouts(8).generate(tiny_policy, prompts, n=1, temperature=0.0)
+    assert torch.equal(rollouts.input_ids, HFEngine(8).generate(plain, prompts, n=1, temperature=0.0).input_ids)
+    start = HFEngine(8).generate(tiny_policy, prompts, n=1, temperature=0.0)
     assert rollouts.embeddings is not None
     assert start.embeddings is not None
     assert not torch.allclose(rollouts.embeddings, start.embeddings, atol=1e-2)

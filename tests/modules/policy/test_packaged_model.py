@@ -21,7 +21,7 @@ from src.modules.policy.loading import load_tokenizer
 from src.modules.policy.model import Policy
 from src.modules.policy.packaged import SMOLLM2, local_path
 from src.modules.prompt.renderer import PromptRenderer
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from tests.conftest import ROOT
 
 PAGE = """Deprecated since version 2.13.0: use `other_function(x=1234, y=-5.6e7)` instead.
@@ -98,7 +98,7 @@ def test_weights_are_float32_and_plain(smollm2: Policy) -> None:
 
 def test_greedy_text_is_english(smollm2: Policy) -> None:
     prompts = PromptRenderer(smollm2.tokenizer, "You are a helpful assistant.", 64)(["What is a library?", "Why is the sky blue?"])
-    rollouts = HFRollouts(40).generate(smollm2, prompts, temperature=0.0)
+    rollouts = HFEngine(40).generate(smollm2, prompts, temperature=0.0)
     for ids in rollouts.rationales():
         words = re.findall(r"[a-z]+", smollm2.tokenizer.decode(ids, skip_special_tokens=True).lower())
         common = {"the", "a", "of", "is", "and", "to", "in", "that", "for", "it", "are", "by", "as", "or", "this", "with"}

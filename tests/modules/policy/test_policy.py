@@ -61,7 +61,7 @@ def test_embeddings_are_pooled_from_transformers_own_states_under_either_padding
     policy.pooling, policy.layer = pooling, layer
     rollouts = some_rollouts(policy, rationale_lengths=(3, 17, 0, 8))
     expected = []
-    for ids, start, end in zip(rollouts.input_ids, rollouts.prefix_lengths.tolist(), rollouts.lengths.tolist(), strict=True):
+    for ids, start, end in zip(rollouts.input_ids, rollouts.text_starts.tolist(), rollouts.lengths.tolist(), strict=True):
         states = policy.model(input_ids=ids[None, :end], output_hidden_states=True).hidden_states[layer][0, start:]
         expected.append({"mean": states.mean(dim=0), "eos": states[-1], "max": states.max(dim=0).values}[pooling])
     torch.testing.assert_close(policy.embed(rollouts), torch.stack(expected), rtol=1e-4, atol=1e-5)

@@ -3,14 +3,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from tests.modules.test_rollout_hf import prompts_of
 
 from src.modules.policy.model import Policy
 from src.modules.policy.reference import Reference
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from src.modules.training.scoring import GroupEncoding
+from tests.modules.rollouts.test_rollout_hf import prompts_of
 
-HOW = GroupEncoding(num_rollouts=2, micro_batch_tokens=100, temperature=0.8)
+HOW = GroupEncoding(num_generations=2, micro_batch_tokens=100, temperature=0.8)
 
 
 def move(policy: Policy) -> None:
@@ -24,7 +24,7 @@ def move(policy: Policy) -> None:
 def test_it_stays_where_training_began(tiny_policy_folder: Path, tiny_policy: Policy, lora: LoraConfig | None) -> None:
     policy = Policy.load(str(tiny_policy_folder), lora=lora)
     reference = Reference(policy)
-    rollouts = HFRollouts(6).generate(policy, prompts_of(policy), n=2)
+    rollouts = HFEngine(6).generate(policy, prompts_of(policy), n=2)
     with torch.no_grad():
         expected, _ = tiny_policy.logprobs(rollouts, tiny_policy.hidden_states(rollouts), HOW.temperature)
         torch.testing.assert_close(reference.logprobs(rollouts, HOW), expected, atol=1e-5, rtol=1e-5)

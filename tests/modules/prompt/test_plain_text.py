@@ -34,13 +34,13 @@ CONTROLS = {
 
 def text_ids(prompts: Prompts, row: int = 0) -> list[int]:
     """The ids of the text alone."""
-    start = int(prompts.prefix_lengths[row])
+    start = int(prompts.text_starts[row])
     return prompts.ids[row][start : start + int(prompts.text_lengths[row])].tolist()
 
 
 def frame(prompts: Prompts, row: int = 0) -> tuple[list[int], list[int]]:
     """The ids before and after the text."""
-    start = int(prompts.prefix_lengths[row])
+    start = int(prompts.text_starts[row])
     return prompts.ids[row][:start].tolist(), prompts.ids[row][start + int(prompts.text_lengths[row]) :].tolist()
 
 
@@ -128,7 +128,7 @@ def test_the_pooled_part_is_text_and_frame_whatever_the_text_holds() -> None:
     rollouts = join(prompts, [torch.tensor([9, 8])] * len(texts), torch.ones(len(texts), dtype=torch.bool), policy.pad_id)
     embeddings = policy.embed(rollouts)
     for row in range(len(texts)):
-        start = int(prompts.prefix_lengths[row])
+        start = int(prompts.text_starts[row])
         ids = torch.cat([prompts.ids[row], torch.tensor([9, 8])])
         with torch.no_grad():
             states = policy.model.base_model(input_ids=ids.unsqueeze(0)).last_hidden_state[0, start:]

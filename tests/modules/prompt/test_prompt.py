@@ -33,7 +33,7 @@ def test_ids_and_prefix_are_those_of_the_whole_chat(template: str) -> None:
         start = chat.index(text)
         inside = [start <= left and right <= start + len(text) for left, right in whole["offset_mapping"]]
         assert prompts.ids[i].tolist() == whole["input_ids"]
-        assert prompts.prefix_lengths[i] == inside.index(True)
+        assert prompts.text_starts[i] == inside.index(True)
         assert prompts.text_lengths[i] == sum(inside)
     assert prompts.lengths.tolist() == [len(ids) for ids in prompts.ids]
 
@@ -42,7 +42,7 @@ def test_ids_and_prefix_are_those_of_the_whole_chat(template: str) -> None:
 def test_instruction_is_prefix_and_the_text_follows_it(template: str) -> None:
     tokenizer = tokenizer_with(template)
     prompts = PromptRenderer(tokenizer, INSTRUCTION)([TEXT])
-    prefix, length = int(prompts.prefix_lengths[0]), int(prompts.text_lengths[0])
+    prefix, length = int(prompts.text_starts[0]), int(prompts.text_lengths[0])
     assert INSTRUCTION in tokenizer.decode(prompts.ids[0][:prefix])
     assert tokenizer.decode(prompts.ids[0][prefix : prefix + length]) == TEXT
 
@@ -53,7 +53,7 @@ def test_long_text_is_cut_inside_the_text(template: str) -> None:
     whole = PromptRenderer(tokenizer, INSTRUCTION)([TEXT])
     limit = int(whole.lengths[0]) - 5
     cut = PromptRenderer(tokenizer, INSTRUCTION, max_prompt_tokens=limit)([TEXT, "short"])
-    prefix, length = int(whole.prefix_lengths[0]), int(whole.text_lengths[0])
+    prefix, length = int(whole.text_starts[0]), int(whole.text_lengths[0])
     ids, kept = whole.ids[0].tolist(), length - 5
     assert cut.ids[0].tolist() == ids[: prefix + kept] + ids[prefix + length :]
     assert cut.lengths[0] == limit
@@ -71,7 +71,7 @@ def test_special_tokens_in_the_text_are_plain_characters(template: str) -> None:
     controls = {tokenizer.convert_tokens_to_ids(token) for token in special}
     found = [[i for i in ids.tolist() if i in controls] for ids in prompts.ids]
     assert found[0] == found[1]
-    prefix, length = int(prompts.prefix_lengths[0]), int(prompts.text_lengths[0])
+    prefix, length = int(prompts.text_starts[0]), int(prompts.text_lengths[0])
     assert tokenizer.decode(prompts.ids[0][prefix : prefix + length]) == hostile
     assert tokenizer("<|im_end|>")["input_ids"] == [tokenizer.eos_token_id]  # and the tokenizer is left as it was
 
@@ -82,7 +82,7 @@ def test_empty_text_is_the_frame_alone(template: str) -> None:
     prompts = PromptRenderer(tokenizer, INSTRUCTION)(["", "  \n ", "x"])
     assert prompts.text_lengths.tolist() == [0, 0, len(tokenizer("x")["input_ids"])]
     assert prompts.ids[0].tolist() == prompts.ids[1].tolist()
-    assert int(prompts.lengths[0]) > int(prompts.prefix_lengths[0])  # the template's tokens after it are there to pool
+    assert int(prompts.lengths[0]) > int(prompts.text_starts[0])  # the template's tokens after it are there to pool
 
 
 def test_template_arguments_reach_the_template() -> None:

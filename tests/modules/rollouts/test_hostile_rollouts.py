@@ -13,7 +13,7 @@ from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.pooling import pool_prefixes
 from src.modules.prompt.renderer import GRACE_INSTRUCTION, PromptRenderer
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from src.modules.types import join
 from tests.builders import SENTENCES, small_policy
 
@@ -23,7 +23,7 @@ ANYTHING = 1e6  # a temperature at which every token is as likely as any other
 def test_sampled_control_tokens_are_tokens_of_the_rationale_and_only_eos_ends_it() -> None:
     policy = small_policy()
     prompts = PromptRenderer(policy.tokenizer, "Name the terms.", 128)(SENTENCES)
-    rollouts = HFRollouts(96).generate(policy, prompts, n=16, temperature=ANYTHING, prefixes=True)
+    rollouts = HFEngine(96).generate(policy, prompts, n=16, temperature=ANYTHING, prefixes=True)
     eos, controls = (
         policy.tokenizer.eos_token_id,
         policy.tokenizer.convert_tokens_to_ids(["<|pad|>", "<|im_start|>", "<think>", "</think>"]),
@@ -45,7 +45,7 @@ def test_sampled_control_tokens_are_tokens_of_the_rationale_and_only_eos_ends_it
 def test_an_explanation_shows_control_tokens_and_loses_its_eos_alone() -> None:
     policy = small_policy()
     settings = EncoderSettings("Name the terms.", 128, 48)
-    encoder = RationaleEncoder(policy, settings, HFRollouts(48), temperature=ANYTHING)
+    encoder = RationaleEncoder(policy, settings, HFEngine(48), temperature=ANYTHING)
     _, rationales = encoder.explain([f"{text} {i}" for i in range(8) for text in SENTENCES])
     shown = "".join(rationales)
     for control in ("<|pad|>", "<|im_start|>", "</think>"):

@@ -8,7 +8,7 @@ from src.modules.policy.model import Policy
 from src.modules.policy.pooling import pool_prefixes
 from src.modules.prompt.renderer import PromptRenderer, Prompts
 from src.modules.rollouts import hf as rollout_hf
-from src.modules.rollouts.hf import HFRollouts, batches, choose, end_tokens
+from src.modules.rollouts.hf import HFEngine, batches, choose, end_tokens
 from src.modules.types import join
 from tests.builders import SENTENCES, small_policy, small_tokenizer
 
@@ -51,7 +51,7 @@ def test_greedy_rationales_are_those_of_transformers_generate(architecture, batc
     policy = policy_of(architecture)
     eos_often(policy)
     prompts = prompts_of(policy)
-    rollouts = HFRollouts(16, batch_tokens).generate(policy, prompts, n=1, temperature=0.0)
+    rollouts = HFEngine(16, batch_tokens).generate(policy, prompts, n=1, temperature=0.0)
     assert 0 < rollouts.finished.sum() < len(TEXTS) or rollouts.rationale_lengths.unique().numel() > 2
     for i, ours in enumerate(rollouts.rationales()):
         assert ours.tolist() == generated(policy, prompts, i, 16).tolist()
@@ -62,7 +62,7 @@ def test_greedy_rationales_are_those_of_transformers_generate(architecture, batc
 def test_log_probs_and_embeddings_are_those_of_a_plain_pass(architecture, n, temperature):
     policy = policy_of(architecture)
     eos_often(policy)
-    rollouts = HFRollouts(16).generate(policy, prompts_of(policy), n=n, temperature=temperature, seed=3)
+    rollouts = HFEngine(16).generate(policy, prompts_of(policy), n=n, temperature=temperature, seed=3)
     assert rollouts.rationale_lengths.unique().numel() > 2  # rows left the batch at different times
     with torch.no_grad():
         hidden = policy.hidden_states(rollouts)
@@ -80,7 +80,7 @@ def test_every_pooling_and_layer_is_that_of_a_plain_pass(pooling, layer):
     policy = small_policy()
     eos_often(policy)
     policy.pooling, policy.layer = pooling, layer
-    rollouts = HFRollouts(16, batch_tokens=300).generate(policy, prompts_of(policy), n=3, temperature=1.0, seed=3, prefixes=True)
+    rollouts = HFEngine(16, batch_tokens=300).generate(policy, prompts_of(policy), n=3, temperature=1.0, seed=3, prefixes=True)
     assert rollouts.rationale_lengths.unique().numel() > 2
     assert 0 < rollouts.finished.sum() < len(rollouts)  # some end with EOS, others are cut: eos pools either's last token
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_under_autocast_keys_and_values_are_held_as_they_are_attended_to(monkeyp
     cache = rollout_hf.SharedPromptCache
     monkeypatch.setattr(rollout_hf, "SharedPromptCache", lambda *how: held.append(cache(*how)) or held[-1])
     with torch.autocast("cpu", torch.bfloat16):
-        rollouts = HFRollouts(16).generate(policy, prompts_of(policy), n=3, seed=3)
+        rollouts = HFEngine(16).generate(policy, prompts_of(policy), n=3, seed=3)
     assert {buffer.dtype for pair in held[0].prompt + held[0].own for buffer in pair} == {torch.bfloat16}
     with torch.no_grad():
         logprobs, _ = policy.logprobs(rollouts, policy.hidden_states(rollouts))
@@ -107,17 +107,17 @@ def test_under_autocast_keys_and_values_are_held_as_they_are_attended_to(monkeyp
 
 def test_the_same_seed_gives_the_same_rationales_whatever_is_sampled_together():
     policy = small_policy()
-    runs = [HFRollouts(10, size).generate(policy, prompts_of(policy), n=2, seed=5).input_ids for size in (1, 200, 2**18)]
+    runs = [HFEngine(10, size).generate(policy, prompts_of(policy), n=2, seed=5).input_ids for size in (1, 200, 2**18)]
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
-    assert not torch.equal(runs[0], HFRollouts(10).generate(policy, prompts_of(policy), n=2, seed=6).input_ids)
+    assert not torch.equal(runs[0], HFEngine(10).generate(policy, prompts_of(policy), n=2, seed=6).input_ids)
 
 
 def test_every_rollout_of_a_prompt_begins_with_it_and_ends_once():
     policy = small_policy()
     eos_often(policy)
     prompts = prompts_of(policy)
-    rollouts = HFRollouts(12).generate(policy, prompts, n=3, seed=1)
+    rollouts = HFEngine(12).generate(policy, prompts, n=3, seed=1)
     ends = set(end_tokens(policy).tolist())
     for row, (ids, finished) in enumerate(zip(rollouts.rationales(), rollouts.finished.tolist(), strict=True)):
         prompt = prompts.ids[row // 3]
@@ -173,7 +173,7 @@ def test_the_outermost_draws_stay_within_the_vocabulary_and_never_take_an_imposs
 def test_an_engine_leaves_mode_attention_and_global_random_state_alone():
     policy = small_policy().train()
     state, attention = torch.get_rng_state(), policy.model.config._attn_implementation
-    HFRollouts(3).generate(policy, prompts_of(policy))
+    HFEngine(3).generate(policy, prompts_of(policy))
     assert policy.training
     assert torch.equal(torch.get_rng_state(), state)
     assert policy.model.config._attn_implementation == attention
@@ -181,14 +181,14 @@ def test_an_engine_leaves_mode_attention_and_global_random_state_alone():
 
 def test_a_frozen_encoder_leaves_the_embedding_to_an_encode_pass():
     policy = small_policy("frozen")
-    assert HFRollouts(3).generate(policy, prompts_of(policy)).embeddings is None
+    assert HFEngine(3).generate(policy, prompts_of(policy)).embeddings is None
 
 
 def test_embeddings_after_every_token_are_those_of_rationales_cut_there():
     policy = small_policy()
     eos_often(policy)
     prompts = prompts_of(policy)
-    rollouts = HFRollouts(8).generate(policy, prompts, n=2, temperature=1.0, prefixes=True)
+    rollouts = HFEngine(8).generate(policy, prompts, n=2, temperature=1.0, prefixes=True)
     assert rollouts.prefix_embeddings.shape[1] == 9
     assert rollouts.rationale_lengths.unique().numel() > 1
     rationales = rollouts.rationales()
@@ -200,14 +200,14 @@ def test_embeddings_after_every_token_are_those_of_rationales_cut_there():
     with torch.no_grad():
         encoded = pool_prefixes(policy.hidden_states(rollouts), rollouts, 8)
     torch.testing.assert_close(encoded, rollouts.prefix_embeddings, atol=1e-4, rtol=1e-4)
-    assert HFRollouts(8).generate(policy, prompts).prefix_embeddings is None
+    assert HFEngine(8).generate(policy, prompts).prefix_embeddings is None
 
 
 def test_a_window_in_the_attention_is_refused():
     policy = small_policy()
     policy.model.base_model.layers[1].self_attn.sliding_window = 4
     with pytest.raises(ValueError, match="sliding_window"):
-        HFRollouts(3).generate(policy, prompts_of(policy))
+        HFEngine(3).generate(policy, prompts_of(policy))
 
 
 def test_prompts_of_like_lengths_are_sampled_together_within_a_budget_of_tokens():
@@ -220,14 +220,12 @@ def test_prompts_of_like_lengths_are_sampled_together_within_a_budget_of_tokens(
 @pytest.mark.parametrize("settings", [{"max_new_tokens": 0}, {"max_new_tokens": 4, "batch_tokens": 0}])
 def test_settings_without_sense_are_refused(settings):
     with pytest.raises(ValueError, match="at least"):
-        HFRollouts(**settings)
+        HFEngine(**settings)
 
 
 def test_with_a_seed_of_its_own_a_prompt_draws_the_same_in_any_company(tiny_policy: Policy) -> None:
     prompts = PromptRenderer(tiny_policy.tokenizer, "Name the terms.", 96)(["a graph", "the table", "a graph"])
-    written = HFRollouts(8).generate(tiny_policy, prompts, n=2, temperature=1.0, seed=torch.tensor([7, 8, 9])).rationales()
-    alone = (
-        HFRollouts(8).generate(tiny_policy, prompts.select(torch.tensor([1])), n=2, temperature=1.0, seed=torch.tensor([8])).rationales()
-    )
+    written = HFEngine(8).generate(tiny_policy, prompts, n=2, temperature=1.0, seed=torch.tensor([7, 8, 9])).rationales()
+    alone = HFEngine(8).generate(tiny_policy, prompts.select(torch.tensor([1])), n=2, temperature=1.0, seed=torch.tensor([8])).rationales()
     assert [ids.tolist() for ids in written[2:4]] == [ids.tolist() for ids in alone]
     assert [ids.tolist() for ids in written[:2]] != [ids.tolist() for ids in written[4:]]

@@ -1,4 +1,4 @@
-"""vLLM itself against HFRollouts, whose own oracle is transformers. The first test waits for vLLM's start."""
+"""vLLM itself against HFEngine, whose own oracle is transformers. The first test waits for vLLM's start."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from src.modules.policy.lora import add_lora
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import Prompts
 from src.modules.rollouts import vllm_engine, vllm_weights
-from src.modules.rollouts.hf import HFRollouts, end_tokens
+from src.modules.rollouts.hf import HFEngine, end_tokens
 from src.modules.types import Rollouts
 from tests.vllm_builders import KINDS, NEEDS_VLLM, TEXTS, engine, largest_gap, policy_of, prompts_of, step
 
@@ -24,7 +24,7 @@ pytestmark = NEEDS_VLLM
 
 def assert_greedy_as_hf(policy: Policy) -> Rollouts:
     theirs = engine().generate(policy, prompts_of(policy), temperature=0.0)
-    ours = HFRollouts(16).generate(policy, prompts_of(policy), temperature=0.0)
+    ours = HFEngine(16).generate(policy, prompts_of(policy), temperature=0.0)
     assert torch.equal(theirs.input_ids, ours.input_ids)
     assert torch.equal(theirs.finished, ours.finished)
     assert theirs.embeddings is None
@@ -50,7 +50,7 @@ def test_an_encoder_hands_the_weights_over_once_for_all_its_texts(monkeypatch: p
     texts = [text for text in TEXTS if text]
     vectors = RationaleEncoder(policy, settings, engine(), batch_size=2).encode(texts)
     assert len(pushes) == 1
-    np.testing.assert_allclose(vectors, RationaleEncoder(policy, settings, HFRollouts(16)).encode(texts), atol=1e-4)
+    np.testing.assert_allclose(vectors, RationaleEncoder(policy, settings, HFEngine(16)).encode(texts), atol=1e-4)
     step(policy)
     RationaleEncoder(policy, settings, engine(), batch_size=2).encode(texts)
     assert len(pushes) == 2

@@ -18,7 +18,7 @@ from src.modules.objectives.rewards import listwise
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import Prompts
 from src.modules.rollouts import vllm_engine
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from src.modules.rollouts.vllm_engine import EngineError
 from src.modules.types import Rollouts
 from tests.builders import SENTENCES
@@ -32,13 +32,13 @@ pytestmark = NEEDS_VLLM
 
 
 class SamePositives:
-    """Positives always from HFRollouts, as no two engines draw alike; greedy queries and negatives from another engine."""
+    """Positives always from HFEngine, as no two engines draw alike; greedy queries and negatives from another engine."""
 
     def __init__(self, others: Any) -> None:
         self.max_new_tokens, self.others = others.max_new_tokens, others
 
     def generate(self, policy: Policy, prompts: Prompts, n: int, temperature: float, seed: int, prefixes: bool = False) -> Rollouts:
-        chosen = HFRollouts(self.max_new_tokens) if temperature > 0 else self.others
+        chosen = HFEngine(self.max_new_tokens) if temperature > 0 else self.others
         return chosen.generate(policy, prompts, n, temperature, seed, prefixes)
 
 
@@ -50,20 +50,20 @@ def grace(rollouts: Any, **settings: Any) -> GRACE:
         Algorithm(grpo, ppo_clip, **settings),
         instruction="Name the terms.",
         max_prompt_tokens=100,
-        num_rollouts=4,
-        other_temperature=0.0,
+        num_generations=4,
+        context_temperature=0.0,
         learning_rate=1e-3,
     )
 
 
 def test_five_steps_through_either_engine_lead_to_the_same_rationales_and_embeddings() -> None:
-    runs = [grace(SamePositives(HFRollouts(12))), grace(SamePositives(engine(12)))]
+    runs = [grace(SamePositives(HFEngine(12))), grace(SamePositives(engine(12)))]
     start = runs[0].encoder().explain(SENTENCES)
     reports = [fit(run, [TRIPLETS] * 5).reports for run in runs]
     for ours, theirs in zip(*reports, strict=True):
         # embeddings met while sampling in the one, from an encode pass in the other
         torch.testing.assert_close(ours.reward.total, theirs.reward.total, atol=1e-4, rtol=0)
-    for run, own in zip(runs, (HFRollouts(12), engine(12)), strict=True):
+    for run, own in zip(runs, (HFEngine(12), engine(12)), strict=True):
         run.engine = own
     (embeddings, rationales), (theirs_embedded, theirs_written) = (run.encoder().explain(SENTENCES) for run in runs)
     assert rationales == theirs_written
@@ -72,10 +72,10 @@ def test_five_steps_through_either_engine_lead_to_the_same_rationales_and_embedd
 
 
 def test_importance_weights_make_up_for_an_engine_in_bfloat16() -> None:
-    runs = [grace(engine(dtype="bfloat16"), importance_cap=cap) for cap in (None, 2.0)]
+    runs = [grace(engine(dtype="bfloat16"), tis_cap=cap) for cap in (None, 2.0)]
     watches = [fit(run, [TRIPLETS]) for run in runs]
-    assert all(watch.reports[0].logprob_gap[0] > 1e-4 for watch in watches)
-    norms = [watch.reports[0].update["gradient_norm"] for watch in watches]
+    assert all(watch.reports[0].logprob_mismatch[0] > 1e-4 for watch in watches)
+    norms = [watch.reports[0].update["grad_norm"] for watch in watches]
     assert norms[0] != norms[1]
     assert norms[1] == pytest.approx(norms[0], rel=0.1)  # ratios within a few hundredths of 1
 
@@ -83,9 +83,9 @@ def test_importance_weights_make_up_for_an_engine_in_bfloat16() -> None:
 @pytest.mark.parametrize("updates", [1, 3])
 def test_a_run_on_its_own_samples_stays_with_the_trainer_and_keeps_the_engine_out_of_the_checkpoint(updates: int) -> None:
     module = grace(engine(12), updates_per_batch=updates)
-    names = set(grace(HFRollouts(12)).state_dict())
+    names = set(grace(HFEngine(12)).state_dict())
     for report in fit(module, [TRIPLETS] * 3).reports:
-        mean, largest = report.logprob_gap
+        mean, largest = report.logprob_mismatch
         assert 0 < mean <= largest < 1e-4
         assert report.update["updates"] == updates
     assert set(module.state_dict()) == names
@@ -96,7 +96,7 @@ def test_a_stale_copy_shows_in_the_metric(monkeypatch: pytest.MonkeyPatch) -> No
     fit(module, [TRIPLETS])
     monkeypatch.setattr("src.modules.rollouts.vllm_engine.push", lambda llm, model: None)
     reports = fit(module, [TRIPLETS] * 2).reports
-    assert all(report.logprob_gap[1] > 1e-3 for report in reports)
+    assert all(report.logprob_mismatch[1] > 1e-3 for report in reports)
 
 
 def test_a_run_whose_engine_dies_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_the_command_line_trains_with_it(compose: Compose) -> None:
     cfg = compose("rollout=vllm", "algorithm.truncation=relative", *small, *run)
     cfg.policy.path = str(ROOT / "experiments" / "tiny_policy" / "weights")
     cfg.packages.train = ["urllib3"]
-    cfg.optimized_metric = "rollout/logprob_gap_max"
+    cfg.optimized_metric = "rollout/logprob_mismatch_max"
     gap = train(cfg)
     assert gap is not None
     assert 0 < gap < 1e-3

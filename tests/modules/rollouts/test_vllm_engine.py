@@ -55,7 +55,7 @@ def test_an_engine_that_dies_in_the_middle_is_one_line_and_the_next_one_is_new(n
         raise error
 
     monkeypatch.setattr(llm.llm_engine, "step", fail)
-    with pytest.raises(EngineError, match=r"^vLLM died .*lower rollout\.gpu_memory_utilization, module\.num_rollouts or") as caught:
+    with pytest.raises(EngineError, match=r"^vLLM died .*lower rollout\.gpu_memory_utilization, module\.num_generations or") as caught:
         dying.generate(policy, prompts_of(policy))
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is error

@@ -13,11 +13,11 @@ from torch import Tensor
 from src.modules.encoder.export import load_policy
 from src.modules.grace import GRACE
 from src.modules.objectives.advantages import remax
-from src.modules.objectives.importance import truncated_importance
+from src.modules.objectives.importance import truncated_importance_weights
 from src.modules.objectives.losses import ppo_clip
 from src.modules.objectives.rewards import document
 from src.modules.policy.model import Policy
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from src.modules.types import Rollouts
 from tests.conftest import ROOT, Compose
 from tests.modules.test_grace import TRIPLETS, fit, make, weights
@@ -25,36 +25,36 @@ from tests.modules.test_grace import TRIPLETS, fit, make, weights
 ALGORITHMS = sorted(file.stem for file in (ROOT / "configs" / "algorithm").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("kl_weight", [0.0, 0.1])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_algorithm_trains_with_and_without_a_reference(name: str, kl_weight: float, compose: Compose) -> None:
-    cfg = compose("~experiment", "name=none", f"algorithm={name}", "rollout.max_new_tokens=6", f"algorithm.kl_weight={kl_weight}")
+def test_every_algorithm_trains_with_and_without_a_reference(name: str, kl_coef: float, compose: Compose) -> None:
+    cfg = compose("~experiment", "name=none", f"algorithm={name}", "rollout.max_new_tokens=6", f"algorithm.kl_coef={kl_coef}")
     module = make()
-    module = GRACE(module.policy, module.engine, document, instantiate(cfg.algorithm), "Name the terms.", 100, num_rollouts=3)
+    module = GRACE(module.policy, module.engine, document, instantiate(cfg.algorithm), "Name the terms.", 100, num_generations=3)
     before = weights(module)
     update = fit(module, [TRIPLETS]).reports[0].update
     assert update["updates"] == cfg.algorithm.updates_per_batch
     assert update["groups"] == len(TRIPLETS)
-    assert update["gradient_norm"] > 0
+    assert update["grad_norm"] > 0
     assert any(not torch.equal(a, b) for a, b in zip(before, weights(module), strict=True))
-    assert (module.reference is not None) == (kl_weight > 0) == ("reference_kl" in update)
+    assert (module.reference is not None) == (kl_coef > 0) == ("kl_to_reference" in update)
     assert not any("reference" in key for key in module.state_dict())
 
 
 def test_a_divergence_in_the_loss_holds_the_policy_back() -> None:
     distances = []
     for weight in (0.0, 20.0):
-        module = make(algorithm={"kl_weight": weight, "updates_per_batch": 5}, learning_rate=1e-3)
+        module = make(algorithm={"kl_coef": weight, "updates_per_batch": 5}, learning_rate=1e-3)
         start = weights(module)
         report = fit(module, [TRIPLETS, TRIPLETS, TRIPLETS]).reports
         distances.append(float(torch.stack([(a - b).square().sum() for a, b in zip(start, weights(module), strict=True)]).sum()))
         if weight:
-            assert report[0].update["reference_kl"] < report[-1].update["reference_kl"]
+            assert report[0].update["kl_to_reference"] < report[-1].update["kl_to_reference"]
     assert distances[1] < distances[0]
 
 
 def test_a_divergence_in_the_reward_is_taken_off_rollout_by_rollout() -> None:
-    settings = {"kl_weight": 0.5, "kl_in": "reward", "kl_estimator": "k1", "truncation": "none"}
+    settings = {"kl_coef": 0.5, "kl_in": "reward", "kl_estimator": "k1", "truncation": "none"}
     module = make(algorithm=settings)
     with torch.no_grad():  # away from the reference
         for parameter in module.policy.model.parameters():
@@ -85,7 +85,7 @@ def test_remax_compares_with_the_reward_of_the_greedy_rollout() -> None:
     assert "greedy" in report.seconds
 
 
-class Inexact(HFRollouts):
+class Inexact(HFEngine):
     """An engine whose log-probs are not the trainer's, as one of lower precision has them."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Rollouts:
@@ -96,7 +96,7 @@ class Inexact(HFRollouts):
 
 @pytest.mark.parametrize("cap", [None, 1.1])
 def test_old_log_probs_are_the_trainers_where_the_engine_is_corrected_and_the_engines_where_not(cap: float | None) -> None:
-    module = make(algorithm={"updates_per_batch": 2, "importance_cap": cap})
+    module = make(algorithm={"updates_per_batch": 2, "tis_cap": cap})
     module.engine = Inexact(6)
     with torch.no_grad():
         scored = module.scorer({}).score(TRIPLETS)
@@ -107,7 +107,7 @@ def test_old_log_probs_are_the_trainers_where_the_engine_is_corrected_and_the_en
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_the_gradient_is_weighed_by_truncated_ratios(level: str) -> None:
-    module = make(algorithm={"importance_cap": 1.1, "importance_level": level, "truncation": "none"})
+    module = make(algorithm={"tis_cap": 1.1, "tis_level": level, "truncation": "none"})
     module.engine = Inexact(6)
     watch = fit(module, [TRIPLETS])
     start = make()
@@ -117,7 +117,7 @@ def test_the_gradient_is_weighed_by_truncated_ratios(level: str) -> None:
     rollouts, mask = scored.positive.rollouts, scored.positive.rollouts.rationale_mask
     logprobs, _ = start.policy.logprobs(rollouts, start.policy.hidden_states(rollouts))
     assert rollouts.logprobs is not None
-    ratios = truncated_importance(logprobs, rollouts.logprobs, mask, 1.1, level)  # type: ignore[arg-type]
+    ratios = truncated_importance_weights(logprobs, rollouts.logprobs, mask, 1.1, level)  # type: ignore[arg-type]
     assert 0 < (ratios == 1.1).sum() < mask.sum()
     advantages = watch.reports[0].advantages.flatten().unsqueeze(1)
     (-(ratios * advantages * logprobs * mask).sum() / mask.sum()).backward()
@@ -126,7 +126,7 @@ def test_the_gradient_is_weighed_by_truncated_ratios(level: str) -> None:
 
 
 def test_an_exact_engine_needs_no_correction() -> None:
-    runs = [fit(make(algorithm={"importance_cap": cap}), [TRIPLETS]) for cap in (None, 2.0)]
+    runs = [fit(make(algorithm={"tis_cap": cap}), [TRIPLETS]) for cap in (None, 2.0)]
     for plain, corrected in zip(*(run.gradients[0] for run in runs), strict=True):
         torch.testing.assert_close(plain, corrected, atol=1e-5, rtol=1e-3)
 
@@ -154,7 +154,7 @@ def test_a_checkpoint_with_adapters_and_held_groups_comes_back(tiny_policy_folde
     def module() -> GRACE:
         policy = Policy.load(str(tiny_policy_folder), pooling="max", lora=LoraConfig(r=4, target_modules="all-linear"))
         fresh = make(algorithm={"min_group_std": 1e9, "max_extra_batches": 5, "loss": ppo_clip})
-        return GRACE(policy, HFRollouts(4), document, fresh.algorithm, "Name the terms.", 100, num_rollouts=2, learning_rate=1e-2)
+        return GRACE(policy, HFEngine(4), document, fresh.algorithm, "Name the terms.", 100, num_generations=2, learning_rate=1e-2)
 
     def trainer(batches: int, **kwargs: Any) -> L.Trainer:
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
@@ -177,7 +177,7 @@ def test_a_checkpoint_with_adapters_and_held_groups_comes_back(tiny_policy_folde
     texts = first.renderer(["some text", "another"])
     pooled: list[Tensor] = []
     for one in (first.policy, policy):
-        rollouts = HFRollouts(4).generate(one, texts, n=1, temperature=0.0)
+        rollouts = HFEngine(4).generate(one, texts, n=1, temperature=0.0)
         assert rollouts.embeddings is not None
         pooled.append(rollouts.embeddings)
     torch.testing.assert_close(pooled[0], pooled[1])

@@ -9,7 +9,6 @@ import lightning as L
 import pytest
 import torch
 from peft import LoraConfig
-from tests.modules.test_shared_prompt import LENGTHS, grouped_rollouts
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
@@ -26,19 +25,20 @@ from src.modules.policy.lora import add_lora
 from src.modules.policy.model import Policy
 from src.modules.policy.pooling import pool
 from src.modules.prompt.renderer import Prompts
-from src.modules.rollouts.hf import HFRollouts
+from src.modules.rollouts.hf import HFEngine
 from src.modules.training.pathwise import SIDES, Companions, companions_of, first_of_group, pathwise_loss, reward_gradients
 from src.modules.types import Rollouts
 from tests.builders import small_policy, some_rollouts
+from tests.modules.policy.attention.test_shared_prompt import LENGTHS, grouped_rollouts
 from tests.modules.test_grace import TRIPLETS, make, weights
 
 BATCH = TRIPLETS[:4]
-NEW = ("score_function_weight", "pathwise_weight", "pathwise_sides", "gradient_parts_every")
+NEW = ("score_function_weight", "pathwise_weight", "pathwise_roles", "gradient_parts_every_n_rollout_batches")
 
 
 def built(reward: Any = listwise, pooling: str = "mean", layer: int = -1, lora: bool = False, **settings: Any) -> GRACE:
     """A module whose rationales end by chance, early and late; its term is on and measured in every batch, unless told otherwise."""
-    defaults = {"pathwise_weight": 0.7, "gradient_parts_every": 0, "algorithm": {"truncation": "none"}}
+    defaults = {"pathwise_weight": 0.7, "gradient_parts_every_n_rollout_batches": 0, "algorithm": {"truncation": "none"}}
     module = make(reward, **(defaults | settings))
     module.policy.pooling, module.policy.layer = pooling, layer
     module.settings = replace(module.settings, pooling=pooling, layer=layer)
@@ -89,7 +89,7 @@ def read_plainly(policy: Policy, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
     output = policy.model(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask.long(), output_hidden_states=True)
     rows = []
     for states, start, end in zip(
-        output.hidden_states[policy.layer], rollouts.prefix_lengths.tolist(), rollouts.lengths.tolist(), strict=True
+        output.hidden_states[policy.layer], rollouts.text_starts.tolist(), rollouts.lengths.tolist(), strict=True
     ):
         own = states[start:end]
         rows.append({"mean": own.mean(dim=0), "eos": own[-1], "max": own.max(dim=0).values}[policy.pooling])
@@ -99,7 +99,7 @@ def read_plainly(policy: Policy, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
 
 def parts_of_loss(module: GRACE, batch: Any = BATCH) -> tuple[Tensor, Tensor]:
     """Minus both parts of the objective, not weighted, of a first batch of one update with the token mean and grpo."""
-    h, k = module.hparams, module.hparams["num_rollouts"]
+    h, k = module.hparams, module.hparams["num_generations"]
     with torch.no_grad():
         scored = module.scorer({}).score(batch)
     units, credit, tokens = {}, torch.zeros(()), 0
@@ -117,7 +117,7 @@ def parts_of_loss(module: GRACE, batch: Any = BATCH) -> tuple[Tensor, Tensor]:
         ones |= dict(zip(names, read_plainly(module.policy, rollouts)[0].split(sizes), strict=True))
     negative = ones["negative"].unflatten(0, (len(batch), -1)) if batch[0].negatives else scored.embeddings.negative
     e = Embeddings(ones["query"], units["positive"], negative)
-    e = replace(e, **{side: getattr(e, side).detach() for side in SIDES if side not in h["pathwise_sides"]})
+    e = replace(e, **{side: getattr(e, side).detach() for side in SIDES if side not in h["pathwise_roles"]})
     return -credit / max(tokens, 1), -module.pathwise_reward(e).total.mean()
 
 
@@ -282,11 +282,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "inner layer": {"layer": -2},
     "adapters": {"lora": True},
     "another reward": {"reward": document, "pathwise_reward": listwise},
-    "positives": {"pathwise_sides": ["positive"]},
-    "queries": {"pathwise_sides": ["query"]},
-    "negatives": {"pathwise_sides": ["negative"]},
+    "positives": {"pathwise_roles": ["positive"]},
+    "queries": {"pathwise_roles": ["query"]},
+    "negatives": {"pathwise_roles": ["negative"]},
     "pathwise alone": {"score_function_weight": 0.0},
-    "queries alone": {"score_function_weight": 0.0, "pathwise_sides": ["query"]},
+    "queries alone": {"score_function_weight": 0.0, "pathwise_roles": ["query"]},
     "queries learned from": {"also_learn_from": ["query"]},
     "all learned from": {"also_learn_from": ["query", "negative"], "score_function_weight": 0.3},
     "masked": {"algorithm": {"truncation": "mask"}, "max_new_tokens": 3},
@@ -311,8 +311,8 @@ def test_instances_without_negatives_have_the_gradient_of_one_graph() -> None:
 
 def test_negatives_alone_are_refused_where_there_are_none() -> None:
     bare = [replace(triplet, negatives=()) for triplet in BATCH]
-    with pytest.raises(ValueError, match=r"pathwise_sides=.*the records have no negatives"):
-        fit(built(pathwise_sides=["negative"]), bare)
+    with pytest.raises(ValueError, match=r"pathwise_roles=.*the records have no negatives"):
+        fit(built(pathwise_roles=["negative"]), bare)
 
 
 def test_two_negatives_an_instance_have_the_gradient_of_one_graph() -> None:
@@ -375,30 +375,30 @@ def test_passes_are_made_for_what_takes_part_and_for_no_more(monkeypatch: pytest
     groups, others = 4 * 3, 4 + 4
     assert passes(pathwise_weight=0.0) == [(groups, True, False)]
     assert passes() == [(groups, True, True), (others, False, True)]
-    assert passes(pathwise_sides=["positive"]) == [(groups, True, True)]
-    assert passes(pathwise_sides=["query"]) == [(groups, True, False), (4, False, True)]
+    assert passes(pathwise_roles=["positive"]) == [(groups, True, True)]
+    assert passes(pathwise_roles=["query"]) == [(groups, True, False), (4, False, True)]
     assert passes(score_function_weight=0.0) == [(groups, False, True), (others, False, True)]
-    assert passes(score_function_weight=0.0, pathwise_sides=["negative"]) == [(4, False, True)]
+    assert passes(score_function_weight=0.0, pathwise_roles=["negative"]) == [(4, False, True)]
     # of a query that is learned from, the first rollout stands for the query in the rewards
     assert passes(score_function_weight=0.0, also_learn_from=["query"]) == [(groups + 4, False, True), (4, False, True)]
     measured = [(groups, True, False), (groups, False, True), (others, False, True)]
-    assert passes(gradient_parts_every=1) == measured
+    assert passes(gradient_parts_every_n_rollout_batches=1) == measured
 
 
 def test_without_the_score_function_no_loss_is_reported() -> None:
-    update = fit(built(score_function_weight=0.0, gradient_parts_every=1)).reports[0].update
-    assert set(update) == {"gradient_norm", "pathwise_reward", "updates", "groups"}
-    assert update["gradient_norm"] > 0
+    update = fit(built(score_function_weight=0.0, gradient_parts_every_n_rollout_batches=1)).reports[0].update
+    assert set(update) == {"grad_norm", "pathwise_reward", "updates", "groups"}
+    assert update["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("settings", [{}, {"also_learn_from": ["query"]}, {"lora": True}, {"algorithm": {"truncation": "mask"}}])
 def test_norms_and_cosine_are_those_of_one_graph_and_measuring_changes_no_gradient(settings: dict[str, Any]) -> None:
     score, pathwise = oracle(built(**settings))
-    measured, plain = fit(built(**settings, gradient_parts_every=1)), fit(built(**settings))
+    measured, plain = fit(built(**settings, gradient_parts_every_n_rollout_batches=1)), fit(built(**settings))
     assert off(measured.of_updates[0], plain.of_updates[0]) < 1e-5
     update = measured.reports[0].update
-    assert update["score_function_gradient_norm"] == pytest.approx(float(score.norm()), rel=1e-4)
-    assert update["pathwise_gradient_norm"] == pytest.approx(float(pathwise.norm()), rel=1e-4)
+    assert update["score_function_grad_norm"] == pytest.approx(float(score.norm()), rel=1e-4)
+    assert update["pathwise_grad_norm"] == pytest.approx(float(pathwise.norm()), rel=1e-4)
     assert update["gradient_parts_cosine"] == pytest.approx(float(score @ pathwise / (score.norm() * pathwise.norm())), abs=1e-4)
     assert update["pathwise_reward"] == pytest.approx(float(measured.reports[0].reward.total.mean()), rel=1e-5)
     rest = {name: value for name, value in update.items() if name in plain.reports[0].update}
@@ -407,22 +407,22 @@ def test_norms_and_cosine_are_those_of_one_graph_and_measuring_changes_no_gradie
 
 
 def test_parts_are_measured_every_so_many_batches_in_the_first_update() -> None:
-    module, seen = built(gradient_parts_every=2, algorithm={"updates_per_batch": 2}), Gradients()
+    module, seen = built(gradient_parts_every_n_rollout_batches=2, algorithm={"updates_per_batch": 2}), Gradients()
     trainer_of(seen).fit(module, DataLoader([BATCH] * 3, batch_size=None))  # type: ignore[arg-type]
     assert ["gradient_parts_cosine" in report.update for report in seen.reports] == [True, False, True]
     assert all("pathwise_reward" in report.update for report in seen.reports)
-    assert "gradient_parts_cosine" not in fit(built(pathwise_weight=0.0, gradient_parts_every=1)).reports[0].update
+    assert "gradient_parts_cosine" not in fit(built(pathwise_weight=0.0, gradient_parts_every_n_rollout_batches=1)).reports[0].update
 
 
 def test_the_term_that_is_off_changes_nothing() -> None:
     published = make(listwise, algorithm={"truncation": "none"})
     published.policy.model.generation_config.eos_token_id = list(range(5, 65))
-    ours, theirs = fit(built(pathwise_weight=0.0, gradient_parts_every=1)), fit(published)
+    ours, theirs = fit(built(pathwise_weight=0.0, gradient_parts_every_n_rollout_batches=1)), fit(published)
     assert torch.equal(ours.of_updates[0], theirs.of_updates[0])
     assert "pathwise_reward" not in ours.reports[0].update
 
 
-class Replayed(HFRollouts):
+class Replayed(HFEngine):
     """Writes the rationales of another run again; embeddings and log-probs come from a pass."""
 
     def __init__(self, max_new_tokens: int, written: list[Rollouts] | None = None) -> None:
@@ -439,12 +439,12 @@ class Replayed(HFRollouts):
 def test_in_bfloat16_arithmetic_the_gradient_is_near_that_of_float32(pooling: str) -> None:
     gradients, written = [], None
     for precision in ("32-true", "bf16-mixed"):
-        module = built(document, pooling=pooling, gradient_parts_every=1)
+        module = built(document, pooling=pooling, gradient_parts_every_n_rollout_batches=1)
         module.engine = Replayed(6, written)
         seen = fit(module, precision=precision)
         written = module.engine.written
         gradients.append(seen.of_updates[0])
-        assert seen.reports[0].update["pathwise_gradient_norm"] > 0
+        assert seen.reports[0].update["pathwise_grad_norm"] > 0
     exact, rounded = gradients
     assert float(exact @ rounded / (exact.norm() * rounded.norm())) > 0.98
 
@@ -458,14 +458,14 @@ def test_in_bfloat16_arithmetic_the_gradient_is_near_that_of_float32(pooling: st
         ({"pathwise_weight": -0.1}, r"pathwise_weight=-0\.1.*at least 0"),
         ({"score_function_weight": -1.0}, r"score_function_weight=-1\.0.*at least 0"),
         ({"score_function_weight": 0.0, "pathwise_weight": 0.0}, "nothing would be learned"),
-        ({"pathwise_sides": ["query", "answer"]}, "pathwise_sides=.*answer is not one of positive, query, negative"),
-        ({"pathwise_sides": []}, r"pathwise_sides=\[\].*no embedding would be moved"),
-        ({"pathwise_sides": None}, r"pathwise_sides=\[\].*no embedding would be moved"),
+        ({"pathwise_roles": ["query", "answer"]}, "pathwise_roles=.*answer is not one of positive, query, negative"),
+        ({"pathwise_roles": []}, r"pathwise_roles=\[\].*no embedding would be moved"),
+        ({"pathwise_roles": None}, r"pathwise_roles=\[\].*no embedding would be moved"),
         ({"pathwise_weight": float("nan")}, "pathwise_weight=nan.*at least 0"),
-        ({"gradient_parts_every": -1}, "gradient_parts_every=-1"),
+        ({"gradient_parts_every_n_rollout_batches": -1}, "gradient_parts_every_n_rollout_batches=-1"),
         ({"encoder": "frozen"}, r"pathwise_weight=0\.7.*policy\.encoder=frozen"),
         ({"algorithm": {"min_group_std": 0.1}}, r"pathwise_weight=0\.7.*min_group_std=0\.1"),
-        ({"score_function_weight": 0.0, "algorithm": {"kl_weight": 0.1}}, r"score_function_weight=0 leaves out.*kl_weight=0\.1"),
+        ({"score_function_weight": 0.0, "algorithm": {"kl_coef": 0.1}}, r"score_function_weight=0 leaves out.*kl_coef=0\.1"),
     ],
 )
 def test_settings_without_sense_are_refused_by_name(settings: dict[str, Any], words: str) -> None:
@@ -474,7 +474,7 @@ def test_settings_without_sense_are_refused_by_name(settings: dict[str, Any], wo
 
 
 def test_without_the_term_a_frozen_encoder_and_no_sides_are_fine() -> None:
-    assert built(pathwise_weight=0.0, encoder="frozen", pathwise_sides=[]).hparams["pathwise_sides"] == ()
+    assert built(pathwise_weight=0.0, encoder="frozen", pathwise_roles=[]).hparams["pathwise_roles"] == ()
 
 
 def by_rank(e: Embeddings) -> Reward:
@@ -501,7 +501,7 @@ def of_positives(e: Embeddings) -> Reward:
         {"reward": by_rank},
         {"reward": detached},
         {"pathwise_reward": by_rank},
-        {"reward": of_positives, "pathwise_sides": ["query", "negative"]},
+        {"reward": of_positives, "pathwise_roles": ["query", "negative"]},
     ],
 )
 def test_a_reward_without_a_derivative_is_refused_at_the_first_batch(settings: dict[str, Any]) -> None:
@@ -539,11 +539,11 @@ def test_a_run_from_before_the_term_is_gone_on_with(tmp_path: Path) -> None:
     for name in NEW:
         del checkpoint["hyper_parameters"][name]
     torch.save(checkpoint, path)
-    module, seen = built(gradient_parts_every=1), Gradients()
+    module, seen = built(gradient_parts_every_n_rollout_batches=1), Gradients()
     trainer_of(seen, epochs=2).fit(module, loader, ckpt_path=path, weights_only=True)
     assert module.rollout_batches == 2
     assert len(seen.reports) == 1
-    assert seen.reports[0].update["pathwise_gradient_norm"] > 0
+    assert seen.reports[0].update["pathwise_grad_norm"] > 0
 
 
 def test_a_run_with_the_term_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:

@@ -146,7 +146,15 @@ def expectation(written: "Written", reward: Any, **settings: Any) -> Tensor:
     policy, draws = written.policy, draws_of(written, queries="query" in settings.get("also_learn_from", ()))
     algorithm = Algorithm(settings.pop("advantage", raw), reinforce, partial(constant, tokens=1), truncation="none")
     module = Enumerated(
-        policy, Prescribed(written.rationales), reward, algorithm, "Name the terms.", 40, num_rollouts=K, gradient_parts_every=0, **settings
+        policy,
+        Prescribed(written.rationales),
+        reward,
+        algorithm,
+        "Name the terms.",
+        40,
+        num_generations=K,
+        gradient_parts_every_n_rollout_batches=0,
+        **settings,
     )
     module.renderer = render
     module.draws, module.expected = draws, [torch.zeros_like(p, dtype=torch.float64) for p in policy.parameters()]

@@ -42,7 +42,7 @@ def last_report(module: PolicyModule) -> BatchReport:
     return module.report
 
 
-class Watcher(L.Callback):
+class MonitoringCallback(L.Callback):
     """Looks on at three moments. Lightning's hooks, less the arguments that no one here needs.
 
     Lightning sends what `module.log` is given in `after_batch` to the loggers in one call, at the step that

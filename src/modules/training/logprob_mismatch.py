@@ -10,7 +10,7 @@ from src.modules.distributed.ranks import Ranks
 
 
 @dataclass
-class LogprobGap:
+class LogprobMismatch:
     """Absolute differences between an engine's log-probs of sampled tokens and the trainer's, in nats, added up part by part.
 
     Rounding leaves some 1e-5 in float32 and a few hundredths in bfloat16; a stale copy of the weights shows as far more.

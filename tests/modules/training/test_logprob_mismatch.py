@@ -3,12 +3,12 @@ import math
 import pytest
 import torch
 
-from src.modules.training.logprob_gap import LogprobGap
+from src.modules.training.logprob_mismatch import LogprobMismatch
 from tests.modules.test_grace import TRIPLETS, fit, make
 
 
 def test_mean_and_largest_are_over_all_tokens_of_all_parts() -> None:
-    gap = LogprobGap()
+    gap = LogprobMismatch()
     assert math.isnan(gap.mean)
     assert math.isnan(gap.largest)
     gap.add(torch.tensor([[0.0, -1.0, -9.0]]), torch.tensor([[0.0, -3.0, 0.0]]), torch.tensor([[True, True, False]]))
@@ -22,5 +22,5 @@ def test_mean_and_largest_are_over_all_tokens_of_all_parts() -> None:
 def test_an_engine_that_samples_with_the_trainers_weights_has_none_whatever_the_number_of_updates(updates: int) -> None:
     watch = fit(make(algorithm={"updates_per_batch": updates}, learning_rate=1e-2), [TRIPLETS, TRIPLETS])
     for report in watch.reports:
-        mean, largest = report.logprob_gap
+        mean, largest = report.logprob_mismatch
         assert 0 <= mean <= largest < 1e-4
