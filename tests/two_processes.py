@@ -21,13 +21,14 @@ from src.callbacks.export import Export
 from src.callbacks.probe import undisturbed
 from src.callbacks.random_states import RandomStates
 from src.modules.distributed.fsdp import whole
-from src.modules.grace import GRACE, NonFiniteError
+from src.modules.grace import GRACE
 from src.modules.objectives.advantages import reinforce_pp_baseline, remax
 from src.modules.objectives.losses import ppo_clip
-from src.modules.objectives.rewards import Embeddings, Reward, document, listwise, paper
+from src.modules.objectives.rewards import document, listwise, paper
 from src.modules.policy.lora import add_lora
 from src.modules.prompt.renderer import Prompts
-from src.modules.types import Rollouts
+from src.modules.training.finite import NonFiniteError
+from src.modules.types import Embeddings, Reward, Rollouts
 from src.records import Triplet
 from src.utils.checkpoint_io import FolderCheckpoints
 from src.utils.sharded_strategy import ShardedStrategy

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from src.modules.objectives.rewards import Embeddings, listwise
+from src.modules.objectives.rewards import listwise
 from src.modules.policy.pooling import pool
 from src.modules.prompt.renderer import PromptRenderer, Prompts
-from src.modules.types import Rollouts, join
+from src.modules.types import Embeddings, Rollouts, join
 
 
 class ListwiseReward:

@@ -7,7 +7,7 @@ import lightning as L
 from src.callbacks.monitoring import MonitoringCallback, last_report
 from src.modules.contrastive import Contrastive
 from src.modules.policy_module import PolicyModule
-from src.modules.training.contrastive_report import ContrastiveReport
+from src.modules.training.metrics import ContrastiveMetrics
 
 
 class ContrastiveDiagnostics(MonitoringCallback):
@@ -20,7 +20,7 @@ class ContrastiveDiagnostics(MonitoringCallback):
             raise TypeError(f"callbacks.contrastive_diagnostics: {type(module).__name__} has no pairs to watch; choose callbacks=default")
 
     def after_batch(self, trainer: L.Trainer, module: PolicyModule) -> None:
-        report = cast(ContrastiveReport, last_report(module))
+        report = cast(ContrastiveMetrics, last_report(module))
         metrics = {f"update/{name}": value for name, value in report.update.items()}
         for name in ("accuracy", "positive_similarity", "unrelated_similarity"):
             metrics[f"contrastive/{name}"] = getattr(report, name)

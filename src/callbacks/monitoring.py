@@ -6,7 +6,7 @@ import lightning as L
 
 from src.modules.grace import GRACE
 from src.modules.policy_module import PolicyModule
-from src.modules.training.batch_report import BatchReport
+from src.modules.training.metrics import BatchMetrics
 
 
 def as_policy_module(module: L.LightningModule) -> PolicyModule:
@@ -31,7 +31,7 @@ def as_grace(module: PolicyModule) -> GRACE:
     return module
 
 
-def last_report(module: PolicyModule) -> BatchReport:
+def last_report(module: PolicyModule) -> BatchMetrics:
     """What the last batch did.
 
     Raises:

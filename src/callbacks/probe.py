@@ -7,16 +7,15 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from src.modules.distributed.fsdp import whole
 from src.modules.encoder.encoder import evaluation_mode
 from src.modules.grace import GRACE
-from src.modules.objectives.rewards import Embeddings
 from src.modules.objectives.roles import texts_of
 from src.modules.policy_module import PolicyModule
-from src.modules.training.scoring import encode_others, negatives_an_instance
-from src.modules.types import Rollouts
+from src.modules.training.collector import negatives_per_instance
+from src.modules.training.collector import unit_vectors as unit_vectors_of
+from src.modules.types import Embeddings, Rollouts
 from src.records import Triplet
 
 
@@ -65,12 +64,12 @@ def sample(module: PolicyModule, texts: list[str], temperature: float, seed: int
 
 def unit_vectors(module: GRACE, rollouts: Rollouts) -> Tensor:
     """[N, D] float32 embeddings of length one."""
-    return normalize(encode_others(module.policy, rollouts, module.hparams["encode_batch_size"]), dim=-1)
+    return unit_vectors_of(module.policy, rollouts, module.hparams["encode_batch_size"])
 
 
 def embed_sides(module: GRACE, triplets: Sequence[Triplet], n: int, seed: int = 0) -> Embeddings:
     """Embeddings of a batch as training meets them: n rollouts of a positive, one of the others, at its temperatures."""
-    b, m = len(triplets), negatives_an_instance(triplets)
+    b, m = len(triplets), negatives_per_instance(triplets)
     positive = sample(module, texts_of(triplets, "positive"), module.hparams["temperature"], seed, n)
     texts = texts_of(triplets, "query") + texts_of(triplets, "negative")
     others = unit_vectors(module, sample(module, texts, module.hparams["context_temperature"], seed + 1))

@@ -13,7 +13,7 @@ from src.callbacks.monitoring import MonitoringCallback, last_report
 from src.modules.grace import GRACE
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.policy_module import PolicyModule
-from src.modules.training.report import StepReport
+from src.modules.training.metrics import GRACEMetrics
 from src.utils.plots import TermHistory, reward_terms_figure
 from src.utils.tracking import log_figure
 
@@ -27,7 +27,7 @@ def within_group_std(values: Tensor) -> float:
     return float(values.float().std(dim=1, correction=0).mean())
 
 
-def diagnose(report: StepReport) -> dict[str, float]:
+def diagnose(report: GRACEMetrics) -> dict[str, float]:
     """The metrics of one rollout batch, by the names under which they are logged; those that are not defined left out."""
     metrics = {}
     for name, values in [*report.reward.terms.items(), ("total", report.reward.total)]:
@@ -91,7 +91,7 @@ class RewardDiagnostics(MonitoringCallback):
             del results[key]  # type: ignore[union-attr]
 
     def after_batch(self, trainer: L.Trainer, module: PolicyModule) -> None:
-        report = cast(StepReport, last_report(module))
+        report = cast(GRACEMetrics, last_report(module))
         metrics = diagnose(report)
         self._remember(report, metrics, module.rollout_batches)
         self._warn(report, metrics)
@@ -99,7 +99,7 @@ class RewardDiagnostics(MonitoringCallback):
         # all ranks, so there is nothing left to reduce.
         module.log_dict(metrics | {"step": float(module.rollout_batches)}, on_step=True, on_epoch=False)
 
-    def _remember(self, report: StepReport, metrics: dict[str, float], step: int) -> None:
+    def _remember(self, report: GRACEMetrics, metrics: dict[str, float], step: int) -> None:
         self.weights = dict(report.reward.weights)
         for name in [*report.reward.terms, "total"]:
             term = self.history.setdefault(name, TermHistory())
@@ -107,7 +107,7 @@ class RewardDiagnostics(MonitoringCallback):
             term.mean.append(metrics.get(f"reward/{name}/mean", math.nan))
             term.within_group_std.append(metrics.get(f"reward/{name}/within_group_std", math.nan))
 
-    def _warn(self, report: StepReport, metrics: dict[str, float]) -> None:
+    def _warn(self, report: GRACEMetrics, metrics: dict[str, float]) -> None:
         if not self._needs_spread:
             return
         for name, weight in report.reward.weights.items():

@@ -9,8 +9,8 @@ import torch
 from src.callbacks.monitoring import MonitoringCallback, as_grace
 from src.callbacks.probe import embed_sides, fixed_triplets, undisturbed
 from src.modules.grace import GRACE
-from src.modules.objectives.rewards import Embeddings
 from src.modules.policy_module import PolicyModule
+from src.modules.types import Embeddings
 from src.utils.plots import Similarities, similarities_figure
 from src.utils.tracking import log_figure, log_table
 

@@ -10,7 +10,7 @@ import torch
 
 from src.callbacks.monitoring import MonitoringCallback, last_report
 from src.modules.policy_module import PolicyModule
-from src.modules.training.batch_report import BatchReport
+from src.modules.training.metrics import BatchMetrics
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
@@ -23,7 +23,7 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return memory
 
 
-def speeds(report: BatchReport) -> dict[str, float]:
+def speeds(report: BatchMetrics) -> dict[str, float]:
     """Tokens a second of sampling and of updating, and the seconds of each phase of one batch."""
     metrics = {f"seconds/{phase}": seconds for phase, seconds in report.seconds.items()}
     for phase, tokens in (("rollout", report.rollout_tokens), ("update", report.update_tokens)):

@@ -1,4 +1,4 @@
-"""Contrastive learning, which GRACE is compared with: InfoNCE on embeddings of texts alone, no rationale written.
+"""Contrastive learning, the baseline of GRACE: InfoNCE on embeddings of texts, without rationales.
 
 batch -> pairs -> embeddings -> InfoNCE -> step
 """
@@ -13,12 +13,13 @@ from torch import Tensor
 from src.modules.encoder.encoder import RolloutEngine
 from src.modules.objectives.info_nce import info_nce
 from src.modules.objectives.pairs import PAIRS, Pairs
+from src.modules.policy.batching import padded_batches
 from src.modules.policy.dropout import has_dropout
 from src.modules.policy.model import Policy
 from src.modules.policy_module import PolicyModule
-from src.modules.training.contrastive_report import contrastive_report
-from src.modules.training.grad_cache import cached_gradient, parts_by_length
-from src.modules.training.non_finite import NonFiniteError
+from src.modules.training.finite import NonFiniteError
+from src.modules.training.grad_cache import cached_gradient
+from src.modules.training.metrics import contrastive_metrics
 from src.modules.types import Rollouts, without_rationales
 from src.records import Triplet
 from src.utils.timing import timed
@@ -27,23 +28,22 @@ from src.utils.timing import timed
 class Contrastive(PolicyModule):
     """Trains a policy's embeddings of texts by InfoNCE: supervised, or as unsupervised SimCSE.
 
-    One `training_step` is one optimiser step on one batch, whose texts are told apart all at once, however many of them
-    fit into memory: see src/modules/training/grad_cache.py.
+    One `training_step` is one optimiser step on one batch, all texts of which are compared with each other, however many fit into memory:
+    see training/grad_cache.py.
 
     Args:
         policy: embeds; its encoder must be live.
-        engine: writes rationales for what looks on; none is written in training.
+        engine: writes rationales for callbacks; none is written in training.
         instruction, max_prompt_tokens, template_kwargs: of the prompt renderer.
-        pairs: what belongs together: `supervised`, a query and its positive, with hard negatives; `dropout`, a text and itself.
+        pairs: `supervised`, a query and its positive, with hard negatives; `dropout`, a text and itself.
         title: the method's name in tables.
         temperature: of InfoNCE.
-        micro_batch_tokens: most tokens in one forward and backward pass, padding included; a batch of no more takes one pass
-            in place of two.
+        micro_batch_tokens: most tokens in one forward and backward pass, padding included; a batch within it takes one pass, and not two.
         learning_rate, warmup_steps, weight_decay, max_grad_norm: see PolicyModule.
-        seed: of dropout; each batch draws its own stream from it, so that a resumed run draws what it would have drawn.
+        seed: of dropout; each batch draws its own stream from it, so that a resumed run draws the same.
 
     Raises:
-        ValueError: a temperature or a size without sense, other pairs, or a frozen encoder, whose embeddings no training moves.
+        ValueError: a temperature or a size out of range, unknown pairs, or a frozen encoder.
     """
 
     def __init__(
@@ -76,11 +76,7 @@ class Contrastive(PolicyModule):
         self.title = title
 
     def setup(self, stage: str) -> None:
-        """Refuses what would train wrongly in silence.
-
-        Raises:
-            ValueError: several processes, which would miss each other's texts; or see PolicyModule.
-        """
+        """Raises ValueError with several processes, which would miss each other's texts; or see PolicyModule."""
         super().setup(stage)
         if self.trainer.world_size > 1:
             raise ValueError(
@@ -88,11 +84,7 @@ class Contrastive(PolicyModule):
             )
 
     def on_fit_start(self) -> None:
-        """Refuses to train on two equal views.
-
-        Raises:
-            ValueError: `pairs` is `dropout`, and there is none.
-        """
+        """Raises ValueError if `pairs` is `dropout` and the policy has no dropout."""
         if self.hparams["pairs"] == "dropout" and not has_dropout(self.policy, self.sequences(["Two views of one text."])):
             raise ValueError(
                 "module.pairs=dropout: both views of a text are the same, as the policy drops nothing in training; set "
@@ -100,7 +92,7 @@ class Contrastive(PolicyModule):
             )
 
     def sequences(self, texts: list[str]) -> Rollouts:
-        """Prompts of texts without rationales, on the policy's device."""
+        """Returns prompts of texts without rationales, on the policy's device."""
         return without_rationales(self.renderer(texts), self.policy.pad_id).to(self.policy.device)
 
     def training_step(self, batch: list[Triplet], batch_idx: int) -> None:
@@ -123,18 +115,18 @@ class Contrastive(PolicyModule):
             norm = self.take_step(names)
         self.rollout_batches += 1
         update = {"loss": float(loss), "grad_norm": norm, "updates": 1.0}
-        self.report = contrastive_report(embeddings, pairs, update, seconds, int(sequences.lengths.sum()), names)
+        self.report = contrastive_metrics(embeddings, pairs, update, seconds, int(sequences.lengths.sum()), names)
 
     @contextmanager
     def own_randomness(self) -> Iterator[None]:
-        """While in force, what is drawn depends on the seed, the batch's number and the rank alone."""
+        """Draws, while in force, from a stream of the seed, the number of the batch and the rank."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(hash((self.hparams["seed"], self.rollout_batches, self.global_rank)) % 2**31)  # as in GRACE
             yield
 
     def gradient(self, sequences: Rollouts, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Adds up the gradient of InfoNCE; returns it and the [B + N, D] embeddings of queries and documents, detached."""
-        parts = parts_by_length(sequences.lengths, self.hparams["micro_batch_tokens"])
+        """Accumulates the gradient of InfoNCE; returns the loss and the [B + N, D] embeddings of queries and documents, detached."""
+        parts = list(padded_batches(sequences.lengths, self.hparams["micro_batch_tokens"]))
         order = torch.cat(parts).argsort().to(sequences.lengths.device)  # from the parts' order to that of the texts
 
         def loss(embeddings: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""What the LightningModules that train a policy have in common: its encoder, its optimiser's step, its checkpoints."""
+"""The base of the LightningModules that train a policy: encoder, optimiser step, checkpoints."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,17 +17,18 @@ from src.modules.policy.files import policy_files
 from src.modules.policy.lora import lora_settings
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import PromptRenderer, require_room
-from src.modules.training.batch_report import BatchReport
-from src.modules.training.non_finite import NonFiniteError
-from src.modules.training.resuming import use_new_settings
+from src.modules.training.finite import NonFiniteError
+from src.modules.training.metrics import BatchMetrics
 from src.records import Triplet
+
+log = logging.getLogger(__name__)
 
 PRECISIONS = ("32-true", "bf16-mixed")
 """Of the trainer: weights are float32."""
 
 
 class PolicyModule(L.LightningModule):
-    """Trains a policy on batches of triplets, by manual optimisation; how is up to `training_step` of the class below it.
+    """Trains a policy on batches of triplets by manual optimisation; subclasses define `training_step`.
 
     Its hyperparameters hold learning_rate, warmup_steps, weight_decay (AdamW; linear warm-up over optimiser steps, then
     constant) and max_grad_norm (gradients are scaled down to it).
@@ -34,18 +36,18 @@ class PolicyModule(L.LightningModule):
     Attributes:
         title: the method's name in tables.
         unit: what one batch is called in messages.
-        settings: of the encoder that comes of it.
-        rollout_batches: batches trained on so far, whether anything was rolled out for them or not.
+        settings: of the encoder that is trained.
+        rollout_batches: batches trained on so far, with rollouts or without.
         report: of the last batch.
 
     Args:
         policy: is trained.
-        engine: writes rationales, for training or for what looks on.
+        engine: writes rationales, for training or for callbacks.
         instruction, max_prompt_tokens, template_kwargs: of the prompt renderer.
-        rationale: whether embeddings are trained, and so to be evaluated, with rationales.
+        rationale: whether embeddings are trained and evaluated with rationales.
 
     Raises:
-        ValueError: lengths that the policy's context does not hold.
+        ValueError: prompt and rationale can be longer than the policy's context.
     """
 
     title = "GRACE"
@@ -75,20 +77,15 @@ class PolicyModule(L.LightningModule):
         )
         self.renderer = PromptRenderer(policy.tokenizer, instruction, max_prompt_tokens, self.settings.template_kwargs)
         self.rollout_batches = 0
-        self.report: BatchReport | None = None
+        self.report: BatchMetrics | None = None
 
     def encoder(self, rationale: bool | None = None, temperature: float = 0.0) -> RationaleEncoder:
-        """The policy as it is now, as an encoder of texts; with rationales if it is trained with them, unless told otherwise."""
+        """Returns the policy as it is now as an encoder of texts; with rationales if it is trained with them, by default."""
         rationale = self.settings.rationale if rationale is None else rationale
         return RationaleEncoder(self.policy, self.settings, self.engine, rationale=rationale, temperature=temperature)
 
     def setup(self, stage: str) -> None:
-        """Refuses what would train wrongly in silence.
-
-        Raises:
-            ValueError: float16 arithmetic (its gradients are scaled where they are clipped here), or weights in bfloat16 (most steps
-                are smaller than the distance to the next of its numbers).
-        """
+        """Raises ValueError for float16 arithmetic (gradients are clipped here without unscaling) or weights in bfloat16 (too coarse)."""
         if self.trainer.precision not in PRECISIONS:
             raise ValueError(
                 f"trainer.precision={self.trainer.precision}: use bf16-mixed or 32-true. float16 would overflow its loss scale, and "
@@ -101,7 +98,7 @@ class PolicyModule(L.LightningModule):
         return Ranks.of(self)
 
     def take_step(self, instance_ids: Sequence[str]) -> float:
-        """Clips, checks and applies the gradient; returns its norm before clipping.
+        """Checks, clips and applies the gradient; returns its norm before clipping.
 
         Raises:
             NonFiniteError: it is not finite.
@@ -129,11 +126,11 @@ class PolicyModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def transfer_batch_to_device(self, batch: list[Triplet], device: torch.device, dataloader_idx: int) -> list[Triplet]:
-        """Batches are text: nothing to move."""
+        """Returns the batch, which is text."""
         return batch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what it takes to make the policy again, under `grace`."""
+        """Adds what it takes to build the policy again, under `grace`."""
         checkpoint["grace"] = {
             "method": type(self).__name__,
             "policy_path": self.policy.path,
@@ -145,7 +142,7 @@ class PolicyModule(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the count of batches from it.
+        """Restores the count of batches.
 
         Raises:
             ValueError: another method's checkpoint.
@@ -157,3 +154,18 @@ class PolicyModule(L.LightningModule):
             )
         use_new_settings(checkpoint, self.hparams)
         self.rollout_batches = checkpoint["grace"]["rollout_batches"]
+
+
+def use_new_settings(checkpoint: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Puts a changed learning rate or weight decay into the checkpoint's optimiser and scheduler, which would restore the old ones."""
+    begun = checkpoint["hyper_parameters"]
+    changed = [name for name in ("learning_rate", "weight_decay") if begun[name] != settings[name]]
+    for name in changed:
+        log.warning("goes on with module.%s=%g in place of %g", name, settings[name], begun[name])
+    rate = settings["learning_rate"]
+    for group in (group for state in checkpoint["optimizer_states"] if changed for group in state["param_groups"]):
+        if "learning_rate" in changed:
+            group["lr"], group["initial_lr"] = group["lr"] / begun["learning_rate"] * rate, rate
+        group["weight_decay"] = settings["weight_decay"]
+    for scheduler in checkpoint["lr_schedulers"] if "learning_rate" in changed else []:
+        scheduler["base_lrs"] = [rate] * len(scheduler["base_lrs"])

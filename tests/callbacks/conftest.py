@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 
 from experiments.tiny_policy.policy import TINY_INSTRUCTION
 from src.callbacks.monitoring import as_grace
-from src.modules.grace import GRACE, Algorithm
+from src.modules.grace import GRACE
 from src.modules.objectives import advantages, losses, rewards
+from src.modules.objectives.algorithm import Algorithm
 from src.modules.policy.model import Policy
 from src.modules.rollouts.hf import HFEngine
 from src.records import Triplet

@@ -10,16 +10,16 @@ from src.callbacks.reward_diagnostics import RewardDiagnostics, diagnose, within
 from src.callbacks.throughput import Throughput, peak_memory, speeds
 from src.modules.grace import GRACE
 from src.modules.objectives import advantages, rewards
-from src.modules.objectives.rewards import Reward
 from src.modules.policy.model import Policy
-from src.modules.training.report import StepReport
+from src.modules.training.metrics import GRACEMetrics
+from src.modules.types import Reward
 from src.utils.run_logger import RunLogger
 from tests.callbacks.conftest import fit, make_module
 
 
-def report(unrelated_similarity: float = 0.25) -> StepReport:
+def report(unrelated_similarity: float = 0.25) -> GRACEMetrics:
     term = torch.tensor([[1.0, 3.0], [5.0, 5.0]])
-    return StepReport(
+    return GRACEMetrics(
         reward=Reward({"positive": term}, {"positive": 2.0}, 2 * term),
         other_rewards={"query": torch.tensor([[1.0, 3.0], [2.0, 2.0]])},
         advantages=torch.tensor([[-1.0, 1.0], [0.0, 0.0]]),

@@ -18,10 +18,11 @@ from src.callbacks.rationale_table import RationaleTable, write_rationales
 from src.callbacks.reward_diagnostics import RewardDiagnostics
 from src.callbacks.similarities import SimilarityHistograms, similarities
 from src.callbacks.starting_policy_kl import StartingPolicyKL, score
-from src.modules.grace import GRACE, NonFiniteError
+from src.modules.grace import GRACE
 from src.modules.objectives import rewards
-from src.modules.objectives.rewards import Embeddings, Reward
 from src.modules.policy.model import Policy
+from src.modules.training.finite import NonFiniteError
+from src.modules.types import Embeddings, Reward
 from src.utils.checkpoint_io import read_checkpoint
 from src.utils.run_logger import RunLogger
 from tests.callbacks.conftest import Interrupt, fit, make_module, triplets

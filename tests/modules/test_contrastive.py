@@ -16,8 +16,8 @@ from src.modules.encoder.export import load_policy
 from src.modules.objectives.info_nce import info_nce
 from src.modules.objectives.pairs import supervised
 from src.modules.policy.model import Policy
-from src.modules.policy_module import NonFiniteError
 from src.modules.rollouts.hf import HFEngine
+from src.modules.training.finite import NonFiniteError
 from src.records import Triplet
 from tests.builders import SENTENCES, small_policy
 

@@ -1,4 +1,4 @@
-"""What a policy-gradient algorithm is here: functions and numbers, put together by a config."""
+"""A policy-gradient algorithm: functions and numbers, put together by a file in configs/algorithm."""
 
 import inspect
 from collections.abc import Callable
@@ -8,39 +8,37 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from src.modules.objectives.aggregation import token_mean
-from src.modules.objectives.importance import Level, truncated_importance_weights
-from src.modules.objectives.kl import ESTIMATORS, Estimator
-from src.modules.objectives.losses import TokenLoss
-from src.modules.objectives.truncation import Penalty, penalise_truncated
+from src.modules.objectives.losses import ESTIMATORS, Estimator, Level, TokenLoss, token_mean, truncated_importance_weights
+
+Penalty = Literal["relative", "constant", "mask", "none"]
+"""What a rollout that met the length limit gets; see shaping.penalise_truncated."""
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A policy-gradient algorithm: which advantage, which loss, how its tokens are summed, how many steps.
+    """Which advantage, which loss, how its tokens are summed, how many optimiser steps a rollout batch, and what is added.
 
     Attributes:
-        advantage: (rewards [B, K], keep [B, K] bool) -> advantages [B, K]; with `greedy_baseline` a third argument, the
-            greedy rollouts' rewards [B].
+        advantage: (rewards [B, K], keep [B, K] bool) -> advantages [B, K]; with `greedy_baseline` a third argument, the rewards of the
+            greedy rollouts [B].
         loss: (logprobs [N, T], old_logprobs [N, T], advantages [N, T], mask [N, T]) -> TokenLoss.
         aggregation: (lengths [n] of a minibatch's rollouts) -> weight of each rollout's tokens [n].
-        updates_per_batch: optimiser steps a rollout batch, each on its share of the instances; 1 is purely on-policy.
-        truncation, truncation_size: see `penalise_truncated`.
-        gae_lambda: None gives every token its rationale's advantage, as published; a number from 0 to 1 gives each the
-            advantage of what the reward gained from it on (see `token_returns`).
-        overlong: (lengths [B, K]) -> what is added to the rewards [B, K], such as `soft_overlong`.
-        greedy_baseline: one greedy rollout more for each positive, scored for the advantage alone.
-        min_group_std, max_extra_batches: see `GroupBuffer`.
-        kl_coef: of the divergence from the reference, the policy as training began; 0 keeps no reference in memory.
-        kl_estimator: see src/modules/objectives/kl.py.
-        kl_in: `loss`, token by token; `reward`, the sum over a rollout's tokens is taken off its reward, whatever truncation made of
-            that; with `gae_lambda` each token's own is taken off what it earned.
-        tis_cap, tis_level: see `truncated_importance_weights`; None leaves it out, as where engine and trainer agree.
-            The old log-probs of the loss are then the trainer's own, as they are wherever the engine gives no embeddings and so
-            a pass is made; else they are the engine's.
+        updates_per_batch: optimiser steps a rollout batch, each on its share of the groups; 1 is on-policy.
+        truncation, truncation_size: see shaping.penalise_truncated.
+        gae_lambda: None gives every token its rationale's advantage, as published; 0 to 1 gives each the advantage of what the reward
+            gains from it on (see credit.token_returns).
+        overlong: (lengths [B, K]) -> what is added to the rewards [B, K], such as shaping.soft_overlong.
+        greedy_baseline: sample one more, greedy rollout of each text, whose reward is the baseline.
+        min_group_std, max_extra_batches: dynamic sampling; see training/dynamic_sampling.py.
+        kl_coef: weight of the divergence from the reference, the policy as training began; 0 keeps no reference in memory.
+        kl_estimator: k1, k2 or k3 of losses.py.
+        kl_in: `loss`, token by token; `reward`, the sum over a rollout's tokens is subtracted from its reward after truncation; with
+            `gae_lambda` each token's own part is subtracted from what it gained.
+        tis_cap, tis_level: see losses.truncated_importance_weights; None for no correction, as for an exact engine. With a correction the
+            old log-probs of the loss are the trainer's own, and else the engine's if it reports them.
 
     Raises:
-        ValueError: a number or a name without sense, or an advantage function that `greedy_baseline` gives too much or too little.
+        ValueError: a number or a name out of range, or an advantage function whose arguments do not fit `greedy_baseline`.
     """
 
     advantage: Callable[..., Tensor]
@@ -67,8 +65,8 @@ class Algorithm:
             raise ValueError(f"algorithm.gae_lambda={self.gae_lambda}: it is null, or a number from 0 to 1")
         if self.gae_lambda is not None and self.greedy_baseline:
             raise ValueError(
-                f"algorithm.gae_lambda={self.gae_lambda} judges each token by what the reward gains from it on, and has no use for "
-                "algorithm.greedy_baseline=true: set gae_lambda to null (ReMax as published)"
+                f"algorithm.gae_lambda={self.gae_lambda} compares prefixes, and has no use for algorithm.greedy_baseline=true: set "
+                "gae_lambda to null (ReMax as published)"
             )
         for name in ("min_group_std", "max_extra_batches", "kl_coef"):
             if getattr(self, name) < 0:
@@ -92,9 +90,7 @@ class Algorithm:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)!r}: it is {' or '.join(allowed)}")
         if self.kl_coef and self.kl_estimator == "k1" and self.kl_in == "loss":
-            raise ValueError(
-                "algorithm.kl_estimator=k1 in the loss pushes nowhere: the mean of its gradient is 0. Use k2 or k3, or kl_in=reward"
-            )
+            raise ValueError("algorithm.kl_estimator=k1 in the loss has a mean gradient of 0: use k2 or k3, or algorithm.kl_in=reward")
 
     @property
     def kl_in_loss(self) -> bool:
@@ -104,21 +100,8 @@ class Algorithm:
     def kl_in_reward(self) -> bool:
         return self.kl_coef > 0 and self.kl_in == "reward"
 
-    def judged(self, rewards: Tensor, lengths: Tensor, finished: Tensor, divergence: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Rewards as the advantage sees them, [B, K], and which rollouts count, [B, K] bool.
-
-        Args:
-            rewards, lengths, finished: [B, K] float32, int64 and bool.
-            divergence: [B, K] float32, from the reference, summed over each rollout's tokens; None takes nothing off.
-        """
-        if self.overlong is not None:
-            rewards = rewards + self.overlong(lengths)
-        rewards, keep = penalise_truncated(rewards, finished, self.truncation, self.truncation_size)
-        # last: a rationale that met the limit is charged for its distance like any other
-        return rewards if divergence is None else rewards - self.kl_coef * divergence, keep
-
     def divergence(self, logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-        """[N, T] float32: estimates of the divergence from the reference by token, from log-probs [N, T] of both; 0 where masked."""
+        """Returns [N, T] float32, the divergence from the reference by token, from log-probs [N, T] of both; 0 where masked."""
         return ESTIMATORS[self.kl_estimator](torch.where(mask, logprobs, 0.0), torch.where(mask, reference, 0.0))
 
     def token_loss(
@@ -130,15 +113,15 @@ class Algorithm:
         reference: Tensor | None = None,
         engine: Tensor | None = None,
     ) -> TokenLoss:
-        """The loss with what is put on it: importance weights on the policy gradient, and the divergence from the reference.
+        """Returns the loss with importance weights and with the divergence from the reference, as far as the algorithm has them.
 
         Args:
             logprobs, old_logprobs, advantages, mask: of `loss`.
             reference: [N, T] log-probs under the reference, for the divergence in the loss.
-            engine: [N, T] log-probs by the engine that sampled, for importance weights.
+            engine: [N, T] log-probs of the engine that sampled, for importance weights.
 
         Raises:
-            ValueError: what this algorithm needs of the two is not there.
+            ValueError: the algorithm needs one of the two and it is None.
         """
         plain = self.loss(logprobs, old_logprobs, advantages, mask)
         loss = plain.loss

@@ -1,8 +1,7 @@
-"""Credit along a rationale: which of its tokens earned the reward. Pure functions.
+"""Advantages of tokens: a rationale's own for all its tokens, as published, or what each token contributed (token credit).
 
-A mean-pooled embedding exists after every token, so the reward of a rationale cut there can be computed too, and it says
-what the tokens so far have earned. This is the project's own addition to GRACE, which gives every token of a rationale
-the rationale's advantage.
+A mean-pooled embedding exists after every token, so the reward of a rationale cut there can be computed as well; differences of these
+prefix rewards say what each token contributed. Token credit is this project's addition to GRACE. Pure functions.
 """
 
 from collections.abc import Callable
@@ -10,41 +9,56 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from src.modules.types import Rollouts
+from src.modules.objectives.algorithm import Algorithm
+from src.modules.objectives.shaping import RoleReward, ShapedRewards
+from src.modules.types import RoleRollouts, Rollouts
 
 
-def prefix_rewards(reward: Callable[[Tensor], Tensor], prefixes: Tensor) -> Tensor:
-    """Rewards if every rationale of a side were cut after t tokens, t = 0 .. R; the other sides are taken as they are.
+def token_advantages(algorithm: Algorithm, shaped: ShapedRewards, group: RoleRollouts, reward: RoleReward) -> Tensor:
+    """Returns [G, K, R] advantages of the rationales' tokens, 0 past their ends; [G, K, 1] without `gae_lambda`: one for all tokens.
 
     Args:
-        reward: of the side's rollouts from their unit vectors, [G, K, D] -> [G, K] (see `standing_in`).
-        prefixes: [G, K, R + 1, D] unit vectors after t tokens; where a rationale has fewer, its last.
+        reward: of the role's rollouts; called for every prefix length with `gae_lambda`.
+    """
+    if group.prefixes is None or algorithm.gae_lambda is None:
+        baseline = () if shaped.baseline is None else (shaped.baseline,)
+        return algorithm.advantage(shaped.rewards, shaped.keep, *baseline).unsqueeze(2)
+    after = prefix_rewards(reward, group.prefixes)
+    # the reward of a prefix as long as the rationale is not the rationale's reward: the other rollouts are cut at that length too
+    at_end = shaped.rewards - after.gather(2, group.lengths.unsqueeze(2)).squeeze(2)
+    costs = None
+    if group.divergence is not None:  # charged to the token that caused it, not to the last one
+        costs = algorithm.kl_coef * group.divergence
+        at_end = at_end + costs.sum(dim=2)
+        costs = torch.nn.functional.pad(costs, (0, after.shape[2] - 1 - costs.shape[2]))
+    returns = token_returns(after, at_end, group.lengths, algorithm.gae_lambda, costs)
+    return compare_by_position(algorithm.advantage, returns, group.lengths, shaped.keep)
 
-    Returns:
-        [G, K, R + 1] float32. The value at a rationale's own end is not its reward: the others are cut there as well.
+
+def prefix_rewards(reward: RoleReward, prefixes: Tensor) -> Tensor:
+    """Returns [G, K, R + 1] float32, the rewards if every rationale of a role were cut after t = 0 .. R tokens.
+
+    Args:
+        reward: of the role's rollouts; the other roles are held.
+        prefixes: [G, K, R + 1, D] unit vectors, constant past a rationale's end.
     """
     return torch.stack([reward(prefixes[:, :, t]) for t in range(prefixes.shape[2])], dim=2)
 
 
-def token_returns(prefix_rewards: Tensor, at_end: Tensor, lengths: Tensor, decay: float, costs: Tensor | None = None) -> Tensor:
-    """What the reward gained from each token on, later tokens counting less.
+def token_returns(prefix_rewards: Tensor, at_end: Tensor, lengths: Tensor, gae_lambda: float, costs: Tensor | None = None) -> Tensor:
+    """Returns what the reward gains from each token on, [B, K, R] float32, 0 past a rationale's end.
 
-    G[t] = sum_{l >= 0} decay^l (F[t + l + 1] - F[t + l]), F[t] the reward after t tokens: generalised advantage estimation
-    (Schulman et al., arXiv 1506.02438, eq. 16) with the prefix reward as its value function; `at_end` makes F[end] what the
-    rationale earned. decay = 1 is the reward still to come, F[end] - F[t]: F[t] depends on no token of the rationale from t
-    on, so it is a baseline that leaves the mean of the gradient as it is. Below 1 a token is judged by what follows soon,
-    with far less noise and some bias; a term of the reward that is one number for a whole group then cancels among
-    rationales of one length alone.
+    G[t] = sum_{l >= 0} lambda^l (F[t + l + 1] - F[t + l]), with F[t] the reward after t tokens: generalised advantage estimation (Schulman
+    et al., arXiv 1506.02438, eq. 16) with prefix rewards as the value function. With lambda = 1 it is the reward still to come,
+    F[end] - F[t]: F[t] depends on no token from t on, so it is a baseline that leaves the mean of the gradient unchanged. Below 1 the noise
+    is smaller and there is a bias; a term that is one number for a group then cancels only among rationales of one length.
 
     Args:
         prefix_rewards: [B, K, R + 1].
-        at_end: [B, K], what the last token gains besides: the rationale's reward, with any penalty, less F at its length.
+        at_end: [B, K], added to the gain of the last token: the shaped reward of the rationale minus F at its length.
         lengths: [B, K] int64, tokens of each rationale, at least 1.
-        decay: 0 to 1.
-        costs: [B, K, R], what each token loses besides, such as its divergence from the reference; 0 past the end.
-
-    Returns:
-        [B, K, R] float32, 0 past a rationale's end.
+        gae_lambda: 0 to 1.
+        costs: [B, K, R], subtracted from the gain of each token, such as its divergence; 0 past the end.
     """
     steps = prefix_rewards.shape[2] - 1
     positions = torch.arange(steps, device=prefix_rewards.device)
@@ -55,21 +69,21 @@ def token_returns(prefix_rewards: Tensor, at_end: Tensor, lengths: Tensor, decay
     returns = torch.zeros_like(gains)
     ahead = torch.zeros_like(at_end)
     for t in range(steps - 1, -1, -1):
-        ahead = gains[:, :, t] + decay * ahead
+        ahead = gains[:, :, t] + gae_lambda * ahead
         returns[:, :, t] = ahead
     return returns
 
 
-def token_advantages(advantage: Callable[[Tensor, Tensor], Tensor], returns: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
-    """[B, K, R]: at each position the advantages of its returns [B, K] among the kept rollouts that reach it."""
+def compare_by_position(advantage: Callable[[Tensor, Tensor], Tensor], returns: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
+    """Returns [B, K, R]: at each position the advantages of the returns [B, K] among the kept rollouts that reach it."""
     reached = torch.arange(returns.shape[2], device=returns.device) < lengths.unsqueeze(2)
     columns = [advantage(returns[:, :, t], keep & reached[:, :, t]) for t in range(returns.shape[2])]
     return torch.stack(columns, dim=2)
 
 
-def from_tokens(values: Tensor, rollouts: Rollouts, longest: int) -> Tensor:
-    """[N, R] of the rationales' tokens from values [N, T] at their positions, 0 past a rationale's end; R = `longest`."""
-    mask = rollouts.rationale_mask
+def from_tokens(values: Tensor, rollouts: Rollouts) -> Tensor:
+    """Returns [N, R] of the rationales' tokens from values [N, T] at their positions, 0 past a rationale's end."""
+    mask, longest = rollouts.rationale_mask, int(rollouts.rationale_lengths.max())
     rows, columns = mask.nonzero(as_tuple=True)
     taken = values.new_zeros(len(mask), longest)
     taken[rows, columns - rollouts.prompt_lengths[rows]] = values[rows, columns]
@@ -77,8 +91,10 @@ def from_tokens(values: Tensor, rollouts: Rollouts, longest: int) -> Tensor:
 
 
 def at_tokens(values: Tensor, rollouts: Rollouts) -> Tensor:
-    """[N, R] values of the rationales' tokens as [N, T], each at its token's position, 0 elsewhere."""
+    """Returns [N, T] from values [N, R] of the rationales' tokens, or [N, 1] for all of them: each at its position, 0 elsewhere."""
     mask = rollouts.rationale_mask
+    if values.shape[1] == 1:
+        return values * mask
     rows, columns = mask.nonzero(as_tuple=True)
     placed = values.new_zeros(mask.shape)
     placed[rows, columns] = values[rows, columns - rollouts.prompt_lengths[rows]]

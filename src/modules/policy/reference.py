@@ -6,9 +6,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from src.modules.policy.batching import packed_batches
 from src.modules.policy.lora import has_lora, without_lora
 from src.modules.policy.model import Policy
-from src.modules.training.scoring import GroupEncoding, micro_batches
 from src.modules.types import Rollouts
 
 
@@ -31,15 +31,15 @@ class Reference:
         self.policy = policy if self._adapted else Policy(copy.deepcopy(policy.model).requires_grad_(False).eval(), policy.tokenizer)
 
     @torch.no_grad()
-    def logprobs(self, rollouts: Rollouts, how: GroupEncoding) -> Tensor:
-        """[B*K, T] float32 log-probs of the rationales' tokens, 0 elsewhere."""
+    def logprobs(self, rollouts: Rollouts, k: int, micro_batch_tokens: int, temperature: float) -> Tensor:
+        """Returns [G*K, T] float32 log-probs of the rationales' tokens at the sampling temperature, 0 elsewhere."""
         policy = self.policy
         if not self._adapted:
             policy.to(rollouts.input_ids.device)  # no module holds the copy, so none moves it
         values = torch.zeros(rollouts.input_ids.shape, device=rollouts.input_ids.device)
         with without_lora(policy.model) if self._adapted else nullcontext():
-            for rows in micro_batches(rollouts, torch.arange(len(rollouts)), how.num_generations, how.micro_batch_tokens):
+            for rows in packed_batches(rollouts, torch.arange(len(rollouts)), k, micro_batch_tokens):
                 part = rollouts[rows]
-                own, _ = policy.logprobs(part, policy.hidden_states(part, rows // how.num_generations), how.temperature)
+                own, _ = policy.logprobs(part, policy.hidden_states(part, rows // k), temperature)
                 values[rows, : own.shape[1]] = own
         return values

@@ -11,16 +11,15 @@ from src.modules.types import Rollouts
 
 
 def informative(rewards: Tensor, keep: Tensor, min_std: float) -> Tensor:
-    """[B] bool: the groups whose kept rewards have a (population) standard deviation of at least `min_std`.
+    """Returns [B] bool: the groups whose kept rewards have a (population) standard deviation of at least `min_std`.
 
-    DAPO's rewards are 1 or -1, and it leaves out groups in which all rollouts earned the same: their advantages are 0. Here
-    rewards are continuous and never quite the same. What is left out are groups whose rollouts differ by less than
-    `min_std`: nearly equal rationales, whose order is decided by rounding and by little else, and which a division by the
-    group's deviation would blow up to the size of all others. A group that keeps fewer than two rollouts has a deviation of 0.
+    DAPO's rewards are 1 or -1, and it leaves out groups in which all rewards are equal. Here rewards are continuous and hardly ever equal;
+    groups are left out whose rewards differ by less than `min_std`: their order is decided by rounding, and a division by the group's
+    deviation would scale it up. A group that keeps fewer than two rollouts has a deviation of 0.
 
     Args:
-        rewards, keep: [B, K] float32, as the advantage sees them, and bool.
-        min_std: on the scale of the rewards; 0 leaves nothing out.
+        rewards, keep: [B, K] float32, shaped, and bool.
+        min_std: on the scale of the rewards; 0 leaves none out.
     """
     counts = keep.sum(dim=1).clamp(min=1)
     mean = (rewards * keep).sum(dim=1) / counts
@@ -29,15 +28,14 @@ def informative(rewards: Tensor, keep: Tensor, min_std: float) -> Tensor:
 
 
 class GroupBuffer:
-    """Gathers informative groups over rollout batches, all of one and the same policy, until they make an update.
+    """Holds informative groups over several rollout batches of one policy, until they are enough for an update.
 
-    An update is due once there are as many as a rollout batch has, or after `max_extra_batches` rollout batches more than
-    one, with what is there; what the last batch has beyond that is dropped, as the policy has moved on when the next update is
-    due. The policy stands still meanwhile, so nothing gathered is off-policy.
+    An update is due once there are as many groups as one rollout batch has, or after `max_extra_batches` batches more than one, with what
+    is there. Surplus groups of the last batch are dropped, as they would be off-policy at the next update.
 
     Args:
-        min_std: see `informative`.
-        max_extra_batches: most further rollout batches for one update; 0 learns from what the first one left.
+        min_std: see `informative`; 0 passes every batch on.
+        max_extra_batches: most further rollout batches for one update.
     """
 
     def __init__(self, min_std: float = 0.0, max_extra_batches: int = 0) -> None:
@@ -46,20 +44,18 @@ class GroupBuffer:
         self.batches = 0
 
     def add(self, experience: Experience, rewards: Tensor, ranks: Ranks = ALONE) -> Experience | None:
-        """Takes in a rollout batch of B groups with their rewards, [B, K]; gives back what an update is to learn from.
-
-        Each rank holds its own groups; whether there are enough is decided by those of all.
+        """Takes in this rank's groups of a rollout batch with their shaped rewards, [B, K]; returns what an update is to learn from.
 
         Returns:
-            None while more is to be sampled, or where even the last batch brought this rank nothing to learn from.
+            None while more groups are needed, or if this rank has none even after the last batch.
         """
+        if self.min_std <= 0:
+            return experience
         groups = len(experience)
         held, wanted = ranks.total(sum(len(part) for part in self.held), groups)
         worth = informative(rewards, experience.keep, self.min_std)
         worth = worth & ranks.own(ranks.gather(worth, groups).cumsum(0) <= wanted - held, groups)
-        if worth.all():
-            self.held.append(experience)
-        elif worth.any():
+        if worth.any():
             self.held.append(experience.select(worth.nonzero().flatten()))
         self.batches += 1
         held = ranks.total(sum(len(part) for part in self.held))[0]
@@ -70,18 +66,21 @@ class GroupBuffer:
         return concatenate(ready) if ready else None
 
     def state_dict(self) -> dict[str, Any]:
-        """What is held, as plain containers of tensors: a run that is stopped loses nothing of it."""
-        unused = {"embeddings": None, "prefix_embeddings": None, "prompt_embeddings": None}
-        held = [vars(part) | {"rollouts": vars(part.rollouts) | unused} for part in self.held]
-        return {"held": held, "batches": self.batches}
+        """Returns what is held, as plain containers of tensors."""
+        return {"held": [vars(part) | {"rollouts": vars(part.rollouts)} for part in self.held], "batches": self.batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.held = [Experience(**{**part, "rollouts": Rollouts(**part["rollouts"])}) for part in state["held"]]
+        self.held = [Experience(**{**part, "rollouts": rollouts_of(part["rollouts"])}) for part in state["held"]]
         self.batches = state["batches"]
 
 
+def rollouts_of(saved: dict[str, Any]) -> Rollouts:
+    """Reads rollouts from a checkpoint; those of earlier versions call `text_starts` prefix_lengths."""
+    return Rollouts(**{"text_starts" if name == "prefix_lengths" else name: value for name, value in saved.items()})
+
+
 def shared_out(states: Sequence[dict[str, Any]], ranks: Ranks) -> dict[str, Any]:
-    """What a rank goes on with of the states that ranks held: its own, or where they were more or fewer than now, a part of all."""
+    """Returns the state that this rank goes on with: its own, or a part of all if the number of ranks has changed."""
     if len(states) == ranks.count:
         return states[ranks.rank]
     parts = [part for state in states for part in state["held"]]

@@ -1,25 +1,26 @@
-"""What an update learns from: rollouts and what they earned, whole groups at a time."""
+"""What an update learns from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from src.modules.types import Rollouts
 
 
 @dataclass(frozen=True)
 class Experience:
-    """B groups of K rollouts.
+    """B groups of K rollouts of this rank.
 
     Attributes:
-        rollouts: B*K, those of an instance side by side.
+        rollouts: B*K, those of a text side by side.
         advantages: [B*K, T] float32, 0 outside the rationales.
-        keep: [B, K] bool, False on rollouts that are left out of the loss.
-        old_logprobs: [B*K, T] float32 of the sampling policy; None where one update makes them those of the update.
-        reference_logprobs: [B*K, T] float32; None where the algorithm has no reference.
+        keep: [B, K] bool, False on rollouts that are left out of the algorithm's loss.
+        old_logprobs: [B*K, T] float32 of the sampling policy; None if one update makes them those of the update.
+        reference_logprobs: [B*K, T] float32; None if the algorithm has no reference.
         instance_ids: B record ids.
         embedding_gradients: [B*K, D] float32, derivative of the rewards in each rollout's unit vector; None without a pathwise term.
     """
@@ -37,11 +38,11 @@ class Experience:
 
     @property
     def tokens(self) -> int:
-        """How many tokens the loss counts."""
+        """How many tokens the algorithm's loss counts."""
         return int((self.rollouts.rationale_lengths * self.keep.flatten()).sum())
 
     def select(self, groups: Tensor) -> "Experience":
-        """Some of the groups, [n] int64 indices, n >= 1."""
+        """Returns some of the groups, [n] int64 indices, n >= 1."""
         k = self.keep.shape[1]
         rows = (groups.unsqueeze(1) * k + torch.arange(k, device=groups.device)).flatten()
         rollouts = self.rollouts[rows]
@@ -52,45 +53,52 @@ class Experience:
         return Experience(rollouts, self.advantages[rows, :columns], self.keep[groups], old, reference, ids, gradients)
 
     def to(self, device: torch.device | str) -> "Experience":
-        """The same on another device."""
+        """Returns the same on another device."""
         moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Rollouts)}
         return replace(self, **moved)
 
 
+@dataclass(frozen=True)
+class Context:
+    """Queries and negatives that are embedded in the update for the pathwise term, and not learned from by their log-probs.
+
+    Attributes:
+        rollouts: N of them, one rollout each.
+        gradients: [N, D] float32, derivative of the rewards in the unit vector of each.
+        instances: [N] int64, place of their instance among this rank's.
+    """
+
+    rollouts: Rollouts
+    gradients: Tensor
+    instances: Tensor
+
+    def __len__(self) -> int:
+        return len(self.instances)
+
+    def select(self, instances: Tensor) -> "Context | None":
+        """Returns the texts of some instances, [n] int64; None if there are none."""
+        rows = torch.isin(self.instances, instances).nonzero().flatten()
+        return Context(self.rollouts[rows], self.gradients[rows], self.instances[rows]) if len(rows) else None
+
+
 def concatenate(parts: Sequence[Experience]) -> Experience:
-    """Groups of several rollout batches or sides as one; all from the same policy and with the same K."""
+    """Joins groups of several rollout batches or roles; all of the same policy and with the same K."""
     if len(parts) == 1:
         return parts[0]
-    rollouts = [part.rollouts for part in parts]
-    columns = max(part.input_ids.shape[1] for part in rollouts)
-    return Experience(
-        Rollouts(
-            input_ids=_joined([part.input_ids for part in rollouts], columns),
-            text_starts=_joined([part.text_starts for part in rollouts]),
-            prompt_lengths=_joined([part.prompt_lengths for part in rollouts]),
-            lengths=_joined([part.lengths for part in rollouts]),
-            finished=_joined([part.finished for part in rollouts]),
-            logprobs=_joined_if_there([part.logprobs for part in rollouts], columns),
-        ),
-        _joined([part.advantages for part in parts], columns),
-        _joined([part.keep for part in parts]),
-        _joined_if_there([part.old_logprobs for part in parts], columns),
-        _joined_if_there([part.reference_logprobs for part in parts], columns),
-        tuple(name for part in parts for name in part.instance_ids),
-        _joined_if_there([part.embedding_gradients for part in parts]),
-    )
+    joined = {f.name: _join([getattr(part.rollouts, f.name) for part in parts]) for f in fields(Rollouts)}
+    others = {f.name: _join([getattr(part, f.name) for part in parts]) for f in fields(Experience)[1:] if f.name != "instance_ids"}
+    return Experience(rollouts=Rollouts(**joined), instance_ids=tuple(name for part in parts for name in part.instance_ids), **others)
 
 
 def interleaving(sizes: Sequence[int]) -> Tensor:
-    """An order, int64, of parts of so many groups one behind the other, in which any stretch holds of each its share."""
+    """Returns an order, int64, of parts of these sizes, one behind the other, in which any stretch holds a like share of each."""
     return torch.cat([torch.arange(size) / size for size in sizes]).argsort(stable=True)
 
 
-def _joined(tensors: Sequence[Tensor], columns: int | None = None) -> Tensor:
-    """One after the other; padded to so many columns, with anything, as no mask reaches beyond a rollout's length."""
-    return torch.cat([x if columns is None else torch.nn.functional.pad(x, (0, columns - x.shape[-1])) for x in tensors])
-
-
-def _joined_if_there(tensors: Sequence[Tensor | None], columns: int | None = None) -> Tensor | None:
+def _join(tensors: Sequence[Tensor | None]) -> Any:
+    """Joins rows; columns of token positions are padded, as no mask reaches beyond a rollout's length. None if one of them is."""
     present = [x for x in tensors if x is not None]
-    return _joined(present, columns) if len(present) == len(tensors) else None
+    if len(present) < len(tensors):
+        return None
+    columns = max(x.shape[-1] for x in present)
+    return torch.cat([pad(x, (0, columns - x.shape[-1])) if x.dim() == 2 else x for x in present])

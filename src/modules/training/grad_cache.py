@@ -1,8 +1,7 @@
-"""The gradient of a loss over a whole batch of embeddings, in the memory of a part of it (GradCache, arXiv 2101.06983).
+"""The gradient of a loss over all embeddings of a batch, in the memory of a part of it (GradCache, arXiv 2101.06983).
 
-All parts are embedded without a graph; the loss and its gradient are taken at the embeddings; each part is embedded once
-more, with a graph, and its share of that gradient sent back through it. Where the model draws random numbers (dropout), a
-part's second pass draws those of its first: it would otherwise be another embedding than the one the gradient was taken at.
+All parts are embedded without a graph; the loss and its gradient are taken at the embeddings; each part is embedded again with a graph,
+and its share of that gradient is sent back through it. The second pass of a part draws the random numbers (dropout) of its first.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class RandomState:
-    """Where the generators of torch stand: the CPU's, and a GPU's where one computes."""
+    """States of torch's generators: the CPU's, and the GPU's if it computes."""
 
     device: torch.device
     cpu: Tensor
@@ -26,12 +25,12 @@ class RandomState:
 
     @classmethod
     def now(cls, device: torch.device) -> "RandomState":
-        """As it is."""
+        """Returns the present states."""
         return cls(device, torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """While in force, the numbers are drawn that were drawn from this state on; afterwards the generators are as before."""
+        """Draws, while in force, the numbers that followed this state; restores the generators afterwards."""
         with torch.random.fork_rng([] if self.gpu is None else [self.device]):
             torch.set_rng_state(self.cpu)
             if self.gpu is not None:
@@ -46,15 +45,15 @@ def cached_gradient(
     backward: Callable[[Tensor], None],
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Adds up the gradient of `loss` over all parts together, with the graph of one part in memory at a time.
+    """Accumulates the gradient of `loss` over all parts together, with the graph of one part in memory at a time.
 
-    A single part takes one pass, and not two.
+    A single part takes one pass.
 
     Args:
-        embed: a part to its [n_i, D] embeddings; it may draw random numbers, from torch's generators.
+        embed: a part -> its [n_i, D] embeddings; it may draw from torch's generators.
         parts: at least one.
         loss: [N, D] of all parts, in their order, to a scalar.
-        backward: takes a scalar and adds its gradient up.
+        backward: takes a scalar and accumulates its gradient.
         device: of the embeddings.
 
     Returns:
@@ -77,21 +76,3 @@ def cached_gradient(
         with state.again():
             backward((embed(part) * share).sum())  # whose gradient at the embeddings is `share`
     return value.detach(), embeddings.detach()
-
-
-def parts_by_length(lengths: Tensor, tokens: int) -> list[Tensor]:
-    """Cuts texts into parts of like lengths, each of at most `tokens` tokens with its padding; indices, [n_i] int64 each.
-
-    A text that alone is longer stands alone.
-
-    Args:
-        lengths: [N] int64.
-    """
-    sizes = lengths.tolist()
-    parts: list[list[int]] = []
-    for row in sorted(range(len(sizes)), key=sizes.__getitem__):
-        if parts and (len(parts[-1]) + 1) * sizes[row] <= tokens:
-            parts[-1].append(row)
-        else:
-            parts.append([row])
-    return [torch.tensor(part) for part in parts]

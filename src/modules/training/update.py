@@ -1,7 +1,7 @@
-"""The gradient of one minibatch, micro-batch by micro-batch."""
+"""Updates the policy on the experience of one rollout batch: minibatches, micro-batches, gradients, optimiser steps."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,217 +11,230 @@ from torch import Tensor
 from src.modules.distributed.fsdp import global_dot
 from src.modules.distributed.ranks import Ranks
 from src.modules.objectives.algorithm import Algorithm
-from src.modules.objectives.kl import k3
+from src.modules.objectives.losses import k3
+from src.modules.objectives.pathwise import pathwise_loss
+from src.modules.policy.batching import packed_batches
 from src.modules.policy.model import Policy
-from src.modules.training.experience import Experience
-from src.modules.training.logprob_mismatch import LogprobMismatch
-from src.modules.training.non_finite import require_finite
-from src.modules.training.pathwise import Companions, pathwise_loss
-from src.modules.training.scoring import micro_batches
+from src.modules.training.experience import Context, Experience
+from src.modules.training.finite import require_finite
 from src.modules.types import dummy_rollouts
+
+FIRST_STEP_ALONE = (
+    *("logprob_mismatch_mean", "logprob_mismatch_max"),
+    *("score_function_grad_norm", "pathwise_grad_norm", "gradient_parts_cosine"),
+)
+"""What is logged of the first step of a batch, and not as a mean over steps."""
 
 
 @dataclass(frozen=True)
-class MinibatchPass:
-    """How a minibatch goes through the policy: so many tokens at a time, at the sampling temperature.
+class Minibatch:
+    """This rank's part of one optimiser step: groups and context, each None if it has none.
+
+    `pathwise_scale` is the factor of the derivative of the rewards, which is summed over instances.
+    """
+
+    experience: Experience | None
+    context: Context | None
+    pathwise_scale: float
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The loss of some sequences, and of the algorithm's loss what is logged.
 
     Attributes:
-        backward: takes a scalar and adds its gradient up; told that it is the minibatch's last, it leaves every rank with the
-            mean over the ranks of what they have added up.
-        ranks: those that share the minibatch.
-        score_function_scale: factor of the algorithm's loss; at 0 no log-probs are computed.
-        pathwise_scale: factor of the derivative of the rewards in the embeddings, which is summed over instances; at 0 nothing is embedded.
+        loss: scalar with a graph.
+        values: sums over tokens of clip_fraction, approx_kl, entropy and kl_to_reference; and the algorithm's loss.
+        mismatch: [n] absolute differences, in nats, of the trainer's log-probs from those that the engine reports.
+        instance_ids: of the sequences.
     """
 
-    micro_batch_tokens: int
-    temperature: float
-    backward: Callable[[Tensor, bool], None]
+    loss: Tensor
+    values: dict[str, Tensor]
+    mismatch: Tensor
+    instance_ids: list[str]
+
+
+@dataclass(frozen=True)
+class Updater:
+    """Takes the optimiser steps of a rollout batch. All ranks call its methods together.
+
+    Attributes:
+        temperature: of sampling, which log-probs are taken at.
+        micro_batch_tokens: most tokens in one forward and backward pass, a prompt counted once for its rationales.
+        score_function_weight, pathwise_weight: factors of the algorithm's loss and of the pathwise loss; at 0 that part is not computed.
+        backward: takes a scalar and accumulates its gradient; with True, the minibatch's last, every rank is left with the mean over the
+            ranks of what they have accumulated.
+        take_step: takes the record ids of a minibatch; clips, checks and applies the gradient; returns its norm.
+    """
+
+    policy: Policy
+    algorithm: Algorithm
     ranks: Ranks
-    score_function_scale: float = 1.0
-    pathwise_scale: float = 0.0
+    temperature: float
+    micro_batch_tokens: int
+    score_function_weight: float
+    pathwise_weight: float
+    backward: Callable[[Tensor, bool], None]
+    take_step: Callable[[Sequence[str]], float]
 
+    def update(self, experience: Experience | None, context: Context | None, instances: int, measure_parts: bool) -> dict[str, float]:
+        """Takes `updates_per_batch` steps, each on its share of the groups of all ranks; a step without anything to learn is left out.
 
-Pass = Callable[[], tuple[Tensor, dict[str, Tensor], list[str]]]
-"""Computes the loss of a micro-batch; what is seen of its tokens, [n, T] each; and the records it is of."""
+        Args:
+            experience, context: this rank's.
+            instances: of the rollout batch, of all ranks.
+            measure_parts: whether the first step logs the norms of both parts of the gradient and their cosine.
 
+        Returns:
+            Means over the steps of what `accumulate_gradients` returns and of grad_norm; updates, the number of steps; groups, how many
+            they learned from. Log-prob mismatches are those of the first step, whose policy is still the one that the engine sampled from.
+        """
+        sums, once = dict[str, float](), dict[str, float]()
+        steps, groups = 0, 0 if experience is None else len(experience)
+        for minibatch in self._minibatches(experience, context, instances):
+            ids = () if minibatch.experience is None else minibatch.experience.instance_ids
+            if not self.ranks.total(self._size(minibatch))[0]:
+                continue  # all masked out, still gathering groups, or more updates than groups
+            stats = self.accumulate_gradients(minibatch) if steps or not measure_parts else self._accumulate_in_parts(minibatch)
+            of_first = {name: stats.pop(name) for name in FIRST_STEP_ALONE if name in stats}
+            once = once if steps else of_first
+            stats["grad_norm"] = self.take_step(ids)
+            sums = {name: sums.get(name, 0.0) + value for name, value in stats.items()}
+            steps += 1
+        means = {name: value / steps for name, value in sums.items()}
+        return {**means, **once, "updates": float(steps), "groups": self.ranks.total(groups)[0]}
 
-def accumulate_gradients(
-    policy: Policy,
-    algorithm: Algorithm,
-    experience: Experience | None,
-    how: MinibatchPass,
-    gap: LogprobMismatch | None = None,
-    companions: Companions | None = None,
-) -> dict[str, float]:
-    """Adds up the gradient of the algorithm's loss and of the pathwise term; the same whatever the micro-batches.
+    def _minibatches(self, experience: Experience | None, context: Context | None, instances: int) -> Iterator[Minibatch]:
+        count, groups = self.algorithm.updates_per_batch, 0 if experience is None else len(experience)
+        # the mean over the instances of a step: those of the batch are shared out over so many of them
+        scale = self.pathwise_weight * min(count, groups) / instances
+        shares = torch.arange(instances // self.ranks.count).tensor_split(count)
+        for own, share in zip(torch.arange(groups).tensor_split(count), shares, strict=True):
+            part = experience.select(own) if experience is not None and len(own) else None
+            yield Minibatch(part, None if context is None else context.select(share), scale)
 
-    What the algorithm's loss is divided by is that of the groups of all ranks. Rollouts that are left out of that loss are passed
-    only where the pathwise term needs their embeddings.
-    Ranks with fewer micro-batches than others make up the number with passes that add nothing: where weights are cut, a pass
-    needs every rank.
+    def _size(self, minibatch: Minibatch) -> int:
+        """Returns what this rank has to learn from: tokens, and with a pathwise term embeddings."""
+        groups, context = minibatch.experience, minibatch.context
+        embedded = (0 if groups is None else len(groups)) + (0 if context is None else len(context)) if minibatch.pathwise_scale else 0
+        return embedded + (0 if groups is None else groups.tokens)
 
-    Args:
-        experience: this rank's.
-        gap: takes in the log-probs of policy and engine, if given.
-        companions: this rank's queries and negatives with a part in the pathwise term alone.
+    def accumulate_gradients(self, minibatch: Minibatch) -> dict[str, float]:
+        """Accumulates the gradient of a minibatch's loss; the same whatever the micro-batches and the number of ranks.
 
-    Returns:
-        Over the groups of all ranks: loss, the algorithm's; and by token clip_fraction, approx_kl (to the sampling policy), entropy in
-        nats, and, with a reference, kl_to_reference (k3). Nothing where `how` leaves the algorithm's loss out.
-    """
-    ranks = how.ranks
-    kept, lengths = (
-        (torch.empty(0, dtype=torch.long),) * 2
-        if experience is None
-        else (
-            experience.keep.flatten().nonzero().flatten().cpu(),
-            experience.rollouts.rationale_lengths,
-        )
-    )
-    everywhere, own = ranks.gather_uneven(lengths[kept])
-    weights = torch.zeros(lengths.shape, device=lengths.device)
-    weights[kept] = algorithm.aggregation(everywhere)[own]
-    tokens = max(int(everywhere.sum()), 1)
-    passes = list(_passes(policy, algorithm, experience, companions, weights, kept, how, gap))
-    count = int(ranks.largest(len(passes))[0])
-    if count and ranks.count > 1 and how.pathwise_scale != 0:
-        # gradients are exchanged as the last pass meets each weight, and one for embeddings alone does not meet the output layer, nor
-        # what follows an inner layer: one more pass that adds nothing meets all
-        count += 1
-    names = ["loss", "clip_fraction", "approx_kl", "entropy", *(["kl_to_reference"] if algorithm.kl_coef else [])]
-    sums = dict.fromkeys(names if how.score_function_scale else [], 0.0)
-    for number in range(count):
-        last = number == count - 1
-        if number >= len(passes):
-            how.backward(0.0 * _nothing(policy), last)
-            continue
-        loss, seen, records = passes[number]()
-        if ranks.count == 1:  # of several, all stop at the gradient's norm: one that stopped here would leave the others waiting
-            require_finite(loss.detach(), records)
-        how.backward(loss * ranks.count, last)  # as the mean over ranks is taken of what belongs to a sum
-        for name, values in seen.items():
-            sums[name] += float(values.sum() / (1 if name == "loss" else tokens))
-    return dict(zip(sums, ranks.total(*sums.values()), strict=True))
+        Ranks with fewer micro-batches than others add passes without effect: with sharded weights a pass needs every rank.
 
+        Returns:
+            Over all ranks: loss, the algorithm's; and by token clip_fraction, approx_kl (to the sampling policy), entropy in nats, with a
+            reference kl_to_reference (k3), and logprob_mismatch_mean and _max where the engine reports log-probs. Empty without the
+            algorithm's loss.
+        """
+        experience, ranks, scored = minibatch.experience, self.ranks, self.score_function_weight != 0
+        kept = torch.empty(0, dtype=torch.long) if experience is None else experience.keep.flatten().nonzero().flatten().cpu()
+        lengths = kept if experience is None else experience.rollouts.rationale_lengths
+        everywhere, own = ranks.gather_uneven(lengths[kept])  # the algorithm's loss is divided by the groups of all ranks
+        weights = torch.zeros(lengths.shape, device=lengths.device)
+        weights[kept] = self.algorithm.aggregation(everywhere)[own]
+        tokens = max(int(everywhere.sum()), 1)
+        passes = list(self._passes(minibatch, weights))
+        count = int(ranks.largest(len(passes))[0])
+        if count and ranks.count > 1 and minibatch.pathwise_scale:
+            # gradients are exchanged as the last pass meets each weight, and a pass for embeddings alone meets neither the output layer
+            # nor what follows an inner layer: one more pass without effect meets all
+            count += 1
+        names = ["loss", "clip_fraction", "approx_kl", "entropy", *(["kl_to_reference"] if self.algorithm.kl_coef else [])]
+        sums = dict.fromkeys(names if scored else [], 0.0)
+        mismatch, compared, largest = 0.0, 0, -1.0
+        for number in range(count):
+            last = number == count - 1
+            if number >= len(passes):
+                nothing = self.policy(dummy_rollouts(self.policy.pad_id).to(self.policy.device))[0]
+                self.backward(0.0 * nothing.sum(), last)
+                continue
+            part = passes[number]()
+            if ranks.count == 1:  # of several, all stop at the gradient's norm: one that stopped here would leave the others waiting
+                require_finite(part.loss.detach(), part.instance_ids)
+            self.backward(part.loss * ranks.count, last)  # the mean over ranks is taken of what belongs to a sum
+            for name, value in part.values.items():
+                sums[name] += float(value / (1 if name == "loss" else tokens))
+            if len(part.mismatch):
+                mismatch, compared = mismatch + float(part.mismatch.sum()), compared + len(part.mismatch)
+                largest = max(largest, float(part.mismatch.max()))
+        *totals, mismatch, seen = ranks.total(*sums.values(), mismatch, compared)
+        found = dict(zip(sums, totals, strict=True))
+        if seen:
+            found |= {"logprob_mismatch_mean": mismatch / seen, "logprob_mismatch_max": ranks.largest(largest)[0]}
+        return found
 
-def gradient_in_parts(
-    policy: Policy,
-    algorithm: Algorithm,
-    experience: Experience | None,
-    how: MinibatchPass,
-    gap: LogprobMismatch | None,
-    companions: Companions | None,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Adds up the same gradient in two passes, and measures its two parts; the arguments are those of `accumulate_gradients`.
+    def _accumulate_in_parts(self, minibatch: Minibatch) -> dict[str, float]:
+        """Accumulates the same gradient part by part, with one more copy of it in memory.
 
-    It needs one more copy of the gradient.
+        Returns:
+            What `accumulate_gradients` returns; and score_function_grad_norm, pathwise_grad_norm and gradient_parts_cosine.
+        """
+        stats = self.accumulate_gradients(replace(minibatch, context=None, pathwise_scale=0.0))
+        before = {p: None if p.grad is None else p.grad.clone() for p in self.policy.parameters()}
+        replace(self, score_function_weight=0.0).accumulate_gradients(minibatch)
+        squares, product = [0.0, 0.0], 0.0
+        for p, earlier in before.items():
+            if p.grad is not None:
+                first = torch.zeros_like(p.grad) if earlier is None else earlier
+                second = p.grad - first
+                squares = [squares[0] + global_dot(first, first), squares[1] + global_dot(second, second)]
+                product += global_dot(first, second)
+        norms = [math.sqrt(square) for square in squares]
+        cosine = product / max(norms[0] * norms[1], 1e-30)
+        return {**stats, "score_function_grad_norm": norms[0], "pathwise_grad_norm": norms[1], "gradient_parts_cosine": cosine}
 
-    Returns:
-        What `accumulate_gradients` returns; and score_function_grad_norm, pathwise_grad_norm and gradient_parts_cosine.
-    """
-    stats = accumulate_gradients(policy, algorithm, experience, replace(how, pathwise_scale=0.0), gap)
-    before = {p: None if p.grad is None else p.grad.clone() for p in policy.parameters()}
-    accumulate_gradients(policy, algorithm, experience, replace(how, score_function_scale=0.0), None, companions)
-    squares_first, squares_second, product = 0.0, 0.0, 0.0
-    for p, earlier in before.items():
-        if p.grad is not None:
-            first = torch.zeros_like(p.grad) if earlier is None else earlier
-            second = p.grad - first
-            squares_first += global_dot(first, first)
-            squares_second += global_dot(second, second)
-            product += global_dot(first, second)
-    norms = math.sqrt(squares_first), math.sqrt(squares_second)
-    cosine = product / max(norms[0] * norms[1], 1e-30)
-    return stats, {"score_function_grad_norm": norms[0], "pathwise_grad_norm": norms[1], "gradient_parts_cosine": cosine}
+    def _passes(self, minibatch: Minibatch, weights: Tensor) -> Iterator[Callable[[], MicroBatch]]:
+        """Yields the micro-batches of groups that have a part in the loss, then those of context."""
+        experience, context, embeds = minibatch.experience, minibatch.context, minibatch.pathwise_scale != 0
+        if experience is not None:
+            needed = weights.cpu() > 0 if self.score_function_weight else torch.zeros(len(weights), dtype=torch.bool)
+            if embeds and experience.embedding_gradients is not None:  # 0 of a role without part, and of all but a query's first
+                needed |= experience.embedding_gradients.any(dim=1).cpu()
+            rows = needed.nonzero().flatten()
+            for part in packed_batches(experience.rollouts, rows, experience.keep.shape[1], self.micro_batch_tokens):
+                yield partial(self.micro_batch_loss, experience, part, weights[part], minibatch.pathwise_scale)
+        if context is not None and embeds:
+            for part in packed_batches(context.rollouts, torch.arange(len(context)), 1, self.micro_batch_tokens):
+                yield partial(self._context_loss, context, part, minibatch.pathwise_scale)
 
+    def micro_batch_loss(self, experience: Experience, rows: Tensor, weights: Tensor, pathwise_scale: float) -> MicroBatch:
+        """Computes the loss of some rollouts.
 
-def _nothing(policy: Policy) -> Tensor:
-    """A scalar from a pass of the policy that means nothing."""
-    logprobs, _, _ = policy(dummy_rollouts(policy.pad_id).to(policy.device))
-    return logprobs.sum()
+        Args:
+            rows: [n] int64, of the experience.
+            weights: [n] of their tokens in the algorithm's loss.
+        """
+        part, k, algorithm = experience.rollouts[rows], experience.keep.shape[1], self.algorithm
+        gradients = experience.embedding_gradients[rows] if experience.embedding_gradients is not None and pathwise_scale else None
+        embeds, scores = gradients is not None and bool(gradients.any()), self.score_function_weight != 0
+        logprobs, entropy, embeddings = self.policy(part, rows // k, self.temperature, logprobs=scores, embeddings=embeds)
+        loss, values, mismatch = weights.new_zeros(()), dict[str, Tensor](), weights.new_zeros(0)
+        if scores:
+            mask = part.rationale_mask
+            columns = mask.shape[1]
+            old, reference = (None if x is None else x[rows, :columns] for x in (experience.old_logprobs, experience.reference_logprobs))
+            old, advantages = logprobs.detach() if old is None else old, experience.advantages[rows, :columns]
+            tokens = algorithm.token_loss(logprobs, old, advantages, mask, reference, part.logprobs)
+            own = (tokens.loss.sum(dim=1) * weights).sum()
+            loss = loss + self.score_function_weight * own
+            if part.logprobs is not None:
+                mismatch = (logprobs.detach() - part.logprobs).abs()[mask]
+            mask = mask & (weights > 0).unsqueeze(1)  # rollouts that are left out of the loss are not logged
+            values = {"clip_fraction": tokens.clipped * mask, "approx_kl": tokens.kl * mask, "entropy": entropy * mask}
+            if reference is not None:
+                values["kl_to_reference"] = k3(logprobs.detach(), reference) * mask
+            values = {"loss": own.detach(), **{name: value.sum() for name, value in values.items()}}
+        if embeds and gradients is not None:
+            loss = loss + pathwise_scale * pathwise_loss(embeddings, gradients)
+        ids = [experience.instance_ids[group] for group in sorted({int(row) // k for row in rows})]
+        return MicroBatch(loss, values, mismatch, ids)
 
-
-def _passes(
-    policy: Policy,
-    algorithm: Algorithm,
-    experience: Experience | None,
-    companions: Companions | None,
-    weights: Tensor,
-    kept: Tensor,
-    how: MinibatchPass,
-    gap: LogprobMismatch | None,
-) -> Iterator[Pass]:
-    """Yields the micro-batches of groups, then those of companions."""
-    embeds = how.pathwise_scale != 0
-    if experience is not None:
-        needed = torch.zeros(len(weights), dtype=torch.bool)
-        if how.score_function_scale != 0:
-            needed[kept] = True
-        if embeds and experience.embedding_gradients is not None:  # 0 of a side that takes no part, and of all but a query's first
-            needed |= experience.embedding_gradients.any(dim=1).cpu()
-        for part in micro_batches(experience.rollouts, needed.nonzero().flatten(), experience.keep.shape[1], how.micro_batch_tokens):
-            yield partial(_group_pass, policy, algorithm, experience, part, weights[part], how, gap)
-    if companions is not None and embeds:
-        for part in micro_batches(companions.rollouts, torch.arange(len(companions)), 1, how.micro_batch_tokens):
-            yield partial(_companion_pass, policy, companions, part, how)
-
-
-def _companion_pass(
-    policy: Policy, companions: Companions, rows: Tensor, how: MinibatchPass
-) -> tuple[Tensor, dict[str, Tensor], list[str]]:
-    part = companions.rollouts[rows]
-    _, _, embeddings = policy(part, rows, logprobs=False, embeddings=True)
-    loss = how.pathwise_scale * pathwise_loss(embeddings, companions.gradients[rows])
-    return loss, {}, [f"query or negative of instance {i}" for i in companions.instances[rows].tolist()]
-
-
-def _group_pass(
-    policy: Policy,
-    algorithm: Algorithm,
-    experience: Experience,
-    rows: Tensor,
-    weights: Tensor,
-    how: MinibatchPass,
-    gap: LogprobMismatch | None,
-) -> tuple[Tensor, dict[str, Tensor], list[str]]:
-    """The loss of some rollouts, [n] int64 rows of the experience with weights [n] in the algorithm's loss."""
-    part, k = experience.rollouts[rows], experience.keep.shape[1]
-    gradients = None if experience.embedding_gradients is None or how.pathwise_scale == 0 else experience.embedding_gradients[rows]
-    if gradients is not None and not gradients.any():
-        gradients = None
-    scores, embeds = how.score_function_scale != 0, gradients is not None
-    logprobs, entropy, embeddings = policy(part, rows // k, how.temperature, logprobs=scores, embeddings=embeds)
-    loss = weights.new_zeros(())
-    seen: dict[str, Tensor] = {}
-    if scores:
-        own, seen = _algorithm_loss(algorithm, experience, rows, weights, logprobs, entropy, gap)
-        loss = loss + how.score_function_scale * own
-    if gradients is not None:
-        loss = loss + how.pathwise_scale * pathwise_loss(embeddings, gradients)
-    return loss, seen, [experience.instance_ids[group] for group in sorted({int(row) // k for row in rows})]
-
-
-def _algorithm_loss(
-    algorithm: Algorithm,
-    experience: Experience,
-    rows: Tensor,
-    weights: Tensor,
-    logprobs: Tensor,
-    entropy: Tensor,
-    gap: LogprobMismatch | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The algorithm's loss of some rollouts from their log-probs and entropies, [n, T] each, and what is seen of their tokens."""
-    part = experience.rollouts[rows]
-    columns, mask = logprobs.shape[1], part.rationale_mask
-    old, reference = (None if x is None else x[rows, :columns] for x in (experience.old_logprobs, experience.reference_logprobs))
-    if gap is not None:
-        gap.add(logprobs, part.logprobs, mask)
-    result = algorithm.token_loss(
-        logprobs, logprobs.detach() if old is None else old, experience.advantages[rows, :columns], mask, reference, part.logprobs
-    )
-    loss = (result.loss.sum(dim=1) * weights).sum()
-    mask = mask & (weights > 0).unsqueeze(1)  # of what is left out of the loss, nothing is seen
-    seen = {"loss": loss.detach(), "clip_fraction": result.clipped * mask, "approx_kl": result.kl * mask, "entropy": entropy * mask}
-    if reference is not None:
-        seen["kl_to_reference"] = k3(logprobs.detach(), reference) * mask
-    return loss, seen
+    def _context_loss(self, context: Context, rows: Tensor, pathwise_scale: float) -> MicroBatch:
+        _, _, embeddings = self.policy(context.rollouts[rows], rows, logprobs=False, embeddings=True)
+        loss = pathwise_scale * pathwise_loss(embeddings, context.gradients[rows])
+        ids = [f"query or negative of instance {i}" for i in context.instances[rows].tolist()]
+        return MicroBatch(loss, {}, loss.detach().new_zeros(0), ids)

@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src.modules.encoder.export import export, load_policy
 from src.modules.encoder.settings import EncoderSettings
-from src.modules.grace import GRACE, Algorithm
+from src.modules.grace import GRACE
 from src.modules.objectives.advantages import grpo
+from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.losses import ppo_clip
 from src.modules.objectives.rewards import paper
 from src.modules.policy.files import policy_of

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.modules.objectives.aggregation import constant, sequence_mean, token_mean
+from src.modules.objectives.losses import constant, sequence_mean, token_mean
 
 
 def mean_over_tokens(rows: list[torch.Tensor]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from src.modules.objectives.advantages import grpo, remax
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.losses import ppo_clip
-from src.modules.objectives.truncation import Penalty
+from src.modules.objectives.shaping import Penalty, shape
 from tests import oracles
 from tests.conftest import ROOT, Compose
 
@@ -59,7 +59,7 @@ def loss_of(algorithm: Algorithm, case: oracles.Case) -> torch.Tensor:
     divergence = None
     if algorithm.kl_in_reward:
         divergence = algorithm.divergence(flat[1], flat[2], mask).sum(dim=1).view_as(case.rewards)
-    rewards, keep = algorithm.judged(case.rewards, case.lengths, torch.ones_like(case.lengths, dtype=torch.bool), divergence)
+    rewards, keep = shape(algorithm, case.rewards, case.lengths, torch.ones_like(case.lengths, dtype=torch.bool), divergence)
     greedy = (case.greedy,) if algorithm.greedy_baseline else ()
     advantages = algorithm.advantage(rewards, keep, *greedy).flatten().unsqueeze(1) * mask
     tokens = algorithm.token_loss(flat[0], flat[1], advantages, mask, flat[2]).loss
@@ -114,7 +114,7 @@ def test_importance_weights_scale_the_policy_gradient_and_not_the_divergence() -
         ({"kl_in": "advantage"}, "kl_in='advantage': it is loss or reward"),
         ({"tis_cap": 0.0}, "tis_cap=0.0"),
         ({"tis_level": "batch"}, "tis_level='batch': it is token or sequence"),
-        ({"kl_coef": 0.1, "kl_estimator": "k1"}, "k1 in the loss pushes nowhere"),
+        ({"kl_coef": 0.1, "kl_estimator": "k1"}, "k1 in the loss has a mean gradient of 0"),
         ({"gae_lambda": 1.5}, "gae_lambda=1.5"),
         ({"gae_lambda": 0.9, "greedy_baseline": True}, "set gae_lambda to null"),
         ({"greedy_baseline": True}, "greedy_baseline=true does not go with algorithm.advantage"),
@@ -145,7 +145,7 @@ def test_a_rationale_that_met_the_limit_is_charged_for_its_distance_too(truncati
     rewards, lengths = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[4, 5, 6]])
     finished, divergence = torch.tensor([[True, True, False]]), torch.tensor([[1.0, 2.0, 20.0]])
     algorithm = Algorithm(grpo, ppo_clip, truncation=truncation, kl_coef=0.1, kl_in="reward", kl_estimator="k1")
-    plain, kept = algorithm.judged(rewards, lengths, finished)
-    charged, kept_too = algorithm.judged(rewards, lengths, finished, divergence)
+    plain, kept = shape(algorithm, rewards, lengths, finished)
+    charged, kept_too = shape(algorithm, rewards, lengths, finished, divergence)
     torch.testing.assert_close(plain - charged, 0.1 * divergence)
     assert torch.equal(kept, kept_too)

@@ -7,13 +7,12 @@ from hypothesis import strategies as st
 
 from src.modules.objectives.advantages import grpo
 from src.modules.objectives.algorithm import Algorithm
-from src.modules.objectives.credit import at_tokens, prefix_rewards, token_advantages, token_returns
-from src.modules.objectives.judging import by_token, judge
+from src.modules.objectives.credit import at_tokens, compare_by_position, from_tokens, prefix_rewards, token_advantages, token_returns
 from src.modules.objectives.losses import ppo_clip
-from src.modules.objectives.rewards import Embeddings, document, listwise, paper
-from src.modules.objectives.roles import standing_in
-from src.modules.training.scoring import ScoredSide
-from src.modules.types import Rollouts
+from src.modules.objectives.rewards import document, listwise, paper
+from src.modules.objectives.roles import role_reward
+from src.modules.objectives.shaping import shape_rewards
+from src.modules.types import Embeddings, RoleRollouts, Rollouts
 
 shapes = st.tuples(st.integers(2, 4), st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**31 - 1))
 
@@ -74,7 +73,7 @@ def test_the_last_prefix_earns_what_the_rollout_earns(reward):
     prefixes = torch.nn.functional.normalize(raw, dim=-1)
     query, negative = torch.randn(3, 8, generator=generator), torch.randn(3, 1, 8, generator=generator)
     e = Embeddings.normalised(query, raw[:, :, -1], negative)
-    values = prefix_rewards(standing_in(reward, e, "positive"), prefixes)
+    values = prefix_rewards(role_reward(reward, e, "positive"), prefixes)
     assert values.shape == (3, 4, 6)
     torch.testing.assert_close(values[:, :, -1], reward(e).total)
     middle = reward(Embeddings(e.query, prefixes[:, :, 2], e.negative)).total
@@ -85,10 +84,10 @@ def test_advantages_compare_the_rollouts_that_reach_a_position():
     returns = torch.tensor([[[1.0, 5.0, 2.0], [3.0, 0.0, 0.0], [5.0, 1.0, 0.0]]])
     lengths = torch.tensor([[3, 1, 2]])
     everyone = torch.ones(1, 3, dtype=torch.bool)
-    got = token_advantages(partial(grpo, std=False), returns, lengths, everyone)
+    got = compare_by_position(partial(grpo, std=False), returns, lengths, everyone)
     # position 0: mean 3; position 1: the first and third, mean 3; position 2: one rollout has nothing to compare with
     torch.testing.assert_close(got, torch.tensor([[[-2.0, 2.0, 0.0], [0.0, 0.0, 0.0], [2.0, -2.0, 0.0]]]))
-    without_third = token_advantages(partial(grpo, std=False), returns, lengths, torch.tensor([[True, True, False]]))
+    without_third = compare_by_position(partial(grpo, std=False), returns, lengths, torch.tensor([[True, True, False]]))
     torch.testing.assert_close(without_third, torch.tensor([[[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]]))
 
 
@@ -113,24 +112,19 @@ def test_rationales_of_mixed_lengths_are_credited_with_what_they_earned(reward):
     own = torch.arange(r + 1).minimum(lengths.unsqueeze(2))
     prefixes = torch.nn.functional.normalize(whole.gather(2, own.unsqueeze(3).expand_as(whole)), dim=-1)
     e = Embeddings.normalised(torch.randn(b, 8, generator=generator), prefixes[:, :, -1], torch.randn(b, 1, 8, generator=generator))
-    side = ScoredSide(
-        Rollouts(
-            input_ids=torch.zeros(b * k, r + 2, dtype=torch.long),
-            text_starts=torch.ones(b * k, dtype=torch.long),
-            prompt_lengths=torch.full((b * k,), 2),
-            lengths=lengths.flatten() + 2,
-            finished=torch.ones(b * k, dtype=torch.bool),
-        ),
-        e.positive,
-        None,
-        None,
-        prefixes,
-        ("a", "b", "c"),
+    rollouts = Rollouts(
+        input_ids=torch.zeros(b * k, r + 2, dtype=torch.long),
+        text_starts=torch.ones(b * k, dtype=torch.long),
+        prompt_lengths=torch.full((b * k,), 2),
+        lengths=lengths.flatten() + 2,
+        finished=torch.ones(b * k, dtype=torch.bool),
     )
+    everyone = torch.ones(b, k, dtype=torch.bool)
+    group = RoleRollouts(rollouts, ("a", "b", "c"), e.positive, lengths, everyone, prefixes=prefixes)
     algorithm = Algorithm(advantage=lambda rewards, keep: rewards, loss=ppo_clip, truncation="none", gae_lambda=1.0)
-    value = standing_in(reward, e, "positive")
-    judged = judge(algorithm, value, side)
-    first = by_token(algorithm, value, side, judged)[:, 2].view(b, k)  # the first token's return
+    value = role_reward(reward, e, "positive")
+    shaped = shape_rewards(algorithm, reward(e).total, group, value)
+    first = token_advantages(algorithm, shaped, group, value)[:, :, 0]  # the first token's return
     start = reward(Embeddings(e.query, prefixes[:, :, 0], e.negative)).total
     torch.testing.assert_close(first, reward(e).total - start)
 
@@ -149,7 +143,6 @@ def test_the_divergence_is_charged_to_the_token_that_caused_it() -> None:
     )
     logprobs, reference = torch.randn(2, b * k, 8, generator=generator)
     embeddings = torch.nn.functional.normalize(torch.randn(b, k, 5, generator=generator), dim=-1)
-    side = ScoredSide(rollouts, embeddings, logprobs, reference, embeddings.unsqueeze(2).expand(b, k, r + 1, 5), ("a", "b"))
 
     def flat(own: torch.Tensor) -> torch.Tensor:  # nothing but the divergence tells rationales apart
         return torch.zeros(own.shape[:2])
@@ -157,7 +150,13 @@ def test_the_divergence_is_charged_to_the_token_that_caused_it() -> None:
     algorithm = Algorithm(
         lambda rewards, keep: rewards, ppo_clip, truncation="none", gae_lambda=decay, kl_coef=0.1, kl_in="reward", kl_estimator="k1"
     )
-    got = by_token(algorithm, flat, side, judge(algorithm, flat, side))
+    group = RoleRollouts(
+        *(rollouts, ("a", "b"), embeddings, lengths, rollouts.finished.view(b, k)),
+        divergence=from_tokens(algorithm.divergence(logprobs, reference, rollouts.rationale_mask), rollouts).unflatten(0, (b, k)),
+        prefixes=embeddings.unsqueeze(2).expand(b, k, r + 1, 5),
+    )
+    shaped = shape_rewards(algorithm, torch.zeros(b, k), group, flat)
+    got = at_tokens(token_advantages(algorithm, shaped, group, flat).flatten(0, 1), rollouts)
     for row, (prompt, length) in enumerate(zip(prompts.tolist(), lengths.flatten().tolist(), strict=True)):
         cost = [0.1 * float(logprobs[row, prompt + t] - reference[row, prompt + t]) for t in range(length)]
         wanted = [-sum(decay ** (s - t) * cost[s] for s in range(t, length)) for t in range(length)]

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.modules.objectives.importance import truncated_importance_weights
+from src.modules.objectives.losses import truncated_importance_weights
 
 
 @settings(max_examples=30, deadline=None)

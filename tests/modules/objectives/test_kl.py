@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.modules.objectives.kl import ESTIMATORS, k1, k2, k3
+from src.modules.objectives.losses import ESTIMATORS, k1, k2, k3
 
 
 @settings(max_examples=30, deadline=None)

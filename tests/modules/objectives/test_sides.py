@@ -3,9 +3,10 @@ from typing import Any
 import pytest
 import torch
 
-from src.modules.objectives.rewards import Embeddings, document, listwise, paper, unsupervised
-from src.modules.objectives.roles import ids_of, standing_in, texts_of
+from src.modules.objectives.rewards import document, listwise, paper, unsupervised
+from src.modules.objectives.roles import ids_of, role_reward, texts_of
 from src.modules.training.experience import interleaving
+from src.modules.types import Embeddings
 from src.records import Triplet
 from tests.modules.test_grace import TRIPLETS, fit, make, weights
 
@@ -31,12 +32,12 @@ def test_texts_and_ids_go_side_by_side() -> None:
 
 @pytest.mark.parametrize("reward", [paper, document, listwise])
 def test_a_positive_earns_what_the_reward_says(reward: Any, embeddings: Embeddings) -> None:
-    torch.testing.assert_close(standing_in(reward, embeddings, "positive")(embeddings.positive), reward(embeddings).total)
+    torch.testing.assert_close(role_reward(reward, embeddings, "positive")(embeddings.positive), reward(embeddings).total)
 
 
 def test_a_query_earns_the_published_terms_that_cancel_for_a_positive(embeddings: Embeddings) -> None:
     own = unit(B, K + 1)
-    got = standing_in(paper, embeddings, "query")(own)
+    got = role_reward(paper, embeddings, "query")(own)
     lambda1, lambda2, tau = 0.2, 0.2, 0.1
     for i in range(B):
         group = embeddings.positive[i]
@@ -54,7 +55,7 @@ def test_a_query_earns_the_published_terms_that_cancel_for_a_positive(embeddings
 @pytest.mark.parametrize("side", ["query", "negative"])
 def test_a_rollout_earns_what_its_instance_does_with_it_in_the_texts_place(reward: Any, side: Any, embeddings: Embeddings) -> None:
     own = unit(B if side == "query" else B * M, K)
-    got = standing_in(reward, embeddings, side)(own)
+    got = role_reward(reward, embeddings, side)(own)
     assert got.shape == own.shape[:2]
     for text in range(len(own)):
         for k in range(K):
@@ -73,7 +74,7 @@ def test_a_negative_earns_by_being_unlike_what_it_is_weighed_against(embeddings:
     query = embeddings.query.repeat_interleave(M, dim=0)
     own = torch.stack([query, -query], dim=1)  # the query itself, and its opposite
     for reward in (paper, listwise):
-        got = standing_in(reward, embeddings, "negative")(own)
+        got = role_reward(reward, embeddings, "negative")(own)
         assert (got[:, 1] > got[:, 0]).all()
 
 
@@ -90,11 +91,11 @@ def test_the_gradient_is_the_token_mean_over_all_sides_that_are_learned_from(als
     settings: dict[str, Any] = {"also_learn_from": also, "algorithm": {"truncation": "none"}}
     watch = fit(make(listwise, **settings), [TRIPLETS])
     start = make(listwise, **settings)  # the same weights, seed and rollouts
-    scored = start.scorer({}).score(TRIPLETS)
-    assert list(scored.sides) == ["positive", *also]
+    scored = start.collector.collect(TRIPLETS, 0)
+    assert list(scored.roles) == ["positive", *also]
     total, tokens = torch.zeros(()), 0
-    for name, side in scored.sides.items():
-        rewards = standing_in(listwise, scored.embeddings, name)(side.embeddings)
+    for name, side in scored.roles.items():
+        rewards = role_reward(listwise, scored.embeddings, name)(side.embeddings)
         advantages = (rewards - rewards.mean(dim=1, keepdim=True)).flatten().unsqueeze(1)
         rollouts = side.rollouts
         logits = start.policy.model(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask.long()).logits

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from src.modules.objectives.truncation import penalise_truncated, soft_overlong
+from src.modules.objectives.shaping import penalise_truncated, soft_overlong
 from tests.oracles import overlong_oracle
 
 rewards = torch.tensor([[1.0, 2.0, 9.0], [0.0, 4.0, 8.0], [1.0, 2.0, 3.0]])

@@ -7,10 +7,9 @@ from peft import LoraConfig
 from src.modules.policy.model import Policy
 from src.modules.policy.reference import Reference
 from src.modules.rollouts.hf import HFEngine
-from src.modules.training.scoring import GroupEncoding
 from tests.modules.rollouts.test_rollout_hf import prompts_of
 
-HOW = GroupEncoding(num_generations=2, micro_batch_tokens=100, temperature=0.8)
+TEMPERATURE = 0.8
 
 
 def move(policy: Policy) -> None:
@@ -26,11 +25,11 @@ def test_it_stays_where_training_began(tiny_policy_folder: Path, tiny_policy: Po
     reference = Reference(policy)
     rollouts = HFEngine(6).generate(policy, prompts_of(policy), n=2)
     with torch.no_grad():
-        expected, _ = tiny_policy.logprobs(rollouts, tiny_policy.hidden_states(rollouts), HOW.temperature)
-        torch.testing.assert_close(reference.logprobs(rollouts, HOW), expected, atol=1e-5, rtol=1e-5)
+        expected, _ = tiny_policy.logprobs(rollouts, tiny_policy.hidden_states(rollouts), TEMPERATURE)
+        torch.testing.assert_close(reference.logprobs(rollouts, 2, 100, TEMPERATURE), expected, atol=1e-5, rtol=1e-5)
         move(policy)
-        now, _ = policy.logprobs(rollouts, policy.hidden_states(rollouts), HOW.temperature)
-    torch.testing.assert_close(reference.logprobs(rollouts, HOW), expected, atol=1e-5, rtol=1e-5)
+        now, _ = policy.logprobs(rollouts, policy.hidden_states(rollouts), TEMPERATURE)
+    torch.testing.assert_close(reference.logprobs(rollouts, 2, 100, TEMPERATURE), expected, atol=1e-5, rtol=1e-5)
     assert (now - expected).abs().max() > 1e-3
 
 

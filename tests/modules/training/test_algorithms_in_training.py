@@ -13,8 +13,7 @@ from torch import Tensor
 from src.modules.encoder.export import load_policy
 from src.modules.grace import GRACE
 from src.modules.objectives.advantages import remax
-from src.modules.objectives.importance import truncated_importance_weights
-from src.modules.objectives.losses import ppo_clip
+from src.modules.objectives.losses import ppo_clip, truncated_importance_weights
 from src.modules.objectives.rewards import document
 from src.modules.policy.model import Policy
 from src.modules.rollouts.hf import HFEngine
@@ -59,11 +58,11 @@ def test_a_divergence_in_the_reward_is_taken_off_rollout_by_rollout() -> None:
     with torch.no_grad():  # away from the reference
         for parameter in module.policy.model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-        scored = module.scorer({}).score(TRIPLETS)
+        scored = module.collector.collect(TRIPLETS, 0)
         reward = module.reward(scored.embeddings).total
-    assert scored.positive.old_logprobs is not None
-    assert scored.positive.reference_logprobs is not None
-    taken = 0.5 * (scored.positive.old_logprobs - scored.positive.reference_logprobs).sum(dim=1).view_as(reward)
+    assert scored.roles["positive"].old_logprobs is not None
+    assert scored.roles["positive"].reference_logprobs is not None
+    taken = 0.5 * (scored.roles["positive"].old_logprobs - scored.roles["positive"].reference_logprobs).sum(dim=1).view_as(reward)
     assert taken.abs().max() > 0.01
     advantages = fit(module, [TRIPLETS]).reports[0].advantages
     rewards = reward - taken
@@ -73,7 +72,7 @@ def test_a_divergence_in_the_reward_is_taken_off_rollout_by_rollout() -> None:
 def test_remax_compares_with_the_reward_of_the_greedy_rollout() -> None:
     module = make(algorithm={"advantage": remax, "greedy_baseline": True, "truncation": "none"})
     with torch.no_grad():
-        scored = module.scorer({}).score(TRIPLETS)
+        scored = module.collector.collect(TRIPLETS, 0)
         prompts = module.renderer([t.positive for t in TRIPLETS])
         greedy = module.engine.generate(module.policy, prompts, n=1, temperature=0.0, seed=0)
         alone = torch.nn.functional.normalize(module.policy.embed(greedy), dim=-1).unsqueeze(1)
@@ -99,10 +98,10 @@ def test_old_log_probs_are_the_trainers_where_the_engine_is_corrected_and_the_en
     module = make(algorithm={"updates_per_batch": 2, "tis_cap": cap})
     module.engine = Inexact(6)
     with torch.no_grad():
-        scored = module.scorer({}).score(TRIPLETS)
-        own, _ = module.policy.logprobs(scored.positive.rollouts, module.policy.hidden_states(scored.positive.rollouts))
-    expected = scored.positive.rollouts.logprobs if cap is None else own
-    torch.testing.assert_close(scored.positive.old_logprobs, expected, atol=1e-5, rtol=1e-5)
+        scored = module.collector.collect(TRIPLETS, 0)
+        own, _ = module.policy.logprobs(scored.roles["positive"].rollouts, module.policy.hidden_states(scored.roles["positive"].rollouts))
+    expected = scored.roles["positive"].rollouts.logprobs if cap is None else own
+    torch.testing.assert_close(scored.roles["positive"].old_logprobs, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -113,8 +112,8 @@ def test_the_gradient_is_weighed_by_truncated_ratios(level: str) -> None:
     start = make()
     start.engine = Inexact(6)
     with torch.no_grad():
-        scored = start.scorer({}).score(TRIPLETS)
-    rollouts, mask = scored.positive.rollouts, scored.positive.rollouts.rationale_mask
+        scored = start.collector.collect(TRIPLETS, 0)
+    rollouts, mask = scored.roles["positive"].rollouts, scored.roles["positive"].rollouts.rationale_mask
     logprobs, _ = start.policy.logprobs(rollouts, start.policy.hidden_states(rollouts))
     assert rollouts.logprobs is not None
     ratios = truncated_importance_weights(logprobs, rollouts.logprobs, mask, 1.1, level)  # type: ignore[arg-type]

@@ -4,14 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from src.modules.objectives.info_nce import info_nce
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import PromptRenderer
-from src.modules.training.grad_cache import RandomState, cached_gradient, parts_by_length
+from src.modules.training.grad_cache import RandomState, cached_gradient
 from src.modules.types import Rollouts, without_rationales
 from tests.builders import SENTENCES, small_policy
 
@@ -126,12 +124,3 @@ def test_bfloat16_autocast_with_its_cache_of_weights_gives_the_same_gradient() -
         ours = gradient_of(policy, lambda: cached(policy, sequences, parts))
     for a, b in zip(graph[1], ours[1], strict=True):
         torch.testing.assert_close(a, b, atol=2e-2 * float(a.abs().max()), rtol=0)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 120))
-def test_parts_hold_every_text_once_and_keep_to_the_budget(lengths: list[int], tokens: int) -> None:
-    parts = parts_by_length(torch.tensor(lengths), tokens)
-    assert sorted(torch.cat(parts).tolist()) == list(range(len(lengths)))
-    for part in parts:
-        assert len(part) == 1 or len(part) * max(lengths[row] for row in part.tolist()) <= tokens

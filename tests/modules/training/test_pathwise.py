@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 
 from src.modules.grace import GRACE
 from src.modules.objectives.advantages import grpo
-from src.modules.objectives.aggregation import constant
-from src.modules.objectives.losses import reinforce
-from src.modules.objectives.rewards import Embeddings, Reward, document, listwise, paper, unsupervised
-from src.modules.objectives.roles import standing_in
+from src.modules.objectives.losses import constant, reinforce
+from src.modules.objectives.pathwise import first_of_group, pathwise_loss, reward_and_gradients
+from src.modules.objectives.rewards import document, listwise, paper, unsupervised
+from src.modules.objectives.roles import role_reward
 from src.modules.policy.attention.shared_prompt import pack, pool_packed, unpack
 from src.modules.policy.attention.switch import recomputing_alike
 from src.modules.policy.lora import add_lora
@@ -26,8 +26,8 @@ from src.modules.policy.model import Policy
 from src.modules.policy.pooling import pool
 from src.modules.prompt.renderer import Prompts
 from src.modules.rollouts.hf import HFEngine
-from src.modules.training.pathwise import SIDES, Companions, companions_of, first_of_group, pathwise_loss, reward_gradients
-from src.modules.types import Rollouts
+from src.modules.training.experience import Context
+from src.modules.types import ROLES, Embeddings, Reward, Rollouts
 from tests.builders import small_policy, some_rollouts
 from tests.modules.policy.attention.test_shared_prompt import LENGTHS, grouped_rollouts
 from tests.modules.test_grace import TRIPLETS, make, weights
@@ -101,24 +101,24 @@ def parts_of_loss(module: GRACE, batch: Any = BATCH) -> tuple[Tensor, Tensor]:
     """Minus both parts of the objective, not weighted, of a first batch of one update with the token mean and grpo."""
     h, k = module.hparams, module.hparams["num_generations"]
     with torch.no_grad():
-        scored = module.scorer({}).score(batch)
+        scored = module.collector.collect(batch, 0)
     units, credit, tokens = {}, torch.zeros(()), 0
-    for side, part in scored.sides.items():
+    for side, part in scored.roles.items():
         own, logprobs = read_plainly(module.policy, part.rollouts)
         units[side] = own.unflatten(0, (-1, k))
         keep = part.rollouts.finished.view(-1, k) | (module.algorithm.truncation != "mask")
-        advantages = grpo(standing_in(module.reward, scored.embeddings, side)(part.embeddings), keep).flatten().unsqueeze(1)
+        advantages = grpo(role_reward(module.reward, scored.embeddings, side)(part.embeddings), keep).flatten().unsqueeze(1)
         credit = credit + (advantages * logprobs * keep.flatten().unsqueeze(1)).sum()
         tokens += int((part.rollouts.rationale_lengths * keep.flatten()).sum())
     ones = {side: unit[:, 0] for side, unit in units.items()}
-    if scored.others is not None:
-        names, rollouts = scored.others
+    if scored.context is not None:
+        names, rollouts = scored.context_roles, scored.context
         sizes = [len(batch) * (len(batch[0].negatives) if side == "negative" else 1) for side in names]
         ones |= dict(zip(names, read_plainly(module.policy, rollouts)[0].split(sizes), strict=True))
     negative = ones["negative"].unflatten(0, (len(batch), -1)) if batch[0].negatives else scored.embeddings.negative
     e = Embeddings(ones["query"], units["positive"], negative)
-    e = replace(e, **{side: getattr(e, side).detach() for side in SIDES if side not in h["pathwise_roles"]})
-    return -credit / max(tokens, 1), -module.pathwise_reward(e).total.mean()
+    e = replace(e, **{side: getattr(e, side).detach() for side in ROLES if side not in h["pathwise_roles"]})
+    return -credit / max(tokens, 1), -(module.pathwise_reward or module.reward)(e).total.mean()
 
 
 def oracle(module: GRACE, batch: Any = BATCH) -> tuple[Tensor, Tensor]:
@@ -142,10 +142,10 @@ def random_embeddings(m: int, b: int = 3, k: int = 2, d: int = 5) -> Embeddings:
 @pytest.mark.parametrize(("reward", "m"), [(paper, 2), (document, 2), (listwise, 2), (listwise, 0), (unsupervised, 0)])
 def test_reward_gradients_are_finite_differences(reward: Any, m: int) -> None:
     e = random_embeddings(m)
-    found, mean = reward_gradients(reward, e)
-    assert mean == pytest.approx(float(reward(e).total.mean()), rel=1e-5)
+    total, found = reward_and_gradients(reward, e)
+    torch.testing.assert_close(total.total.double(), reward(e).total.double(), atol=1e-5, rtol=1e-5)
     step = 1e-5
-    for side in SIDES:
+    for side in ROLES:
         exact = torch.zeros_like(getattr(e, side))
         for place in range(exact.numel()):
             values = []
@@ -154,26 +154,27 @@ def test_reward_gradients_are_finite_differences(reward: Any, m: int) -> None:
                 moved.view(-1)[place] += sign
                 values.append(reward(replace(e, **{side: moved})).total.mean(dim=1).sum())
             exact.view(-1)[place] = (values[0] - values[1]) / (2 * step)
-        ours = getattr(found, side)
+        ours = found[side]
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.double(), exact, atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("side", ROLES)
 def test_reward_gradients_of_sides_that_are_not_asked_for_are_0(side: Any) -> None:
     e = random_embeddings(2)
-    found, everything = reward_gradients(listwise, e, [side])[0], reward_gradients(listwise, e)[0]
-    for other in SIDES:
-        expected = getattr(everything, other)
-        assert torch.equal(getattr(found, other), expected if other == side else torch.zeros_like(expected))
+    found, everything = reward_and_gradients(listwise, e, [side])[1], reward_and_gradients(listwise, e)[1]
+    for other in ROLES:
+        expected = everything[other]
+        assert torch.equal(found[other], expected if other == side else torch.zeros_like(expected))
 
 
 def test_reward_gradients_are_there_without_a_graph_around_them() -> None:
     e = random_embeddings(2)
     with torch.no_grad():
-        found, _ = reward_gradients(document, e)
-    assert float(found.positive.norm()) > 0
-    assert not found.positive.requires_grad
+        reward, found = reward_and_gradients(document, e)
+    assert float(found["positive"].norm()) > 0
+    assert not found["positive"].requires_grad
+    assert not reward.total.requires_grad
 
 
 def test_the_loss_has_the_gradient_of_the_rewards_through_the_length() -> None:
@@ -191,37 +192,14 @@ def test_the_first_of_a_group_has_the_gradient() -> None:
     assert spread.tolist() == [[1, 2], [0, 0], [0, 0], [3, 4], [0, 0], [0, 0]]
 
 
-def three_queries_and_six_negatives() -> tuple[Rollouts, dict[Any, Tensor]]:
-    gradients = {"query": torch.arange(3.0).unsqueeze(1), "negative": 10 + torch.arange(6.0).unsqueeze(1)}
-    return some_rollouts(small_policy(), (1, 2, 3, 4, 5, 6, 7, 8, 9)), gradients
-
-
-@pytest.mark.parametrize(
-    ("sides", "rows", "instances"),
-    [
-        (SIDES, list(range(9)), [0, 1, 2, 0, 0, 1, 1, 2, 2]),
-        (("query",), [0, 1, 2], [0, 1, 2]),
-        (("positive", "negative"), [3, 4, 5, 6, 7, 8], [0, 0, 1, 1, 2, 2]),
-    ],
-)
-def test_companions_of_a_batch_are_the_sides_that_take_part(sides: Any, rows: list[int], instances: list[int]) -> None:
-    rollouts, gradients = three_queries_and_six_negatives()
-    found = companions_of((("query", "negative"), rollouts), gradients, sides, 3)
-    assert isinstance(found, Companions)
-    assert found.rollouts.rationale_lengths.tolist() == rollouts.rationale_lengths[rows].tolist()
-    assert found.gradients.flatten().tolist() == torch.cat([*gradients.values()]).flatten()[rows].tolist()
-    assert found.instances.tolist() == instances
-    middle = found.of(1, 2)
+def test_context_is_selected_by_instance() -> None:
+    rollouts = some_rollouts(small_policy(), (1, 2, 3, 4, 5, 6, 7, 8, 9))
+    context = Context(rollouts, torch.arange(9.0).unsqueeze(1), torch.tensor([0, 1, 2, 0, 0, 1, 1, 2, 2]))
+    middle = context.select(torch.tensor([1]))
     assert middle is not None
-    assert middle.gradients.tolist() == [g for g, i in zip(found.gradients.tolist(), instances, strict=True) if i == 1]
-    assert found.of(3, 4) is None
-
-
-def test_companions_of_a_batch_may_be_none() -> None:
-    rollouts, gradients = three_queries_and_six_negatives()
-    assert companions_of(None, gradients, SIDES, 3) is None
-    assert companions_of((("query", "negative"), rollouts), gradients, ("positive",), 3) is None
-    assert companions_of((("query",), rollouts[:3]), gradients | {"negative": torch.zeros(0, 1)}, ("negative",), 3) is None
+    assert middle.gradients.flatten().tolist() == [1, 5, 6]
+    assert middle.rollouts.rationale_lengths.tolist() == [2, 6, 7]
+    assert context.select(torch.tensor([3])) is None
 
 
 @pytest.mark.parametrize("pooling", ["mean", "eos", "max"])
@@ -347,7 +325,7 @@ def test_updates_of_weights_that_stand_still_add_up_to_as_many_times_the_one() -
 
 def test_the_derivative_is_held_over_updates_and_embeddings_are_taken_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Any] = []
-    monkeypatch.setattr("src.modules.grace.reward_gradients", lambda *how: taken.append(reward_gradients(*how)) or taken[-1])
+    monkeypatch.setattr("src.modules.grace.reward_and_gradients", lambda *how: taken.append(reward_and_gradients(*how)) or taken[-1])
     moving, still = (
         fit(built(algorithm={"truncation": "none", "updates_per_batch": 2}, learning_rate=rate)).of_updates for rate in (1e-2, 0.0)
     )

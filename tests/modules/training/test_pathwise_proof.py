@@ -33,9 +33,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from src.modules.grace import GRACE
 from src.modules.objectives.advantages import rloo
-from src.modules.objectives.aggregation import constant
 from src.modules.objectives.algorithm import Algorithm
-from src.modules.objectives.losses import reinforce
+from src.modules.objectives.losses import constant, reinforce
 from src.modules.objectives.rewards import document, listwise, paper
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import Prompts

@@ -1,8 +1,8 @@
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.modules.training.scoring import micro_batches
+from src.modules.policy.batching import packed_batches, padded_batches
 from src.modules.types import Rollouts
 
 lengths = st.lists(st.tuples(st.integers(1, 20), st.lists(st.integers(0, 15), min_size=3, max_size=3)), min_size=1, max_size=5)
@@ -22,10 +22,10 @@ def tokens_of(rollouts: Rollouts, part: torch.Tensor) -> int:
 
 
 @given(instances=lengths, budget=st.integers(1, 120), data=st.data())
-def test_micro_batches_take_every_row_once_within_the_budget(instances, budget, data):
+def test_packed_batches_hold_every_row_once_within_the_budget(instances, budget, data):
     rollouts = rollouts_of(instances)
     rows = torch.tensor(sorted(data.draw(st.sets(st.integers(0, len(rollouts) - 1), min_size=1))))
-    parts = list(micro_batches(rollouts, rows, 3, budget))
+    parts = list(packed_batches(rollouts, rows, 3, budget))
     assert torch.equal(torch.cat(parts), rows)
     for part in parts:
         assert tokens_of(rollouts, part) <= budget or len(part) == 1
@@ -35,5 +35,14 @@ def test_micro_batches_take_every_row_once_within_the_budget(instances, budget, 
             assert sum(bool((part // 3 == instance).any()) for part in parts) == 1
 
 
-def test_no_rows_make_no_micro_batch():
-    assert list(micro_batches(rollouts_of([(4, [1, 2, 3])]), torch.zeros(0, dtype=torch.long), 3, 10)) == []
+def test_no_rows_make_no_batch():
+    assert list(packed_batches(rollouts_of([(4, [1, 2, 3])]), torch.zeros(0, dtype=torch.long), 3, 10)) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 120), st.integers(0, 9))
+def test_padded_batches_hold_every_text_once_within_the_budget(lengths: list[int], tokens: int, extra: int) -> None:
+    parts = list(padded_batches(torch.tensor(lengths), tokens, extra))
+    assert sorted(torch.cat(parts).tolist()) == list(range(len(lengths)))
+    for part in parts:
+        assert len(part) == 1 or len(part) * (extra + max(lengths[row] for row in part.tolist())) <= tokens

@@ -1,0 +1,52 @@
+"""Cuts sequences into batches of a budget of tokens."""
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from src.modules.types import Rollouts
+
+
+def packed_batches(rollouts: Rollouts, rows: Tensor, k: int, tokens: int) -> Iterator[Tensor]:
+    """Cuts rows, [n] int64 ascending with K to a text, into parts of at most `tokens` tokens where a prompt counts once; [n_i] int64 each.
+
+    The rollouts of a text stay together if they fit, as its prompt is computed again in every part that has rollouts of it. A rollout that
+    alone is longer is a part of its own.
+    """
+    prompts, own = rollouts.prompt_lengths.tolist(), rollouts.rationale_lengths.tolist()
+    part: list[int] = []
+    used = 0
+    for _, members in groupby(rows.tolist(), lambda row: row // k):
+        group = list(members)
+        prompt = prompts[group[0]]
+        if part and used + prompt + sum(own[row] for row in group) > tokens:
+            yield torch.tensor(part)
+            part, used = [], 0
+        used += prompt
+        for row in group:
+            if part and used + own[row] > tokens:
+                yield torch.tensor(part)
+                part, used = [], prompt
+            part.append(row)
+            used += own[row]
+    if part:
+        yield torch.tensor(part)
+
+
+def padded_batches(lengths: Tensor, tokens: int, extra: int = 0) -> Iterator[Tensor]:
+    """Cuts sequences into parts of like lengths, the longest first, each of at most `tokens` tokens with its padding; [n_i] int64 each.
+
+    A sequence that alone is longer is a part of its own.
+
+    Args:
+        lengths: [N] int64.
+        extra: tokens that are added to every sequence, such as the rationales that are to be written.
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    start = 0
+    while start < len(order):
+        count = max(1, tokens // (int(lengths[order[start]]) + extra))
+        yield order[start : start + count]
+        start += count

@@ -1,0 +1,222 @@
+"""Collects a rollout batch: samples rationales of all roles, embeds them, and gathers over the ranks what rewards need, once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from src.modules.distributed.ranks import Ranks
+from src.modules.encoder.encoder import RolloutEngine
+from src.modules.objectives.algorithm import Algorithm
+from src.modules.objectives.credit import from_tokens
+from src.modules.objectives.roles import ids_of, texts_of
+from src.modules.policy.batching import packed_batches
+from src.modules.policy.model import Policy
+from src.modules.policy.pooling import pool, pool_prefixes
+from src.modules.policy.reference import Reference
+from src.modules.prompt.renderer import PromptRenderer
+from src.modules.types import CONTEXT_ROLES, Embeddings, GreedyRollouts, Role, RoleRollouts, RolloutBatch, Rollouts
+from src.records import Triplet
+from src.utils.timing import timed
+
+STREAMS = {"positive": 0, "query": 3, "negative": 4}
+CONTEXT_STREAM, GREEDY_STREAM = 1, 2
+"""Streams of random numbers of a rollout batch."""
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Samples rollout batches with the weights as they are.
+
+    Attributes:
+        policy, engine, renderer, reference, algorithm: of the module; no reference if the algorithm has none.
+        ranks: the processes that collect together, each its share of the instances.
+        num_generations, temperature, context_temperature, also_learn_from, micro_batch_tokens, encode_batch_size, seed: see GRACE.
+    """
+
+    policy: Policy
+    engine: RolloutEngine
+    renderer: PromptRenderer
+    reference: Reference | None
+    algorithm: Algorithm
+    ranks: Ranks
+    num_generations: int
+    temperature: float
+    context_temperature: float
+    also_learn_from: Sequence[Role]
+    micro_batch_tokens: int
+    encode_batch_size: int
+    seed: int
+
+    def collect(self, batch: Sequence[Triplet], number: int) -> RolloutBatch:
+        """Samples K rollouts of each text of the roles that are learned from, and one of each text of the others.
+
+        Args:
+            batch: the instances of all ranks.
+            number: of the batch; with the run's seed it determines what is drawn.
+
+        Raises:
+            ValueError: the batch cannot be shared evenly, or ranks were given different ones; records differ in their number of negatives;
+                negatives are to be learned from and there are none.
+        """
+        self.ranks.require_same([triplet.id for triplet in batch])
+        own = self.ranks.share(batch)
+        m, seconds = negatives_per_instance(own), dict[str, float]()
+        if "negative" in self.also_learn_from and not m:
+            raise ValueError("module.also_learn_from names negatives, and the records have none: leave it out")
+        learned: list[Role] = ["positive", *self.also_learn_from]
+        context_roles = tuple(role for role in CONTEXT_ROLES if role not in learned and (role == "query" or m))
+        with timed(seconds, "rollout"):
+            sampled = {role: self._sample([texts_of(own, role)], len(own), (number, STREAMS[role]), self.temperature) for role in learned}
+            texts, context = [texts_of(own, role) for role in context_roles], None
+            if texts:
+                context = self._sample(texts, len(own), (number, CONTEXT_STREAM), self.context_temperature, n=1)
+        with timed(seconds, "encode"):
+            encoded = {role: self._encode(rollouts) for role, rollouts in sampled.items()}
+            first = {role: vectors.unflatten(0, (-1, self.num_generations))[:, 0] for role, (vectors, _, _) in encoded.items()}
+            if context is not None:
+                vectors = unit_vectors(self.policy, context, self.encode_batch_size)
+                first |= zip(context_roles, vectors.split([len(part) for part in texts]), strict=True)
+        roles = {role: self._gather(own, role, rollouts, *encoded[role], number, seconds) for role, rollouts in sampled.items()}
+        negative = first["negative"] if m else first["query"][:0]
+        embeddings = Embeddings(
+            query=self.ranks.gather(first["query"], len(own)),
+            positive=roles["positive"].embeddings,
+            negative=self.ranks.gather(negative.unflatten(0, (len(own), m)), len(own)),
+        )
+        return RolloutBatch(
+            roles=roles,
+            embeddings=embeddings,
+            context_roles=context_roles,
+            context=context,
+            instance_ids=tuple(triplet.id for triplet in batch),
+            rollout_tokens=sum(int(part.rationale_lengths.sum()) for part in (*sampled.values(), *([context] if context else []))),
+            distinct_rationales=self._distinct(sampled["positive"], len(own)),
+            seconds=seconds,
+        )
+
+    def _sample(
+        self, texts: Sequence[list[str]], instances: int, stream: tuple[int, int], temperature: float, n: int | None = None
+    ) -> Rollouts:
+        """Samples n rollouts (None: K) of the texts of some roles, role after role."""
+        prompts = self.renderer([text for part in texts for text in part])
+        seeds = self._seeds(stream, [len(part) for part in texts], instances)
+        k, prefixes = (self.num_generations, self.algorithm.gae_lambda is not None) if n is None else (n, False)
+        return self.engine.generate(self.policy, prompts, n=k, temperature=temperature, seed=seeds, prefixes=prefixes)
+
+    def _seeds(self, stream: tuple[int, int], sizes: Sequence[int], instances: int) -> Tensor:
+        """Returns a seed for each text, by its place among those of all ranks: the number of ranks changes nothing."""
+        everywhere = [size * self.ranks.count for size in sizes]
+        places = torch.cat([sum(everywhere[:i]) + self.ranks.places(size, instances) for i, size in enumerate(sizes)])
+        # a tuple of ints hashes to the same number in every process
+        generator = torch.Generator().manual_seed(hash((self.seed, *stream)) % 2**31)
+        return torch.randint(2**62, (sum(everywhere),), generator=generator)[places]
+
+    def _encode(self, rollouts: Rollouts) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns unit vectors [g*K, D], log-probs [g*K, T] and prefix vectors [g*K, R + 1, D], the last two None if not needed.
+
+        What the engine computed while it sampled is used if it is complete; else one pass computes all of it.
+        """
+        algorithm, k = self.algorithm, self.num_generations
+        with_logprobs, with_prefixes = algorithm.updates_per_batch > 1 or algorithm.kl_in_reward, algorithm.gae_lambda is not None
+        # importance weights compare the engine's log-probs with the trainer's own
+        logprobs = rollouts.logprobs if with_logprobs and algorithm.tis_cap is None else None
+        pooled, prefixes = rollouts.embeddings, rollouts.prefix_embeddings if with_prefixes else None
+        if pooled is None or (logprobs is None) == with_logprobs or (prefixes is None) == with_prefixes:
+            longest, parts = int(rollouts.rationale_lengths.max()), []
+            for rows in packed_batches(rollouts, torch.arange(len(rollouts)), k, self.micro_batch_tokens):
+                part = rollouts[rows]
+                hidden = self.policy.hidden_states(part, rows // k) if with_logprobs else None  # a live encoder reads them as well
+                states = self.policy.encoder_states(part, hidden, rows // k)
+                values = None if hidden is None else self.policy.logprobs(part, hidden, self.temperature)[0]
+                if values is not None:
+                    values = torch.nn.functional.pad(values, (0, rollouts.input_ids.shape[1] - values.shape[1]))
+                cut = pool_prefixes(states, part, longest, self.policy.pooling) if with_prefixes else None
+                parts.append((pool(states, part.pooling_mask, self.policy.pooling), values, cut))
+            pooled = torch.cat([vectors for vectors, _, _ in parts])
+            logprobs = torch.cat([values for _, values, _ in parts if values is not None]) if with_logprobs else None
+            prefixes = torch.cat([cut for _, _, cut in parts if cut is not None]) if with_prefixes else None
+        return normalize(pooled, dim=-1), logprobs, None if prefixes is None else normalize(prefixes, dim=-1)
+
+    def _gather(
+        self,
+        own: Sequence[Triplet],
+        role: Role,
+        rollouts: Rollouts,
+        vectors: Tensor,
+        logprobs: Tensor | None,
+        prefixes: Tensor | None,
+        number: int,
+        seconds: dict[str, float],
+    ) -> RoleRollouts:
+        """Adds the reference's log-probs and greedy rollouts, and gathers over the ranks what rewards, shaping and credit need."""
+        reference = divergence = greedy = None
+        ids = ids_of(own, role)
+        if self.reference is not None:
+            with timed(seconds, "reference"):
+                reference = self.reference.logprobs(rollouts, self.num_generations, self.micro_batch_tokens, self.temperature)
+        if self.algorithm.kl_in_reward and logprobs is not None and reference is not None:
+            divergence = from_tokens(self.algorithm.divergence(logprobs, reference, rollouts.rationale_mask), rollouts)
+        if self.algorithm.greedy_baseline:
+            with timed(seconds, "greedy"):
+                greedy = self._greedy(texts_of(own, role), len(own), number)
+
+        def everywhere(values: Tensor) -> Tensor:
+            return self.ranks.gather(values.unflatten(0, (len(ids), -1)), len(own))
+
+        def padded(values: Tensor | None, last: bool) -> Tensor | None:
+            """Gathers values [g*K, R, ...] of rationales, whose longest differs by rank; pads with the last one or with 0."""
+            if values is None:
+                return None
+            columns = int(self.ranks.largest(values.shape[1])[0]) - values.shape[1]
+            tail = values[:, -1:].expand(-1, columns, *values.shape[2:])
+            return everywhere(torch.cat([values, tail if last else torch.zeros_like(tail)], dim=1))
+
+        return RoleRollouts(
+            rollouts=rollouts,
+            instance_ids=ids,
+            embeddings=everywhere(vectors),
+            lengths=everywhere(rollouts.rationale_lengths),
+            finished=everywhere(rollouts.finished),
+            old_logprobs=logprobs,
+            reference_logprobs=reference,
+            divergence=padded(divergence, last=False),
+            prefixes=padded(prefixes, last=True),
+            greedy=greedy,
+        )
+
+    def _greedy(self, texts: list[str], instances: int, number: int) -> GreedyRollouts:
+        rollouts = self._sample([texts], instances, (number, GREEDY_STREAM), 0.0, n=1)
+        vectors = unit_vectors(self.policy, rollouts, self.encode_batch_size)
+        parts = (vectors, rollouts.rationale_lengths, rollouts.finished)
+        return GreedyRollouts(*(self.ranks.gather(part.unsqueeze(1), instances) for part in parts))
+
+    def _distinct(self, rollouts: Rollouts, instances: int) -> float:
+        hashes = torch.tensor([hash(tuple(ids.tolist())) for ids in rollouts.rationales()])
+        found = self.ranks.gather(hashes.view(instances, -1), instances)
+        return len(found.unique()) / found.numel()
+
+
+def unit_vectors(policy: Policy, rollouts: Rollouts, batch_size: int) -> Tensor:
+    """Returns [N, D] unit vectors of texts with one rollout each, from the engine, or else from batches of like lengths."""
+    if rollouts.embeddings is not None:
+        return normalize(rollouts.embeddings, dim=-1)
+    order = rollouts.lengths.argsort()
+    parts = [policy.embed(rollouts[rows]) for rows in order.split(batch_size)]
+    return normalize(torch.cat(parts)[order.argsort()], dim=-1)
+
+
+def negatives_per_instance(batch: Sequence[Triplet]) -> int:
+    """Returns M of a batch.
+
+    Raises:
+        ValueError: its records differ in their number of negatives.
+    """
+    counts = {len(triplet.negatives) for triplet in batch}
+    if len(counts) != 1:
+        raise ValueError(
+            f"a batch must have one number of negatives an instance, this one has {sorted(counts)} (first record: {batch[0].id})"
+        )
+    return counts.pop()
