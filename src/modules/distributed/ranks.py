@@ -1,11 +1,11 @@
-"""The processes that train together: who rolls out what, and how each of them sees the whole batch.
+"""The processes that train together: which instances each of them has, and what they exchange.
 
-Rewards compare texts of the whole batch, so every rank computes them for all of it, from embeddings that are gathered once,
-and keeps those of its own rollouts. One process with B instances and N with B / N each then do the same.
+Rewards compare texts of the global batch, so every rank computes them for all of it from embeddings that are gathered once, and keeps those
+of its own rollouts. One process with B instances and N processes with B / N each then take the same step.
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,16 +18,14 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Ranks:
-    """One of `count` processes, each with the same number of instances; with one process everything here changes nothing.
+    """One of `count` processes with equal numbers of instances; with one process every method returns its argument.
 
-    Rank r has the instances r, r + count, r + 2 count, ... of a batch: cut into minibatches in order, the ranks' parts then
-    make up the minibatches of the whole batch.
-
-    All methods but `share`, `own` and `places` are to be called by all ranks together.
+    Rank r has the instances r, r + count, r + 2 count, ... of a batch: cut into minibatches in order, the ranks' parts then make up the
+    minibatches of the global batch. All ranks call the methods together, except for `share` and `own`.
 
     Attributes:
         rank: 0 to count - 1.
-        count: how many there are.
+        count: number of processes.
         device: where tensors are exchanged.
     """
 
@@ -37,17 +35,27 @@ class Ranks:
 
     @classmethod
     def of(cls, module: L.LightningModule) -> "Ranks":
-        """Those of a module's trainer; a module without one is alone."""
+        """Returns the ranks of a module's trainer; one process without a trainer."""
         trainer = module._trainer
         return cls() if trainer is None or trainer.world_size == 1 else cls(trainer.global_rank, trainer.world_size, module.device)
 
-    # ---- whose is what
+    def require_same(self, names: Sequence[str]) -> None:
+        """Raises ValueError, on all ranks, if one of them was given a batch with other record ids."""
+        if self.count == 1:
+            return
+        value = float(zlib.crc32("\n".join(names).encode()))
+        high, low = self.largest(value, -value)
+        if high != -low:
+            raise ValueError(
+                "the processes were given different batches, and each takes its share of one itself: let the datamodule give every process "
+                "the same, and leave trainer.use_distributed_sampler=false"
+            )
 
     def share(self, batch: Sequence[Item]) -> list[Item]:
-        """This rank's instances of a batch.
+        """Returns this rank's instances of a batch.
 
         Raises:
-            ValueError: they cannot be shared out evenly.
+            ValueError: the batch cannot be shared evenly.
         """
         if len(batch) % self.count:
             raise ValueError(
@@ -57,7 +65,7 @@ class Ranks:
         return list(batch[self.rank :: self.count])
 
     def own(self, rows: Tensor, instances: int) -> Tensor:
-        """This rank's of the rows of the whole batch, in their order.
+        """Selects this rank's rows of the global batch, in their order.
 
         Args:
             rows: [count * n, ...], n the rows of a rank.
@@ -65,42 +73,16 @@ class Ranks:
         """
         return rows if self.count == 1 else rows.unflatten(0, (instances, self.count, -1))[:, self.rank].flatten(0, 1)
 
-    def places(self, rows: int, instances: int) -> Tensor:
-        """[rows] int64: where this rank's rows stand among those of the whole batch."""
-        return self.own(torch.arange(rows * self.count), instances)
-
-    # ---- what the others have
-
-    def require_same(self, names: Sequence[str]) -> None:
-        """Compares a batch's record ids with the other ranks'.
-
-        Raises:
-            ValueError: on all ranks, where one has others.
-        """
-        value = float(zlib.crc32("\n".join(names).encode()))
-        high, low = self.largest(value, -value)
-        if high != -low:
-            raise ValueError(
-                "the processes were given different batches, and each takes its share of one itself: let the datamodule give every process "
-                "the same, and leave trainer.use_distributed_sampler=false"
-            )
-
     def gather(self, rows: Tensor, instances: int) -> Tensor:
-        """[count * n, ...]: the rows of the whole batch, in its order; the arguments are as of `own`, `rows` [n, ...]."""
+        """Returns the rows of the global batch, [count * n, ...], in its order, from this rank's [n, ...]; arguments as of `own`."""
         if self.count == 1:
             return rows
-        if rows.numel() == 0:  # negatives, where there are none
+        if rows.numel() == 0:  # no negatives
             return rows.new_empty((len(rows) * self.count, *rows.shape[1:]))
         return self._all(rows).unflatten(1, (instances, -1)).transpose(0, 1).flatten(0, 2)
 
-    def on_whole(self, function: Callable[..., Tensor], instances: int) -> Callable[..., Tensor]:
-        """A function of rows of the whole batch to as many, as one of this rank's rows."""
-        if self.count == 1:
-            return function
-        return lambda *rows: self.own(function(*(self.gather(x, instances) for x in rows)), instances)
-
     def gather_uneven(self, values: Tensor) -> tuple[Tensor, slice]:
-        """[sum of n] the values of all ranks, [n] each, n differing; and where this rank's stand."""
+        """Returns the values of all ranks, [sum of n], from [n] of each, n differing; and the place of this rank's."""
         if self.count == 1:
             return values, slice(0, len(values))
         sizes = self._all(torch.tensor([len(values)], device=self.device)).flatten().tolist()
@@ -111,30 +93,28 @@ class Ranks:
         return torch.cat(parts), slice(first, first + len(values))
 
     def total(self, *values: float) -> list[float]:
-        """The sum over ranks of each."""
-        return self._reduced(values, distributed.ReduceOp.SUM)
+        """Returns the sum over ranks of each value."""
+        return list(values) if self.count == 1 else self._reduced(values, distributed.ReduceOp.SUM)
 
     def largest(self, *values: float) -> list[float]:
-        """The greatest of each."""
-        return self._reduced(values, distributed.ReduceOp.MAX)
+        """Returns the maximum over ranks of each value."""
+        return list(values) if self.count == 1 else self._reduced(values, distributed.ReduceOp.MAX)
 
     def objects(self, value: Item) -> list[Item]:
-        """What each rank has, whatever can be pickled; for little, and rarely."""
+        """Returns each rank's value, anything that can be pickled."""
         found: list[Any] = [value] * self.count
         if self.count > 1:
             distributed.all_gather_object(found, value)
         return found
 
     def _all(self, values: Tensor) -> Tensor:
-        """[count, ...]."""
+        """Returns [count, ...]."""
         sent = values.to(self.device, torch.uint8 if values.dtype == torch.bool else values.dtype).contiguous()  # gloo has no bool
         received = sent.new_empty((self.count, *sent.shape))
         distributed.all_gather(list(received.unbind()), sent)
         return received.to(values.device, values.dtype)
 
     def _reduced(self, values: Sequence[float], operation: Any) -> list[float]:
-        if self.count == 1:
-            return list(values)
         reduced = torch.tensor(values, dtype=torch.float64, device=self.device)
         distributed.all_reduce(reduced, operation)
         return reduced.tolist()

@@ -61,7 +61,8 @@ class Collector:
             ValueError: the batch cannot be shared evenly, or ranks were given different ones; records differ in their number of negatives;
                 negatives are to be learned from and there are none.
         """
-        self.ranks.require_same([triplet.id for triplet in batch])
+        ids = tuple(triplet.id for triplet in batch)
+        self.ranks.require_same(ids)
         own = self.ranks.share(batch)
         m, seconds = negatives_per_instance(own), dict[str, float]()
         if "negative" in self.also_learn_from and not m:
@@ -91,7 +92,7 @@ class Collector:
             embeddings=embeddings,
             context_roles=context_roles,
             context=context,
-            instance_ids=tuple(triplet.id for triplet in batch),
+            instance_ids=ids,
             rollout_tokens=sum(int(part.rationale_lengths.sum()) for part in (*sampled.values(), *([context] if context else []))),
             distinct_rationales=self._distinct(sampled["positive"], len(own)),
             seconds=seconds,
@@ -102,17 +103,14 @@ class Collector:
     ) -> Rollouts:
         """Samples n rollouts (None: K) of the texts of some roles, role after role."""
         prompts = self.renderer([text for part in texts for text in part])
-        seeds = self._seeds(stream, [len(part) for part in texts], instances)
+        # a seed for each text by its place among those of all ranks, so that the number of ranks changes nothing; a tuple of ints hashes to
+        # the same number in every process
+        sizes = [len(part) * self.ranks.count for part in texts]
+        generator = torch.Generator().manual_seed(hash((self.seed, *stream)) % 2**31)
+        drawn = torch.randint(2**62, (sum(sizes),), generator=generator)
+        seeds = torch.cat([self.ranks.own(part, instances) for part in drawn.split(sizes)])
         k, prefixes = (self.num_generations, self.algorithm.gae_lambda is not None) if n is None else (n, False)
         return self.engine.generate(self.policy, prompts, n=k, temperature=temperature, seed=seeds, prefixes=prefixes)
-
-    def _seeds(self, stream: tuple[int, int], sizes: Sequence[int], instances: int) -> Tensor:
-        """Returns a seed for each text, by its place among those of all ranks: the number of ranks changes nothing."""
-        everywhere = [size * self.ranks.count for size in sizes]
-        places = torch.cat([sum(everywhere[:i]) + self.ranks.places(size, instances) for i, size in enumerate(sizes)])
-        # a tuple of ints hashes to the same number in every process
-        generator = torch.Generator().manual_seed(hash((self.seed, *stream)) % 2**31)
-        return torch.randint(2**62, (sum(everywhere),), generator=generator)[places]
 
     def _encode(self, rollouts: Rollouts) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns unit vectors [g*K, D], log-probs [g*K, T] and prefix vectors [g*K, R + 1, D], the last two None if not needed.

@@ -16,7 +16,7 @@ def test_shares_and_their_rows_make_up_the_whole(count: int, instances: int, eac
     assert sorted(i for r in ranks for i in r.share(batch)) == batch
     for r in ranks:
         expected = [i * each + m for i in r.share(batch) for m in range(each)]  # rows of an instance stay side by side
-        assert r.own(rows, instances).tolist() == r.places(instances * each, instances).tolist() == expected
+        assert r.own(rows, instances).tolist() == expected
 
 
 def test_minibatches_of_the_shares_make_up_those_of_the_whole() -> None:
@@ -37,5 +37,3 @@ def test_one_process_changes_nothing() -> None:
     assert ALONE.gather_uneven(rows[:, 0])[1] == slice(0, 6)
     assert ALONE.total(1.5, 2) == [1.5, 2]
     assert ALONE.objects("a") == ["a"]
-    function = torch.sin
-    assert ALONE.on_whole(function, 3) is function
