@@ -129,18 +129,18 @@ def document(
     consistency_weight: float = 0.2,
     hard_weight: float = 0.2,
     temperature: float = 0.1,
-    hard: Literal["mean", "max"] = "mean",
+    hard_reduction: Literal["mean", "max"] = "mean",
 ) -> Reward:
     """The published reward with both negative terms moved to the document's side, so that each depends on the rollout.
 
     negative = -sum_m sim(h_p[k], h_n[m]); hard = -mean (or max) over j != i of sim(h_p[k], h_q[j]) (0 where B = 1);
     the rest as in `paper`. The unsupervised code of the GRACE authors uses the mean.
     """
-    if hard not in ("mean", "max"):
-        raise ValueError(f"reward.hard={hard!r}: it is mean or max")
+    if hard_reduction not in ("mean", "max"):
+        raise ValueError(f"reward.hard_reduction={hard_reduction!r}: it is mean or max")
     b = len(e.query)
     similarity = _to_queries(e)
-    if hard == "mean" or b == 1:
+    if hard_reduction == "mean" or b == 1:
         in_batch = -_mean_of_others(similarity)
     else:
         others = _others(b, similarity.device).unsqueeze(1)  # [B, 1, B]

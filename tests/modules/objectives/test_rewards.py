@@ -50,7 +50,7 @@ def test_paper_is_the_equation(shape, lambda1, lambda2, tau):
 @given(shapes, st.floats(0, 1), st.floats(0, 1), st.floats(0.05, 1), st.sampled_from(["mean", "max"]))
 def test_document_is_the_equation(shape, lambda1, lambda2, tau, hard):
     agree(
-        lambda e: document(e, consistency_weight=lambda1, hard_weight=lambda2, temperature=tau, hard=hard),
+        lambda e: document(e, consistency_weight=lambda1, hard_weight=lambda2, temperature=tau, hard_reduction=hard),
         lambda q, p, n: document_oracle(q, p, n, lambda1, lambda2, tau, hard),
         random_embeddings(*shape),
     )
@@ -161,7 +161,7 @@ def test_one_instance_has_no_in_batch_negatives():
     e = random_embeddings(1, 4, 1, 8, seed=0)
     assert paper(e).terms["hard"].eq(0).all()
     assert document(e).terms["hard"].eq(0).all()
-    assert document(e, hard="max").terms["hard"].eq(0).all()
+    assert document(e, hard_reduction="max").terms["hard"].eq(0).all()
     assert unsupervised(random_embeddings(1, 4, 0, 8, seed=0)).terms["in_batch"].eq(0).all()
     with pytest.raises(ValueError, match="at least 2 instances"):
         listwise(e)
@@ -173,7 +173,7 @@ def test_one_rollout_has_no_consistency():
 
 def test_an_unknown_hard_form_is_refused():
     with pytest.raises(ValueError, match="mean or max"):
-        document(random_embeddings(2, 2, 1, 4, seed=0), hard="median")  # type: ignore[arg-type]
+        document(random_embeddings(2, 2, 1, 4, seed=0), hard_reduction="median")  # type: ignore[arg-type]
 
 
 def test_an_unknown_centre_is_refused():
