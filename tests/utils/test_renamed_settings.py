@@ -1,11 +1,11 @@
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from src.utils.renamed_settings import RENAMED, check_arguments, check_config
-from tests.conftest import ROOT, Compose
+from tests.conftest import Compose
+from tests.programs import Programs
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++", "~"])
@@ -22,7 +22,7 @@ def test_old_options_in_a_sweep() -> None:
 
 
 def test_current_names_pass() -> None:
-    check_arguments(["train.py", "-m", "--cfg", "job", "seed=1", "~debug", "reward.hard_weight=0.1", *(new for new in RENAMED.values())])
+    check_arguments(["train.py", "-m", "--cfg", "job", "seed=1", "~debug", "reward.hard_weight=0.1", *RENAMED.values()])
 
 
 @pytest.mark.parametrize("name", [name for name in RENAMED if "=" not in name])
@@ -44,15 +44,15 @@ def test_new_names_are_settings(compose: Compose) -> None:
 
 
 @pytest.mark.parametrize("program", ["train.py", "evaluate.py"])
-def test_programs_end_in_one_line(program: str) -> None:
-    done = subprocess.run([sys.executable, program, "module.num_rollouts=4"], cwd=ROOT, capture_output=True, text=True)
+def test_programs_end_in_one_line(program: str, programs: Programs) -> None:
+    done = programs.run(program, "module.num_rollouts=4")
     assert (done.returncode, done.stderr) == (1, f"{program}: module.num_rollouts is called module.num_generations now\n")
 
 
-def test_old_names_in_an_experiment_of_ones_own(tmp_path) -> None:
+def test_old_names_in_an_experiment_file(tmp_path: Path, programs: Programs) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nname: mine\nmodule: {num_rollouts: 4}\n")
     arguments = [f"hydra.searchpath=[{tmp_path}]", "experiment=mine", f"paths.output_root={tmp_path}/runs"]
-    done = subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = programs.run("train.py", *arguments)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "train.py: module.num_rollouts is called module.num_generations now"
