@@ -32,6 +32,7 @@ from src.modules.encoder.export import load_policy
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
 from src.modules.policy.packaged import SMOLLM2
+from src.utils.renamed_settings import check_arguments, check_config
 from src.utils.run_info import log_run_info
 from src.utils.secrets import keep_secrets
 from src.utils.timing import clock
@@ -188,6 +189,7 @@ def evaluate(cfg: DictConfig) -> dict[str, EvaluationScores]:
 @hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """The command line. Ends in an error if a task failed."""
+    check_config(cfg, "evaluate.py")
     scores = evaluate(cfg)
     failures = {task: reason for scored in scores.values() for task, reason in scored.failures.items()}
     if failures:
@@ -198,4 +200,5 @@ def main(cfg: DictConfig) -> None:
 
 if __name__ == "__main__":
     keep_secrets(sys.argv)
+    check_arguments(sys.argv)
     main()

@@ -18,6 +18,7 @@ from src.utils.instantiate import instantiate_all
 from src.utils.preemption import StopTogether, preemptible
 from src.utils.processes import naming_lost_processes, prepare
 from src.utils.quiet import quiet_lightning
+from src.utils.renamed_settings import check_arguments, check_config
 from src.utils.run_folder import alone_in, register_resolver, starting_point
 from src.utils.run_info import log_run_info
 from src.utils.run_settings import is_another, settings_of, write_settings
@@ -73,9 +74,11 @@ def fit(cfg: DictConfig, checkpoint: str | None) -> float | None:
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float | None:
     """The command line: one run, or a point of a sweep."""
+    check_config(cfg, "train.py")
     return run_point(cfg, train)
 
 
 if __name__ == "__main__":
     keep_secrets(sys.argv)
+    check_arguments(sys.argv)
     main()

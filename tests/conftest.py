@@ -11,14 +11,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
-import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, open_dict
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from experiments.tiny_policy.policy import TINY_INSTRUCTION, train_tokenizer
+from experiments.tiny_policy.policy import TINY_INSTRUCTION, random_policy, train_tokenizer
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
 from src.utils.machine import register_machine_resolvers
@@ -41,43 +39,24 @@ SENTENCES = [
     "Name the terms that matter, then sum the text up.",
     "Train a classifier on labelled documents.",
 ]
-"""What the tiny policy's tokenizer is trained on."""
+"""The tokenizer's training data."""
 
 
-def make_tiny_policy(folder: Path, seed: int = 0) -> Path:
-    """Random weights, 2 layers of 32, and a byte-level tokenizer of 320 ids with a ChatML template."""
+@pytest.fixture(scope="session")
+def tiny_policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A read-only folder with a tiny policy: random weights, 2 layers of 32, a byte-level tokenizer of 320 ids, a ChatML template."""
+    folder = tmp_path_factory.mktemp("tiny_policy")
     tokenizer = train_tokenizer(SENTENCES * 3, vocab_size=320)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=4096,  # for the published lengths
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config)
-    model.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    random_policy(tokenizer, **sizes, max_position_embeddings=4096).model.save_pretrained(folder)  # for the published lengths
     tokenizer.save_pretrained(folder)
     EncoderSettings(instruction=TINY_INSTRUCTION, max_prompt_tokens=96, max_new_tokens=8).save(folder)
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_policy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny policy; read it, do not write to it."""
-    return make_tiny_policy(tmp_path_factory.mktemp("tiny_policy"))
-
-
 @pytest.fixture
 def tiny_policy(tiny_policy_folder: Path) -> Policy:
-    """A tiny policy of one's own."""
+    """A tiny policy that may be changed."""
     return Policy.load(str(tiny_policy_folder))
 
 
@@ -93,7 +72,7 @@ def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
-    """Starts the project's programs without their imports' seconds."""
+    """Starts the project's programs; imports are done once."""
     with Programs(tmp_path_factory.mktemp("programs")) as programs:
         yield programs
 
@@ -104,9 +83,9 @@ Compose = Callable[..., DictConfig]
 
 @pytest.fixture
 def compose(tmp_path: Path, tiny_policy_folder: Path) -> Iterator[Compose]:
-    """Composes a config as the command line would, with all output in `tmp_path` and the tiny policy in place of any folder.
+    """Composes a config as the command line would, with all output in `tmp_path` and the tiny policy as `policy.path`.
 
-    Docstrings are read once into the project's own cache, which is what `paths.cache_dir` goes on pointing to.
+    Docstrings are read once, into the project's own `paths.cache_dir`.
     """
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
@@ -114,7 +93,7 @@ def compose(tmp_path: Path, tiny_policy_folder: Path) -> Iterator[Compose]:
 
         def composed(*overrides: str, config_name: str = "train") -> DictConfig:
             named = any(re.match(r"~?experiment\b", override) for override in overrides)
-            small = [] if named or config_name != "train" else ["experiment=tiny_sup"]  # the default is of a larger model
+            small = [] if named or config_name != "train" else ["experiment=tiny_sup"]  # the default's model is larger
             cfg = hydra_compose(config_name=config_name, overrides=[*small, *overrides])
             with open_dict(cfg):
                 cfg.paths.output_dir = str(tmp_path / f"output{next(runs) or ''}")  # a folder holds one run
@@ -122,7 +101,7 @@ def compose(tmp_path: Path, tiny_policy_folder: Path) -> Iterator[Compose]:
                 cfg.paths.tracking_uri = f"sqlite:///{tmp_path}/mlflow.db"
                 if config_name == "evaluate":
                     cfg.results_dir, cfg.embeddings.folder = str(tmp_path / "mteb"), str(tmp_path / "embeddings")
-                if "path" in list(cfg.get("policy") or {}):  # `in` alone overlooks a path that is still to be named
+                if "path" in list(cfg.get("policy") or {}):  # `in` on the config is False for ???
                     cfg.policy.path = str(tiny_policy_folder)
             return cfg
 

@@ -1,4 +1,4 @@
-"""The baselines as a user runs them: trained by train.py, gone on with, and read by evaluate.py."""
+"""The baselines as a user runs them: trained and resumed by train.py, and read by evaluate.py."""
 
 from pathlib import Path
 
@@ -20,11 +20,11 @@ __all__ = ["places", "run_train"]  # fixtures
 
 NAMES = {"tiny_baseline_cl_sup": "CL", "tiny_baseline_simcse_unsup": "SimCSE"}
 FEW = {"tiny_baseline_cl_sup": [], "tiny_baseline_simcse_unsup": ["datamodule.batch_size=3"]}
-"""To the fixtures' tokenizer most docstrings are too long."""
+"""Most docstrings are too long for the fixtures' tokenizer."""
 
 
 @pytest.mark.parametrize("experiment", NAMES)
-def test_a_tiny_baseline_trains_goes_on_and_is_evaluated(
+def test_tiny_baseline_trains_and_resumes(
     experiment: str, run_train: RunTrain, places: list[str], tracking_uri: str, tmp_path: Path, compose: Compose
 ) -> None:
     title, small = NAMES[experiment], [f"experiment={experiment}", "debug=fast_baseline", "module.micro_batch_tokens=600"]
@@ -55,14 +55,14 @@ def test_a_tiny_baseline_trains_goes_on_and_is_evaluated(
     assert not own.rationale
 
     settings = [setting for setting in small if not setting.startswith(("debug=", "hydra."))]
-    more = ["callbacks=contrastive_minimal", "logger=none", "trainer.limit_train_batches=2", "trainer.max_epochs=2"]
+    more = ["callbacks=minimal", "logger=none", "trainer.limit_train_batches=2", "trainer.max_epochs=2"]
     cfg = compose(*settings, *more, f"ckpt_path={last}", "trainer.accelerator=cpu")
     train(cfg)
     checkpoint = read_checkpoint(Path(cfg.paths.output_dir) / "checkpoints" / "last.ckpt")
     assert checkpoint["grace"]["rollout_batches"] == 4
 
 
-def test_its_export_is_read_without_rationales(compose: Compose, tiny_policy: Policy, tmp_path: Path) -> None:
+def test_export_is_read_without_rationales(compose: Compose, tiny_policy: Policy, tmp_path: Path) -> None:
     export(tiny_policy, EncoderSettings(TINY_INSTRUCTION, 96, 8, rationale=False), tmp_path / "runs" / "cl" / "now" / "export")
     small = ["size=small", "packages.test=[networkx]", "~logger", "max_new_tokens=1"]
     base = [f"base={tiny_policy.path}", f"paths.output_root={tmp_path}/runs"]
@@ -71,17 +71,8 @@ def test_its_export_is_read_without_rationales(compose: Compose, tiny_policy: Po
     assert beside["Trained, without rationales"].tasks == beside["Base"].tasks  # the same weights
 
 
-def test_simcse_without_dropout_ends_in_one_line(run_train: RunTrain, places: list[str]) -> None:
-    small = ["callbacks=contrastive_minimal", "logger=none", "policy.attention_dropout=null"]
+def test_simcse_without_dropout(run_train: RunTrain, places: list[str]) -> None:
+    small = ["callbacks=minimal", "logger=none", "policy.attention_dropout=null"]
     done = run_train("experiment=tiny_baseline_simcse_unsup", *small, *places[1:])
     assert done.returncode == 1
     assert "ValueError: module.pairs=dropout: both views of a text are the same" in done.stderr
-
-
-def test_callbacks_that_watch_rewards_are_refused(compose: Compose, places: list[str]) -> None:
-    own = [setting for setting in places if not setting.startswith(("hydra.", "experiment="))]
-    cfg = compose("experiment=tiny_baseline_cl_sup", "callbacks=minimal", "logger=none", "trainer.accelerator=cpu", *own)
-    with pytest.raises(
-        TypeError, match=r"^callbacks.reward_diagnostics: Contrastive has no rewards to watch; choose callbacks=contrastive$"
-    ):
-        train(cfg)

@@ -1,4 +1,4 @@
-"""Every config composes, what it describes can be made, and mistakes are told in Hydra's own words."""
+"""Every config composes, what it describes can be made, and mistakes fail in Hydra's own words."""
 
 import shlex
 from pathlib import Path
@@ -8,36 +8,47 @@ import pytest
 from hydra import compose as hydra_compose
 from hydra.errors import ConfigCompositionException, MissingConfigException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from src.modules.policy.packaged import SMOLLM2
 from src.utils.instantiate import instantiate_all
 from tests.conftest import ROOT, Compose
+from tests.programs import Programs
+
+CONFIGS = ROOT / "configs"
 
 
 def options(group: str) -> list[str]:
-    return sorted(file.stem for file in (ROOT / "configs" / group).glob("*.yaml"))
+    return sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
 
 
-def needs_hub(cfg: DictConfig) -> bool:
-    """Whether the policy is a name on the hub; the compose fixture points local folders to the tiny policy."""
-    path = cfg.get("policy", {}).get("path")
-    return path is not None and not Path(path).is_dir()
+EXPERIMENTS = options("experiment")
+GROUPS = ("reward", "algorithm", "module", "rollout", "callbacks", "debug", "policy", "policy/lora", "datamodule", "trainer", "logger")
 
 
-def test_there_are_experiments() -> None:
-    assert "tiny_sup" in options("experiment")
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_is_one_file(experiment: str) -> None:
+    file = CONFIGS / "experiment" / f"{experiment}.yaml"
+    assert len(file.read_text().splitlines()) <= 35
+    cfg = OmegaConf.load(file)
+    named = {key: option for choice in cfg.defaults for key, option in choice.items()}  # type: ignore[union-attr]
+    assert list(named) == [f"override /{group}" for group in ("datamodule", "policy", "module", "reward", "algorithm", "callbacks")]
+    assert cfg.name == experiment  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("experiment", options("experiment"))
+@pytest.mark.parametrize("group", ["experiment", "algorithm", "module", "hparams_search", "reward", "rollout"])
+def test_no_fragment_is_selectable(group: str) -> None:
+    assert {file.suffix for file in (CONFIGS / group).iterdir()} == {".yaml"}
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiment_composes_and_instantiates(experiment: str, compose: Compose) -> None:
     cfg = compose(f"experiment={experiment}", "trainer.accelerator=cpu")
     if OmegaConf.is_missing(cfg.datamodule, "path"):
         cfg.datamodule.path = "triplets.jsonl"  # the user's own; nothing is read before training
     OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    if needs_hub(cfg):
-        pytest.skip(f"{experiment} takes its policy from the hub")
-    cfg.packages.cold_start = cfg.packages.train = ["torchmetrics"]  # all of them take a minute to read
+    assert Path(cfg.policy.path).is_dir()  # the fixture's
+    cfg.packages.train = ["torchmetrics"]  # all of them take a minute to read
     assert isinstance(instantiate(cfg.datamodule), L.LightningDataModule)
     assert isinstance(instantiate(cfg.module), L.LightningModule)
     callbacks = instantiate_all(cfg.callbacks, "callbacks")
@@ -45,52 +56,51 @@ def test_experiment_composes_and_instantiates(experiment: str, compose: Compose)
     assert isinstance(instantiate(cfg.trainer, callbacks=callbacks, logger=False), L.Trainer)
 
 
-@pytest.mark.parametrize(
-    ("group", "name"),
-    [
-        (group, name)
-        for group in ("reward", "algorithm", "rollout", "callbacks", "debug", "policy", "policy/lora", "datamodule", "trainer", "logger")
-        for name in options(group)
-    ],
-)
-def test_every_option_composes_with_the_default(group: str, name: str, compose: Compose) -> None:
-    experiment = "cold_start" if name in ("cold_start", "demonstrations", "tiny_fresh") else "tiny_sup"
-    assert compose(f"experiment={experiment}", f"{group}={name}") is not None
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in options(group)])
+def test_option_composes(group: str, name: str, compose: Compose) -> None:
+    compose("experiment=tiny_sup", f"{group}={name}")
 
 
 @pytest.mark.parametrize("rollout", options("rollout"))
-def test_every_rollout_engine_composes_for_evaluation(rollout: str, compose: Compose) -> None:
+def test_rollout_composes_for_evaluation(rollout: str, compose: Compose) -> None:
     cfg = compose(f"rollout@engine={rollout}", config_name="evaluate")
     assert cfg.engine._partial_
     assert OmegaConf.to_container(cfg.engine, resolve=True, throw_on_missing=True)
 
 
-def test_the_longest_prompt_of_training_is_what_vllm_is_set_up_for(compose: Compose) -> None:
+def test_vllm_takes_the_prompt_length(compose: Compose) -> None:
     assert compose("rollout=vllm").rollout.max_prompt_tokens == compose().module.max_prompt_tokens
 
 
-def test_the_default_needs_no_setting(compose: Compose) -> None:
-    cfg = hydra_compose("train")
-    assert (cfg.name, cfg.policy.path) == ("smollm2_sup", SMOLLM2)
+def test_train_names_what_it_runs(compose: Compose) -> None:
+    default, without = (hydra_compose("train", overrides, return_hydra_config=True) for overrides in ([], ["~experiment", "name=none"]))
+    assert default.hydra.runtime.choices == {**without.hydra.runtime.choices, "experiment": "smollm2_sup"}
+    assert (default.name, default.policy.path) == ("smollm2_sup", SMOLLM2)
 
 
-SMOLLM2_EXPERIMENTS = [name for name in options("experiment") if name.startswith("smollm2")]
+def test_help(programs: Programs, compose: Compose) -> None:
+    done = programs.run("train.py", "--help")
+    assert done.returncode == 0, done.stderr
+    (experiments,) = [line for line in done.stdout.splitlines() if line.startswith("experiment: ")]
+    assert experiments.removeprefix("experiment: ").split(", ") == EXPERIMENTS
+    assert "\nreward: document, listwise, paper, unsupervised\n" in done.stdout
+    settings = [line.split("=")[0].strip() for line in done.stdout.split("(name=value):\n")[1].split("\n\n")[0].splitlines()]
+    assert len(settings) == 5
+    for name in settings:
+        parent, _, key = name.rpartition(".")
+        assert key in OmegaConf.select(compose("datamodule=wiki1m"), parent), name
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
-@pytest.mark.parametrize("experiment", SMOLLM2_EXPERIMENTS)
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name.startswith("smollm2")])
 def test_smollm2_experiments_are_of_one_size(experiment: str, gpu: bool, compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("src.utils.machine.has_gpu", lambda: gpu)
-    cfg, default = (hydra_compose("train", overrides=[f"experiment={name}"]) for name in (experiment, "smollm2_sup"))
-    sizes = [
-        (
-            c.trainer.limit_train_batches,
-            c.datamodule.get("batch_size") or c.datamodule.modules_per_batch * c.datamodule.docstrings_per_module,
-        )
-        for c in (cfg, default)
-    ]
-    assert sizes[0] == sizes[1] == ((150, 48) if gpu else (7, 16))
-    assert (cfg.module.instruction, cfg.rollout.max_new_tokens) == (default.module.instruction, default.rollout.max_new_tokens)
+    cfg = hydra_compose("train", overrides=[f"experiment={experiment}"])
+    data = cfg.datamodule
+    assert cfg.trainer.limit_train_batches == (150 if gpu else 7)
+    assert (data.get("batch_size") or data.modules_per_batch * data.docstrings_per_module) == (48 if gpu else 16)
+    assert cfg.module.instruction == "Explain in a few words what this text is about."
+    assert (cfg.module.max_prompt_tokens, cfg.rollout.max_new_tokens) == ((160, 48) if gpu else (96, 16))
     assert cfg.module.get("pathwise_weight", 0.0) == (0.0 if "paper" in experiment or "baseline" in experiment else 1.0)
 
 
@@ -101,17 +111,14 @@ def test_debug_fast_wins_over_the_experiment(compose: Compose) -> None:
 
 
 def test_callbacks_can_be_switched_off(compose: Compose) -> None:
-    cfg = compose("callbacks.mteb=null", "callbacks.final_report=null")
-    names = [type(callback).__name__ for callback in instantiate_all(cfg.callbacks, "callbacks")]
-    assert "MTEBEvaluation" not in names
-    assert "RewardDiagnostics" in names
+    every, some = (compose(*off).callbacks for off in ([], ["callbacks.mteb=null", "callbacks.final_report=null"]))
+    assert len(instantiate_all(some, "callbacks")) == len(instantiate_all(every, "callbacks")) - 2
 
 
 @pytest.mark.parametrize("search", options("hparams_search"))
 def test_search_composes(search: str, compose: Compose) -> None:
     cfg = compose(f"hparams_search={search}")
-    assert cfg.optimized_metric == "mteb/average"
-    assert cfg.name == search
+    assert (cfg.name, cfg.optimized_metric) == (search, "mteb/average")
 
 
 def study_commands(start: str) -> list[list[str]]:
@@ -124,42 +131,42 @@ STUDIES = study_commands("python train.py hparams_search=")
 
 
 @pytest.mark.parametrize("overrides", STUDIES, ids=" ".join)
-def test_commands_of_studies_compose(overrides: list[str], compose: Compose) -> None:
+def test_study_command_composes(overrides: list[str], compose: Compose) -> None:
     cfg = compose(*(override for override in overrides if "," not in override))
     assert overrides[0] == f"hparams_search={cfg.name}"
 
 
-def test_reports_of_studies_are_of_sweeps_that_their_commands_make() -> None:
+def test_study_reports_are_of_sweeps_of_their_commands() -> None:
     reports = [arguments[1] for arguments in study_commands("python -m experiments.sweep_report")]
     assert len(reports) == len(STUDIES) > 0
     assert all(any(report in " ".join(overrides) for overrides in STUDIES) for report in reports)
 
 
 @pytest.mark.parametrize("algorithm", options("algorithm"))
-def test_every_algorithm_is_its_own_under_the_default_experiment(algorithm: str, compose: Compose) -> None:
-    chosen, plain = (
-        compose(experiment, "name=none", f"algorithm={algorithm}").algorithm for experiment in ("experiment=tiny_sup", "~experiment")
-    )
+def test_tiny_sup_leaves_algorithms_alone(algorithm: str, compose: Compose) -> None:
+    chosen, plain = (compose(start, "name=none", f"algorithm={algorithm}").algorithm for start in ("experiment=tiny_sup", "~experiment"))
     assert OmegaConf.to_container(chosen) == OmegaConf.to_container(plain)
     assert instantiate(chosen)
 
 
-def test_an_unknown_key_is_refused(compose: Compose) -> None:
-    with pytest.raises(ConfigCompositionException, match=r"Could not override 'module\.lerning_rate'"):
-        compose("module.lerning_rate=1")
+def test_algorithms_have_the_same_settings(compose: Compose) -> None:
+    assert len({tuple(sorted(compose(f"algorithm={name}").algorithm)) for name in options("algorithm")}) == 1
 
 
-def test_a_misspelt_group_is_refused(compose: Compose) -> None:
-    with pytest.raises(ConfigCompositionException, match=r"Could not override 'rewards'"):
-        compose("rewards=paper")
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("module.lerning_rate=1", ConfigCompositionException, r"Could not override 'module\.lerning_rate'"),
+        ("rewards=paper", ConfigCompositionException, "Could not override 'rewards'"),
+        ("reward=papr", MissingConfigException, "(?s)reward/papr.*document.*listwise.*paper"),
+    ],
+)
+def test_misspelt_override(override: str, error: type[Exception], message: str, compose: Compose) -> None:
+    with pytest.raises(error, match=message):
+        compose(override)
 
 
-def test_a_misspelt_option_is_refused_and_the_options_are_listed(compose: Compose) -> None:
-    with pytest.raises(MissingConfigException, match=r"(?s)reward/papr.*document.*listwise.*paper"):
-        compose("reward=papr")
-
-
-def test_no_package_serves_twice(compose: Compose) -> None:
+def test_no_package_is_in_two_lists(compose: Compose) -> None:
     lists = compose().packages
     named = [package for packages in lists.values() for package in packages]
     assert len(named) == len(set(named))

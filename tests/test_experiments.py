@@ -1,36 +1,28 @@
-"""The experiments that people will type, trained for two batches on stand-ins of their backbones, with no network."""
+"""The published experiments, trained for two batches on stand-ins of their backbones, with no network."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from hydra import compose as hydra_compose
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import ROOT, Compose
 from train import train
 
-BACKBONES: dict[str, tuple[str, type, type[PreTrainedModel]]] = {
-    "qwen1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", Qwen2Config, Qwen2ForCausalLM),
-    "llama3b": ("meta-llama/Llama-3.2-3B-Instruct", LlamaConfig, LlamaForCausalLM),
-    "qwen3b": ("Qwen/Qwen2.5-3B-Instruct", Qwen2Config, Qwen2ForCausalLM),
-    "qwen3_4b": ("Qwen/Qwen3-4B-Instruct-2507", Qwen3Config, Qwen3ForCausalLM),
+BACKBONES = {
+    "qwen1.5b": ("Qwen/Qwen2.5-1.5B-Instruct", "qwen2"),
+    "llama3b": ("meta-llama/Llama-3.2-3B-Instruct", "llama"),
+    "qwen3b": ("Qwen/Qwen2.5-3B-Instruct", "qwen2"),
+    "qwen3_4b": ("Qwen/Qwen3-4B-Instruct-2507", "qwen3"),
 }
 
 EXPERIMENTS = [f"{backbone}_{data}" for backbone in BACKBONES for data in ("sup", "unsup")]
 
+FEW = ["logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=2", "datamodule.batch_size=4"]
 SMALL = [
-    *("logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=2", "trainer.max_epochs=1"),
-    *("rollout.max_new_tokens=4", "module.num_generations=2", "datamodule.batch_size=4", "algorithm.updates_per_batch=2"),
+    *(*FEW, "trainer.max_epochs=1", "rollout.max_new_tokens=4", "module.num_generations=2", "algorithm.updates_per_batch=2"),
     "callbacks.reward_diagnostics.figure_path=null",  # drawing takes longer than the rest
 ]
 
@@ -39,17 +31,16 @@ SMALL = [
 def stand_in(tmp_path_factory: pytest.TempPathFactory):
     """Makes a folder with random weights of an experiment's architecture and the shipped tokenizer."""
 
-    def make(experiment: str) -> Path:
-        _, config, model = BACKBONES[experiment.rsplit("_", 1)[0]]
+    def make(experiment: str) -> str:
         folder = tmp_path_factory.mktemp(experiment)
         tokenizer = AutoTokenizer.from_pretrained(ROOT / "experiments" / "tiny_policy" / "weights")
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+        sizes |= {"head_dim": 8, "vocab_size": len(tokenizer), "max_position_embeddings": 4096}
         torch.manual_seed(0)
-        model(
-            config(**sizes, head_dim=8, vocab_size=len(tokenizer), tie_word_embeddings=True, max_position_embeddings=4096)
-        ).save_pretrained(folder)
+        config = AutoConfig.for_model(BACKBONES[experiment.rsplit("_", 1)[0]][1], **sizes, tie_word_embeddings=True)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        return folder
+        return str(folder)
 
     return make
 
@@ -63,23 +54,24 @@ def own_data(tmp_path: Path) -> dict[str, Path]:
     return {"sup": tmp_path / "triplets.jsonl", "unsup": tmp_path / "sentences.txt"}
 
 
+def fit(cfg, policy: str | None, metric: str) -> float:
+    cfg.policy.path, cfg.paths.cache_dir, cfg.optimized_metric = policy or cfg.policy.path, f"{cfg.paths.output_dir}/cache", metric
+    value = train(cfg)
+    assert value is not None
+    return value
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_a_local_policy_and_a_local_file_are_all_that_is_needed(experiment: str, compose: Compose, stand_in, own_data) -> None:
+def test_published_needs_a_local_policy_and_file(experiment: str, compose: Compose, stand_in, own_data) -> None:
     cfg = compose(f"experiment={experiment}", f"datamodule.path={own_data[experiment.rsplit('_', 1)[1]]}", *SMALL)
-    cfg.policy.path = str(stand_in(experiment))
-    cfg.paths.cache_dir = f"{cfg.paths.output_dir}/cache"
-    cfg.optimized_metric = "update/updates"
-    assert train(cfg) == 2
+    assert fit(cfg, stand_in(experiment), "update/updates") == 2
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_the_published_settings(experiment: str, compose: Compose) -> None:
-    from hydra import compose as plain
-
+def test_published_settings(experiment: str, compose: Compose) -> None:
     backbone, data = experiment.rsplit("_", 1)
     cfg = compose(f"experiment={experiment}")
-    assert plain("train", [f"experiment={experiment}"]).policy.path == BACKBONES[backbone][0]
-    assert cfg.name == experiment
+    assert hydra_compose("train", [f"experiment={experiment}"]).policy.path == BACKBONES[backbone][0]
     assert (cfg.module.learning_rate, cfg.module.num_generations, cfg.module.max_prompt_tokens) == (1e-6, 8, 1024)
     assert (cfg.module.temperature, cfg.module.context_temperature) == (1.0, 0.5)
     assert (cfg.rollout.max_new_tokens, cfg.trainer.max_epochs, cfg.datamodule.batch_size) == (2048, 2, 64)
@@ -87,43 +79,29 @@ def test_the_published_settings(experiment: str, compose: Compose) -> None:
     assert (cfg.algorithm.advantage.std, cfg.algorithm.loss.clip_low, cfg.algorithm.loss.clip_high) == (False, 0.2, 0.2)
     assert (cfg.reward.consistency_weight, cfg.reward.hard_weight, cfg.reward.temperature) == (0.2, 0.2, 0.1)
     assert cfg.reward._target_ == f"src.modules.objectives.rewards.{'paper' if data == 'sup' else 'unsupervised'}"
+    assert cfg.trainer.precision == "bf16-mixed"
 
 
-BASELINE_SMALL = ["logger=none", "callbacks=contrastive_minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=2"]
-
-
-@pytest.mark.parametrize("data", ["sup", "unsup"])
-@pytest.mark.parametrize("lora", [[], ["policy/lora=all_linear"]])
-def test_a_baseline_needs_no_more_than_that(data: str, lora: list[str], compose: Compose, stand_in, own_data) -> None:
-    name = {"sup": "baseline_cl_sup", "unsup": "baseline_simcse_unsup"}[data]
-    cfg = compose(f"experiment={name}", f"datamodule.path={own_data[data]}", "datamodule.batch_size=4", *BASELINE_SMALL, *lora)
+@pytest.mark.parametrize("lora", [[], ["policy/lora=all_linear"]], ids=["full", "lora"])
+@pytest.mark.parametrize("name", ["baseline_cl_sup", "baseline_simcse_unsup"])
+def test_baseline_needs_a_local_policy_and_file(name: str, lora: list[str], compose: Compose, stand_in, own_data) -> None:
+    data = name.rsplit("_", 1)[1]
+    cfg = compose(f"experiment={name}", f"datamodule.path={own_data[data]}", *FEW, *lora)
     assert (cfg.policy.gradient_checkpointing, cfg.trainer.precision, cfg.module.temperature) == (True, "bf16-mixed", 0.05)
-    cfg.policy.path = str(stand_in(f"qwen1.5b_{data}"))
-    cfg.paths.cache_dir = f"{cfg.paths.output_dir}/cache"
-    cfg.optimized_metric = "update/loss"
-    loss = train(cfg)
-    assert loss is not None
-    assert 0 < loss < 10
+    assert 0 < fit(cfg, stand_in(f"qwen1.5b_{data}"), "update/loss") < 10
 
 
-def test_lengths_of_rationales_are_one_setting(compose: Compose) -> None:
+def test_rationale_length_and_reward_are_one_setting_each(compose: Compose) -> None:
     assert compose("experiment=qwen3b_sup", "rollout.max_new_tokens=256", "reward=listwise").rollout.max_new_tokens == 256
 
 
-def test_without_a_network_an_experiment_fails_in_a_line_that_says_what_to_give(compose: Compose, stand_in) -> None:
-    cfg = compose("experiment=qwen3b_unsup", *SMALL)
-    cfg.policy.path = str(stand_in("qwen3b_unsup"))
-    with pytest.raises(
-        FileNotFoundError, match=r"no data at 'princeton-nlp/datasets-for-simcse'.*datamodule\.path=<local file or folder>$"
-    ):
-        train(cfg)
+def test_without_a_network_the_error_names_the_setting(compose: Compose, stand_in) -> None:
+    message = r"no data at 'princeton-nlp/datasets-for-simcse'.*datamodule\.path="
+    with pytest.raises(FileNotFoundError, match=message):
+        fit(compose("experiment=qwen3b_unsup", *SMALL), stand_in("qwen3b_unsup"), "update/updates")
 
 
 def test_tiny_unsup_needs_nothing(compose: Compose) -> None:
     cfg = compose("experiment=tiny_unsup", *SMALL)
     cfg.packages.train = ["urllib3"]
-    cfg.paths.cache_dir = f"{cfg.paths.output_dir}/cache"
-    cfg.optimized_metric = "reward/self/mean"
-    reward = train(cfg)
-    assert reward is not None
-    assert -1 <= reward <= 1
+    assert -1 <= fit(cfg, None, "reward/self/mean") <= 1

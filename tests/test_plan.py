@@ -69,7 +69,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(overrides: list[str], 
 
 def test_a_plan_of_something_else_is_refused(compose: Compose) -> None:
     with pytest.raises(PlanError, match="dry_run plans GRACE training"):
-        plan(compose("experiment=cold_start", "dry_run=true"))
+        plan(compose("experiment=tiny_baseline_cl_sup", "dry_run=true"))
 
 
 def test_nothing_is_loaded(compose: Compose, tmp_path: Path, tiny_policy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

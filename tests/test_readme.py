@@ -27,7 +27,7 @@ SMALL = [
 
 
 BASELINE = {
-    "callbacks=minimal": "callbacks=contrastive_minimal",
+    "callbacks=minimal": "callbacks=minimal",
     "module.num_generations=2": None,
     "callbacks.reward_diagnostics.figure_path=null": None,
     "datamodule.seed=0": "datamodule.batch_size=8",

@@ -1,4 +1,4 @@
-"""Cold start: teaches a small model language, the form of a rationale, and an embedding space worth rewarding in."""
+"""Cold start: trains a small model on language, demonstrations of rationales and InfoNCE at once."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,22 +19,21 @@ from src.modules.types import Rollouts, join
 
 
 class ColdStartModule(L.LightningModule):
-    """Supervised fine-tuning on demonstrations with InfoNCE beside it.
+    """Supervised fine-tuning on demonstrations, with InfoNCE.
 
-    One forward pass a text serves four losses: the language model on the text, the language model on its rationale,
+    One forward pass per text serves four losses: the language model on the text, the language model on its rationale,
     and InfoNCE between queries and documents pooled without the rationale and with it (causality makes the states
     before the rationale the same in both).
 
-    It begins with `copy_steps` of nothing but copying random tokens, and keeps a few rows of that ever after: naming a
-    text's own terms needs induction heads, which form within 150 such steps and did not within 700 on docstrings alone.
+    The first `copy_steps` only copy random tokens, and later batches keep `copy_rows` of that: naming a text's terms
+    needs induction heads, which form within 150 such steps and did not within 700 on docstrings alone.
 
-    Where the rationale is pooled, it is cut for half of the rows after the terms: the summary of a document is its
-    query, and an embedding that learned to read only that would be lost where the policy sums up less well.
+    Where the rationale is pooled, it is cut after the terms in every second row: the summary of a document is its
+    query, and an embedding that used only the summary would fail where the policy sums up badly.
 
     Args:
-        policy: the model to train.
         instruction, max_prompt_tokens: of the prompt renderer.
-        max_rationale_tokens: a demonstration is cut here.
+        max_rationale_tokens: length at which a demonstration is cut.
         text_weight, rationale_weight, contrastive_weight: of the losses.
         temperature: of InfoNCE.
         copy_steps, copy_rows: steps of copying alone (64 rows), and rows of it beside the demonstrations afterwards.
@@ -68,7 +67,7 @@ class ColdStartModule(L.LightningModule):
         self._think_end: int = policy.tokenizer.convert_tokens_to_ids("</think>")  # type: ignore[assignment]
 
     def sequences(self, texts: Sequence[str], rationales: Sequence[str]) -> Rollouts:
-        """Texts with given rationales, padded to a multiple of 32 (few shapes, so few compilations)."""
+        """Returns texts with given rationales, padded to a multiple of 32 so that few shapes are compiled."""
         encoded = self.policy.tokenizer(list(rationales), add_special_tokens=False)["input_ids"]
         limit, eos = self.hparams["max_rationale_tokens"], self.policy.tokenizer.eos_token_id
         ids = [torch.tensor([*row, eos][:limit]) for row in encoded]
@@ -77,7 +76,7 @@ class ColdStartModule(L.LightningModule):
         return replace(rollouts, input_ids=F.pad(rollouts.input_ids, (0, padding), value=self.policy.pad_id)).to(self.device)
 
     def language_losses(self, rollouts: Rollouts, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy over the tokens of the texts, and over those of the rationales."""
+        """Returns the mean cross-entropy over the tokens of the texts, and over those of the rationales (nats)."""
         weight = self.policy.model.get_output_embeddings().weight
         positions = torch.arange(rollouts.input_ids.shape[1], device=self.device)
         in_text = (positions >= rollouts.text_starts.unsqueeze(1)) & (positions < rollouts.prompt_lengths.unsqueeze(1))
@@ -90,17 +89,17 @@ class ColdStartModule(L.LightningModule):
         return losses[0], losses[1]
 
     def copying_loss(self, rows: int, tokens: int = 24) -> Tensor:
-        """Mean cross-entropy of the second half of `rows` sequences that say the same random `tokens` twice."""
+        """Returns the mean cross-entropy of the second half of `rows` sequences that repeat random `tokens`."""
         first = torch.randint(len(self.policy.tokenizer), (rows, tokens), device=self.device)
         hidden = self._backbone(input_ids=first.repeat(1, 2)).last_hidden_state[:, tokens - 1 : -1]
         logits = hidden @ self.policy.model.get_output_embeddings().weight.T
         return F.cross_entropy(logits.flatten(0, 1), first.flatten())
 
     def pooled(self, rollouts: Rollouts, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings without the rationale, and with it (cut after the terms in every second row); [N, D] each."""
+        """Returns embeddings without the rationale, and with it (cut after the terms in every second row); [N, D] each."""
         positions = torch.arange(rollouts.input_ids.shape[1], device=self.device)
         plain = rollouts.pooling_mask & ~rollouts.rationale_mask
-        fences = (rollouts.input_ids == self._think_end) & rollouts.rationale_mask  # an instruction may name them too
+        fences = (rollouts.input_ids == self._think_end) & rollouts.rationale_mask  # an instruction may contain the token too
         ends = fences.long().argmax(dim=1)
         every_second = torch.arange(len(rollouts), device=self.device) % 2 == 0
         cut = every_second & (ends > 0)
@@ -108,14 +107,14 @@ class ColdStartModule(L.LightningModule):
         return pool(hidden, plain), pool(hidden, with_rationale)
 
     def losses(self, batch: list[Demonstration]) -> dict[str, Tensor]:
-        """The four losses and the retrieval that they buy within the batch."""
-        sides = [
+        """Returns the losses of a batch, and the mean reciprocal rank of documents within it."""
+        texts = [
             self.sequences([d.query for d in batch], [d.query_rationale for d in batch]),
             self.sequences([d.document for d in batch], [d.document_rationale for d in batch]),
         ]
-        hidden = [self._backbone(input_ids=side.input_ids).last_hidden_state for side in sides]
-        language = [self.language_losses(side, states) for side, states in zip(sides, hidden, strict=True)]
-        (query, query_r), (document, document_r) = [self.pooled(side, states) for side, states in zip(sides, hidden, strict=True)]
+        hidden = [self._backbone(input_ids=rollouts.input_ids).last_hidden_state for rollouts in texts]
+        language = [self.language_losses(rollouts, states) for rollouts, states in zip(texts, hidden, strict=True)]
+        (query, query_r), (document, document_r) = [self.pooled(rollouts, states) for rollouts, states in zip(texts, hidden, strict=True)]
         return {
             "text": language[1][0],
             "query_rationale": language[0][1],

@@ -1,4 +1,4 @@
-"""Demonstrations for the cold start: pairs of texts, each with a rationale that names terms and sums up."""
+"""Demonstrations for the cold start: pairs of texts, each with a rationale of terms and a summary."""
 
 import math
 import random
@@ -23,7 +23,7 @@ _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{2,}")
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A query and its document, each with the rationale that a good policy might write about it."""
+    """A query and its document, each with a rationale."""
 
     query: str
     document: str
@@ -32,16 +32,15 @@ class Demonstration:
 
 
 def inverse_document_frequency(docstrings: Sequence[Docstring]) -> dict[str, float]:
-    """log(n / n_w) of every word in n docstrings, n_w of which hold it; words are lower-cased."""
+    """Returns log(n / n_w) of every lower-cased word in n docstrings, n_w of which contain it."""
     counts = Counter(word for doc in docstrings for word in {w.lower() for w in _WORD.findall(f"{doc.summary} {doc.body}")})
     return {word: math.log(len(docstrings) / count) for word, count in counts.items()}
 
 
 def draw_terms(text: str, idf: dict[str, float], count: int, rng: random.Random) -> list[str]:
-    """Up to `count` words of a text in the order they appear in, drawn without replacement in proportion to exp(0.7 idf).
+    """Returns up to `count` words of a text in their order, drawn without replacement in proportion to exp(0.7 idf).
 
-    The draw is Gumbel-top-k, so that rationales vary: a policy that learned one fixed choice would have nothing left
-    to be rewarded for.
+    The draw is Gumbel-top-k, so that rationales vary and rewards have a choice to make.
     """
     first: dict[str, str] = {}
     for word in _WORD.findall(text):
@@ -53,14 +52,14 @@ def draw_terms(text: str, idf: dict[str, float], count: int, rng: random.Random)
 
 
 def write_rationale(terms: Sequence[str], summary: str) -> str:
-    """The form in which the tiny policy thinks: terms, then a line that sums up."""
+    """Returns a rationale in the tiny policy's form: terms, then a summary."""
     return f"<think> {', '.join(terms)}</think> {summary}"
 
 
 class DemonstrationStream(IterableDataset[list[Demonstration]]):
-    """Endless batches of `modules_per_batch` modules with `docstrings_per_module` docstrings each: a batch mate is often a hard negative.
+    """Endless batches of `modules_per_batch` modules with `docstrings_per_module` docstrings each, so that many are hard negatives.
 
-    `done` says at every start how many to leave out, as for TripletStream.
+    `done` returns the number of batches to skip, at every start.
     """
 
     def __init__(
@@ -82,12 +81,12 @@ class DemonstrationStream(IterableDataset[list[Demonstration]]):
             max_text_chars,
             seed,
         )
-        # a summary that quotes a control token would write it into the rationale as one
+        # a control token quoted in a summary would become one in the rationale
         self.docstrings = [doc for doc in docstrings if not _CONTROL.search(doc.summary)]
         require_one_batch(len(self.docstrings), modules_per_batch, docstrings_per_module)
 
     def demonstrate(self, doc: Docstring, rng: random.Random) -> Demonstration:
-        """A fresh demonstration of one docstring; its terms come from the part that the model sees."""
+        """Returns a demonstration of one docstring; its terms come from the part that the model sees."""
         body = cut_between_words(doc.body, self.max_text_chars)
         return Demonstration(
             query=doc.summary,
@@ -107,16 +106,16 @@ class DemonstrationStream(IterableDataset[list[Demonstration]]):
 
 
 class DemonstrationDataModule(L.LightningDataModule):
-    """Serves batches of demonstrations made from docstrings; validates on packages that are not trained on.
+    """Serves batches of demonstrations from docstrings; validates on other packages.
 
     Args:
         train_packages, val_packages: names as in `collect`.
-        cache_dir: where the parsed docstrings are kept.
-        modules_per_batch, docstrings_per_module: a batch is `modules_per_batch` modules with `docstrings_per_module` docstrings each.
+        cache_dir: folder of the parsed docstrings.
+        modules_per_batch, docstrings_per_module: of a batch.
         terms: most terms in a rationale.
         max_text_chars: a document is cut here, between words, before its terms are drawn.
         val_batches: batches of one validation.
-        seed: of the order and of the terms drawn.
+        seed: of the order and of the terms.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
-"""The policy of the default experiment before it has learned anything: a tokenizer and a small random Qwen2."""
+"""The tiny policy before training: a tokenizer and a small Qwen2 with random weights."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,7 +19,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with ChatML's control tokens and the two that fence a rationale's reasoning."""
+    """Trains byte-level BPE with ChatML's control tokens, <think> and </think>."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -37,6 +38,14 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     return tokenizer
 
 
+def random_policy(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **config: Any) -> Policy:
+    """Returns a Qwen2 with random weights and tied embeddings for a tokenizer; `config` goes to Qwen2Config."""
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Policy(Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), tie_word_embeddings=True, **ids, **config)), tokenizer)
+
+
 def fresh_policy(
     packages: Sequence[str],
     cache_dir: str,
@@ -50,24 +59,17 @@ def fresh_policy(
     attn_implementation: str = "sdpa",
     seed: int = 0,
 ) -> Policy:
-    """A policy with random weights and a tokenizer trained on the docstrings of `packages`."""
+    """Returns a policy with random weights and a tokenizer trained on the docstrings of `packages`."""
     docs = collect(packages, cache_dir)
     tokenizer = train_tokenizer([f"{doc.summary}\n{doc.body}" for doc in docs], vocab_size)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
+    return random_policy(
+        tokenizer,
+        seed,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
         max_position_embeddings=max_positions,
-        tie_word_embeddings=True,
-        attn_implementation=attn_implementation,  # type: ignore[call-arg]
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation=attn_implementation,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config)
-    return Policy(model, tokenizer)

@@ -1,4 +1,4 @@
-"""Shows what the tiny policy is worth: its loss curve, ten rationales on held-out texts, retrieval with and without.
+"""Reports on the tiny policy: its loss curve, retrieval with and without rationales, ten rationales on held-out texts.
 
     python -m experiments.tiny_policy.report [--policy experiments/tiny_policy/weights] [--run-name cold_start]
 
@@ -33,7 +33,7 @@ CURVES = {
 
 
 def joined_history(client: mlflow.MlflowClient, runs: list[str], metric: str) -> list[tuple[int, float]]:
-    """Steps and values over runs that went on one from the other, the later run's where two have a step."""
+    """Returns steps and values over runs that resumed one another; a later run's values replace an earlier's."""
     values: dict[int, float] = {}
     for run in runs:
         values |= {point.step: point.value for point in client.get_metric_history(run, metric)}
@@ -41,7 +41,7 @@ def joined_history(client: mlflow.MlflowClient, runs: list[str], metric: str) ->
 
 
 def loss_curve(tracking_uri: str, run_name: str, path: Path) -> str:
-    """Draws the losses of the runs of that name, resumed ones joined; says what it saw."""
+    """Draws the losses of the runs of that name, resumed ones joined; returns a line about them."""
     mlflow.set_tracking_uri(tracking_uri)
     runs = mlflow.search_runs(search_all_experiments=True, filter_string=f"attributes.run_name = '{run_name}'", order_by=["start_time ASC"])
     if runs.empty:

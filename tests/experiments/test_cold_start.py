@@ -6,7 +6,11 @@ from torch.utils.data import DataLoader
 
 from experiments.tiny_policy.cold_start import ColdStartModule
 from experiments.tiny_policy.demonstrations import Demonstration, write_rationale
+from src.modules.encoder.export import load_policy
 from tests.builders import SENTENCES, small_policy
+from tests.programs import Programs
+
+LOSSES = ("text", "query_rationale", "document_rationale", "nce", "nce_rationale")
 
 
 def demonstrations() -> list[Demonstration]:
@@ -31,51 +35,58 @@ def test_every_second_row_is_pooled_without_the_summary() -> None:
     hidden = torch.nn.functional.one_hot(rollouts.input_ids, len(cold_start.policy.tokenizer)).float()
     plain, pooled = cold_start.pooled(rollouts, hidden)
     eos = cold_start.policy.tokenizer.eos_token_id
-    ends = (rollouts.input_ids[0] == eos).sum()
     assert torch.equal(plain[0], plain[1])
     assert torch.count_nonzero(pooled[0]) < torch.count_nonzero(pooled[1])
-    assert ends == 3  # two turns of the prompt, and the rationale's own
+    assert (rollouts.input_ids[0] == eos).sum() == 3  # two turns of the prompt, and the rationale's
     assert pooled[0][eos] > 0  # the end of the user's turn is pooled in both
 
 
-def test_losses_are_finite_and_reach_every_parameter() -> None:
+def test_losses_reach_every_parameter() -> None:
     cold_start = module()
     parts = cold_start.losses(demonstrations())
     assert all(value.isfinite() for value in parts.values())
-    sum(parts[name] for name in ("text", "query_rationale", "document_rationale", "nce", "nce_rationale")).backward()
+    sum(parts[name] for name in LOSSES).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in cold_start.policy.parameters())
 
 
 def test_a_short_fit_lowers_every_loss(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    # two steps of copying alone first: the way the default begins
-    cold_start, batch = module(learning_rate=3e-3, warmup_steps=2, copy_steps=2), demonstrations()
+    cold_start, batch = (
+        module(learning_rate=3e-3, warmup_steps=2, copy_steps=2),
+        demonstrations(),
+    )  # begins with copying, as the recipe does
     with torch.no_grad():
         before = cold_start.losses(batch)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=40,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = L.Trainer(accelerator="cpu", max_steps=40, default_root_dir=tmp_path, **quiet)  # type: ignore[arg-type]
     trainer.fit(cold_start, DataLoader([batch] * 40, batch_size=None))  # type: ignore[arg-type]
     with torch.no_grad():
         after = cold_start.losses(batch)
     assert trainer.global_step == 40
-    for name in ("text", "query_rationale", "document_rationale", "nce", "nce_rationale"):
+    for name in LOSSES:
         assert after[name] < 0.9 * before[name], name
 
 
-def test_copying_is_the_cross_entropy_of_what_was_said_before() -> None:
+def test_copying_loss_is_cross_entropy_of_the_repetition() -> None:
     cold_start = module()
-    vocabulary = len(cold_start.policy.tokenizer)
     torch.manual_seed(0)
     loss = cold_start.copying_loss(rows=3, tokens=5)
     torch.manual_seed(0)
-    first = torch.randint(vocabulary, (3, 5))
+    first = torch.randint(len(cold_start.policy.tokenizer), (3, 5))
     logits = cold_start.policy.model(input_ids=torch.cat([first, first], dim=1)).logits
     expected = [-logits[row, 4 + t].log_softmax(-1)[first[row, t]] for row in range(3) for t in range(5)]
     torch.testing.assert_close(loss, torch.stack(expected).mean())
+
+
+def test_the_recipe_trains_and_exports(programs: Programs, tmp_path: Path) -> None:
+    places = [f"hydra.run.dir={tmp_path}/out", f"paths.cache_dir={tmp_path}/cache", "logger=none"]
+    data = ["packages.cold_start=[jinja2]", "packages.validation=[joblib]", "datamodule.modules_per_batch=2"]
+    policy = (
+        "policy.vocab_size=400 policy.hidden_size=32 policy.intermediate_size=48 policy.layers=1 policy.heads=2 policy.key_value_heads=1"
+    )
+    trainer = ["trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.accelerator=cpu", "module.copy_steps=1"]
+    done = programs.run("-m", "experiments.tiny_policy.train", *places, *data, *policy.split(), *trainer, "module.warmup_steps=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    _, settings = load_policy(tmp_path / "out" / "weights")
+    assert (settings.max_prompt_tokens, settings.max_new_tokens) == (144, 64)
+    assert (tmp_path / "out" / "checkpoints" / "last.ckpt").exists()

@@ -1,4 +1,4 @@
-"""The everyday set as it is shipped, and the script that made it."""
+"""The shipped everyday English set, and the script that makes it."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import pytest
 
 from experiments.everyday_english.choosing import CLASSES, Query, answers
 from experiments.everyday_english.make import HERE, LARGE, LARGE_PAIRS, SMALL, SMALL_PAIRS, grade, licence, main, make
-from experiments.everyday_english.wordnet import Synset, WordNet, read_synset, read_wordnet
+from experiments.everyday_english.wordnet import Synset, read_synset, read_wordnet
 from experiments.everyday_english.words import content, example, is_plain
 
 WORDNET = Path("/usr/share/wordnet")
@@ -44,13 +44,14 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def shipped() -> dict[str, list[dict[str, Any]]]:
-    return {name: _lines(HERE / "data" / f"{name}.jsonl") for name in ("documents", "queries", "pairs")}
+Rows = dict[str, list[dict[str, Any]]]
+"""documents, queries and pairs."""
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+@pytest.fixture(scope="module")
+def shipped() -> Rows:
+    files = {name: HERE / "data" / f"{name}.jsonl" for name in ("documents", "queries", "pairs")}
+    return {name: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for name, file in files.items()}
 
 
 def synset(gloss: str, *words: str, file: str = "noun.animal", examples: tuple[str, ...] = (), marked: bool = False) -> Synset:
@@ -59,15 +60,8 @@ def synset(gloss: str, *words: str, file: str = "noun.animal", examples: tuple[s
 
 def test_a_line_of_the_database_is_read() -> None:
     dog = read_synset(NOUNS.splitlines()[5])
-    assert dog == Synset(
-        id="n00000500",
-        file="noun.animal",
-        words=("dog", "house dog"),
-        gloss="a domestic pet",
-        examples=("the dog barked all night", "dogs bark"),
-        hypernyms=("n00000400",),
-        marked=False,
-    )
+    examples = ("the dog barked all night", "dogs bark")
+    assert dog == Synset("n00000500", "noun.animal", ("dog", "house dog"), "a domestic pet", examples, ("n00000400",), marked=False)
     assert read_synset(NOUNS.splitlines()[8]).marked
     assert read_synset(VERBS.strip()).file == "verb.motion"
 
@@ -91,29 +85,34 @@ def test_grades_follow_the_hierarchy(files: Path) -> None:
     assert [grade(value) for value in (0, 0.19, 0.2, 0.75, 0.8, 1)] == [0, 0, 1, 3, 4, 4]
 
 
-def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"data.noun"):
         read_wordnet(tmp_path)
 
 
-def test_too_few_words_are_counted(files: Path) -> None:
-    with pytest.raises(ValueError, match=r"10 documents a class are asked for, and there are fewer of noun.animal \(0\)"):
+def test_too_few_words(files: Path) -> None:
+    with pytest.raises(ValueError, match=r"10 documents a class.*noun.animal \(0\)"):
         make(read_wordnet(files), (SMALL, LARGE), (SMALL_PAIRS, LARGE_PAIRS))
 
 
-def test_a_document_says_what_it_means_without_its_own_words() -> None:
-    assert is_plain(synset("feline mammal usually having thick soft fur", "cat"))
-    assert not is_plain(synset("feline mammal usually having thick soft fur", "mammals of fur"))  # its own word
-    assert not is_plain(synset("an animal of sorts", "cat"))  # says little
-    assert not is_plain(synset("feline mammal (usually having thick soft fur", "cat"))  # cut
-    assert not is_plain(synset("feline mammal usually having thick soft fur", "cat", marked=True))
-    assert not is_plain(synset("an ethnic group of people with thick soft fur", "cat"))
+@pytest.mark.parametrize(
+    ("gloss", "word", "marked", "plain"),
+    [
+        ("feline mammal usually having thick soft fur", "cat", False, True),
+        ("feline mammal usually having thick soft fur", "mammals of fur", False, False),  # a word of the gloss
+        ("an animal of sorts", "cat", False, False),  # too short
+        ("feline mammal (usually having thick soft fur", "cat", False, False),  # cut
+        ("feline mammal usually having thick soft fur", "cat", True, False),
+        ("an ethnic group of people with thick soft fur", "cat", False, False),
+    ],
+)
+def test_plain_glosses(gloss: str, word: str, marked: bool, plain: bool) -> None:
+    assert is_plain(synset(gloss, word, marked=marked)) == plain
 
 
 def test_an_example_has_the_word_and_none_of_the_gloss() -> None:
-    leap = synset(
-        "skip, leap, or move up and down", "dance", examples=("he moved on", "leaping and dancing they came", "She danced with joy")
-    )
+    examples = ("he moved on", "leaping and dancing they came", "She danced with joy")
+    leap = synset("skip, leap, or move up and down", "dance", examples=examples)
     assert example(leap, "dance") == "She danced with joy"
     assert example(leap, "snap") is None
     assert content("The runner was running with dogs!") == {"runn", "dog"}
@@ -128,7 +127,7 @@ def test_a_second_answer_is_seen() -> None:
     assert shown.text == 'bank, as in "she sat on the bank"'
 
 
-def test_the_set_is_small_and_has_its_licence() -> None:
+def test_size_and_licence() -> None:
     assert sum(file.stat().st_size for file in HERE.rglob("*") if file.is_file() and file.suffix != ".pyc") <= 2**20
     text = (HERE / "LICENSE-WordNet").read_text()
     assert "Permission to use, copy, modify and distribute this software and\ndatabase" in text
@@ -136,7 +135,7 @@ def test_the_set_is_small_and_has_its_licence() -> None:
     assert text.endswith("Princeton University and LICENSEE agrees to preserve same.\n")
 
 
-def test_the_counts_in_the_readme_are_those_of_the_data(shipped: dict[str, list[dict[str, Any]]]) -> None:
+def test_counts_in_the_readme(shipped: Rows) -> None:
     readme = (HERE / "README.md").read_text()
     rows = dict(re.findall(r"^\| ([^|]+?) \| (\d[^|]*\| [^|]*\d) \|$", readme, flags=re.MULTILINE))
     counts = {
@@ -151,7 +150,7 @@ def test_the_counts_in_the_readme_are_those_of_the_data(shipped: dict[str, list[
         assert rows[name] == f"{count(small)} | {count(shipped)}", name
 
 
-def test_no_query_is_answered_by_copying_words(shipped: dict[str, list[dict[str, Any]]]) -> None:
+def test_no_query_is_answered_by_copying_words(shipped: Rows) -> None:
     by_id = {doc["id"]: doc for doc in shipped["documents"]}
     for query in shipped["queries"]:
         answer = by_id[query["answer"]]
@@ -159,7 +158,7 @@ def test_no_query_is_answered_by_copying_words(shipped: dict[str, list[dict[str,
         assert not content(query["text"]) & content(answer["text"]), query
 
 
-def test_no_query_has_twoanswers(shipped: dict[str, list[dict[str, Any]]]) -> None:
+def test_no_query_has_two_answers(shipped: Rows) -> None:
     by_id = {doc["id"]: doc for doc in shipped["documents"]}
     assert len({doc["text"] for doc in shipped["documents"]}) == len(by_id)
     assert len({query["text"] for query in shipped["queries"]}) == len(shipped["queries"])
@@ -170,14 +169,14 @@ def test_no_query_has_twoanswers(shipped: dict[str, list[dict[str, Any]]]) -> No
         assert alone or query["word"] in by_id[query["rival"]]["words"]
 
 
-def test_every_grade_and_class_is_as_frequent(shipped: dict[str, list[dict[str, Any]]]) -> None:
+def test_every_grade_and_class_is_as_frequent(shipped: Rows) -> None:
     for small, pairs, size in ((True, SMALL_PAIRS, SMALL), (False, LARGE_PAIRS, LARGE)):
         rows = {name: [row for row in values if row["small"] or not small] for name, values in shipped.items()}
         assert Counter(grade(pair["similarity"]) for pair in rows["pairs"]) == dict.fromkeys(range(5), pairs)
         assert Counter(doc["class"] for doc in rows["documents"]) == dict.fromkeys(CLASSES, size.documents)
 
 
-def test_pairs_that_were_checked_by_hand(shipped: dict[str, list[dict[str, Any]]]) -> None:
+def test_pairs_that_were_checked_by_hand(shipped: Rows) -> None:
     words = {doc["id"]: doc["words"][0] for doc in shipped["documents"]}
     grades = {frozenset((words[pair["one"]], words[pair["other"]])): pair["similarity"] for pair in shipped["pairs"]}
     ape, rat, goose = (grades[frozenset(pair)] for pair in (("monkey", "ape"), ("rat", "monkey"), ("limestone", "goose")))
@@ -186,13 +185,10 @@ def test_pairs_that_were_checked_by_hand(shipped: dict[str, list[dict[str, Any]]
     assert goose < 0.2
 
 
-@pytest.fixture(scope="module")
-def whole() -> WordNet:
-    return read_wordnet(WORDNET)
-
-
 @needs_wordnet
-def test_neighbours_of_the_whole_hierarchy_are_the_nearer(whole: WordNet) -> None:
+def test_neighbours_in_wordnet_are_nearer() -> None:
+    whole = read_wordnet(WORDNET)
+
     def near(one: str, other: str) -> float:
         return whole.similarity(whole.senses["noun", one][0], whole.senses["noun", other][0])
 

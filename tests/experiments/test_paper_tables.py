@@ -1,4 +1,4 @@
-"""The paper's tables from evaluations that evaluate.py has logged, and what rationales of several lengths cost and give."""
+"""The paper's tables from evaluations that evaluate.py logged, and quality against latency by rationale length."""
 
 import csv
 import shutil
@@ -23,7 +23,7 @@ def rows() -> list[Row]:
     ]
 
 
-def test_a_cell_holds_ours_the_papers_and_what_is_missing() -> None:
+def test_cells() -> None:
     base, grace = rows()
     assert cell(base, AVERAGE) == "41.23 (40.00)"
     assert cell(base, "STS") == "50.00"
@@ -42,7 +42,7 @@ def test_tables_are_markdown_and_csv() -> None:
     assert len(figure(rows()).axes) == 1
 
 
-def test_the_published_numbers_are_whole() -> None:
+def test_published_numbers_are_complete() -> None:
     published = yaml.safe_load((FOLDER / "published.yaml").read_text())
     models = yaml.safe_load((FOLDER / "models.yaml").read_text())
     for table, sources in report.SOURCES.items():
@@ -54,14 +54,14 @@ def test_the_published_numbers_are_whole() -> None:
         assert numbers["GRACE"].keys() == {*CATEGORIES, AVERAGE}
 
 
-def test_a_pattern_is_the_newest_and_a_wrong_file_says_what_is_wrong(tmp_path: Path) -> None:
+def test_models_are_read_and_checked(tmp_path: Path) -> None:
     file = tmp_path / "models.yaml"
     file.write_text("B: {base: experiments/tiny_pol*/weights, cl: null}")
     assert report.read_models(file) == {"B": {"base": str(FOLDER.parent / "tiny_policy" / "weights")}}
     file.write_text("B: {base: experiments/none_*/weights}")
     assert report.read_models(file) == {"B": {}}
     file.write_text("B: {grace: x}")
-    with pytest.raises(ValueError, match="B: grace is none of base, cl, grace_sup, grace_unsup, simcse"):
+    with pytest.raises(ValueError, match=r"B: grace is none of.*grace_sup"):
         report.read_models(file)
 
 
@@ -70,22 +70,15 @@ def test_evaluations_become_both_tables(
 ) -> None:
     trained = Path(shutil.copytree(tiny_policy_folder, tmp_path / "runs" / "tiny" / "now" / "export"))
     shutil.copy(ROOT / "experiments" / "tiny_learning" / "curves.png", trained.parent / "similarities.png")
-    small = [
-        "size=small",
-        "packages.test=[networkx,rich]",
-        f"base={tiny_policy_folder}",
-        f"paths.output_root={tmp_path}/runs",
-        "max_new_tokens=3",
-    ]
-    cfg = compose(*small, config_name="evaluate")
+    small = ["size=small", "packages.test=[networkx,rich]", "max_new_tokens=3"]
+    cfg = compose(*small, f"base={tiny_policy_folder}", f"paths.output_root={tmp_path}/runs", config_name="evaluate")
     scores = evaluate.evaluate(cfg)  # Base, Base + reasoning, Trained
     models = tmp_path / "models.yaml"
     models.write_text(yaml.safe_dump({"tiny": {"base": str(tiny_policy_folder), "grace_sup": str(trained), "cl": "/never/evaluated"}}))
     where = ["--benchmark", "test", "--tracking-uri", str(cfg.paths.tracking_uri)]
     report.main([str(models), *where, "--output", str(tmp_path / "out")])
-    numbers = {
-        (n["table"], n["row"], n["column"]): n["ours"] for n in csv.DictReader((tmp_path / "out" / "tables.csv").read_text().splitlines())
-    }
+    table = csv.DictReader((tmp_path / "out" / "tables.csv").read_text().splitlines())
+    numbers = {(n["table"], n["row"], n["column"]): n["ours"] for n in table}
     assert numbers["supervised", "Base", AVERAGE] == f"{100 * scores['Base'].average:.2f}"
     assert numbers["unsupervised", "+ reasoning", "Clustering"] == f"{100 * scores['Base + reasoning'].categories['Clustering']:.2f}"
     assert numbers["supervised", "GRACE", "Retrieval"] == f"{100 * scores['Trained'].categories['Retrieval']:.2f}"

@@ -19,22 +19,22 @@ def test_memory_stays_flat_over_small_steps(tmp_path: Path) -> None:
     soak.main(["--steps", "120", "--output", str(file)])
     text = file.read_text()
     assert "# Memory over 120 steps" in text
-    # One step of the allocator, of several MiB, among the sixty looked at is that much. So this finds what keeps a tenth of a MiB
-    # a batch, such as a graph of its activations; what keeps less is found by the test below and by a thousand steps.
+    # One step of the allocator, of several MiB, among the sixty samples is that much. So this finds a leak of a tenth of a MiB a
+    # batch, such as a graph of activations; smaller ones are found by the test below and by a thousand steps.
     assert float(text.split("a thousand steps | ")[1].split(" MiB")[0]) < 100
     assert file.with_suffix(".png").stat().st_size > 1000
 
 
 def tensors() -> float:
-    """MiB of the tensors that somebody holds."""
+    """MiB of the tensors that are referenced."""
     gc.collect()
-    held = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]  # isinstance would ask lazy objects what they are
+    held = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]  # isinstance would resolve lazy objects
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}.values()) / soak.MIB
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_no_tensors_of_earlier_batches_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensors_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "resident", tensors)
     samples, _ = soak.soak(40, "urllib3")
     # the ids and masks of a batch's twelve rollouts are some 15 kB, which would be 15 MiB in a thousand steps

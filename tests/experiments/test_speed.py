@@ -1,4 +1,4 @@
-"""The benchmarks run at small sizes, and measure what they say."""
+"""The benchmarks run at small sizes and measure what they name."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ TRL = ROOT / ".venv-trl" / "bin" / "python"
 FEW = ["--repeats", "1", "--packages", "joblib"]
 
 
-def test_rounds_alternate_and_ratios_are_those_of_pairs() -> None:
+def test_rounds_alternate_and_ratios_are_of_pairs() -> None:
     order: list[str] = []
     seconds = alternating({name: lambda name=name: order.append(name) for name in "ab"}, 3)
     assert "".join(order) == "abbaab"
@@ -32,17 +32,16 @@ def test_a_table_is_markdown() -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or torch.cuda.is_available(), reason="reads Linux's account of a process")
-def test_the_peak_counts_what_was_freed_again_and_forgets_what_was_before() -> None:
+def test_peak_memory_since_reset() -> None:
     torch.ones(64 * MIB)
     before = reset_peak()
     torch.ones(16 * MIB)
     assert 60 * MIB < peak() - before < 120 * MIB
 
 
-def test_the_floor_counts_every_product_of_sampling_once() -> None:
+def test_floor_counts_every_product_once() -> None:
     c = Qwen2Config(vocab_size=11, hidden_size=8, intermediate_size=5, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    prompts, n, new = [3, 5], 2, 4
-    layers, heads, d = 2, 4, 2
+    prompts, n, new, layers, heads, d = [3, 5], 2, 4, 2, 4, 2
     matrices, head = layers * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 5), 11 * 8
     pair = layers * heads * 4 * d  # query times key, and weight times value
     flops = read = 0
@@ -66,7 +65,7 @@ def test_no_rationale_ends_before_its_limit() -> None:
     assert (written.rationale_lengths == 7).all()
 
 
-def test_the_reward_that_trl_is_given_sees_the_embeddings_of_this_project() -> None:
+def test_trl_reward_sees_our_embeddings() -> None:
     policy, renderer = unending_policy()
     documents, queries = ["a sorted copy of the list", "the edges of a graph"], ["sort a list", "graph edges"]
     written = HFEngine(5).generate(policy, renderer(documents), n=3)
@@ -118,7 +117,7 @@ def test_a_step_against_trl(tmp_path: Path) -> None:
     assert "| TRL GRPOTrainer |" in file.read_text()
 
 
-def test_without_trl_a_step_says_how_to_get_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_without_trl_the_error_names_its_requirements(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         step.main(["--trl-python", str(tmp_path / "python")])
     assert "pip install -r experiments/speed/trl-requirements.txt" in capsys.readouterr().err
