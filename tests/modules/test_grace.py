@@ -359,3 +359,29 @@ def test_tokens_are_those_of_what_was_updated_on() -> None:
     assert both.update_tokens == alone.update_tokens > 0
     gathering = make(algorithm={"min_group_std": 1e9, "max_extra_batches": 1})
     assert [report.update_tokens for report in fit(gathering, [TRIPLETS[:3]] * 2).reports] == [0, 0]
+
+
+class Novelty(torch.nn.Module):
+    """Minus the similarity to the previous batch's queries: a reward term that remembers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("previous", torch.zeros(1, 32))
+
+    def forward(self, e: Embeddings) -> Reward:
+        base = document(e)
+        novelty = -torch.einsum("ikd,jd->ikj", e.positive, self.previous).mean(dim=2)
+        return Reward({**base.terms, "novelty": novelty}, {**base.weights, "novelty": 1.0}, base.total + novelty)
+
+    def remember(self, e: Embeddings) -> None:
+        self.previous = e.query.mean(dim=0, keepdim=True)
+
+
+def test_a_reward_that_remembers_is_told_once_a_batch_and_kept_in_checkpoints() -> None:
+    module = make(Novelty())
+    reports = fit(module, [TRIPLETS, TRIPLETS]).reports
+    assert reports[0].reward.terms["novelty"].eq(0).all()
+    assert reports[1].reward.terms["novelty"].abs().max() > 0
+    again = make(Novelty())
+    again.load_state_dict(module.state_dict())
+    assert torch.equal(again.reward_function.previous, module.reward_function.previous)
