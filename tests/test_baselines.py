@@ -55,7 +55,7 @@ def test_a_tiny_baseline_trains_goes_on_and_is_evaluated(
     assert not own.rationale
 
     settings = [setting for setting in small if not setting.startswith(("debug=", "hydra."))]
-    more = ["callbacks=contrastive_minimal", "logger=none", "trainer.limit_train_batches=2", "trainer.max_epochs=2"]
+    more = ["callbacks=minimal", "logger=none", "trainer.limit_train_batches=2", "trainer.max_epochs=2"]
     cfg = compose(*settings, *more, f"ckpt_path={last}", "trainer.accelerator=cpu")
     train(cfg)
     checkpoint = read_checkpoint(Path(cfg.paths.output_dir) / "checkpoints" / "last.ckpt")
@@ -72,16 +72,7 @@ def test_its_export_is_read_without_rationales(compose: Compose, tiny_policy: Po
 
 
 def test_simcse_without_dropout_ends_in_one_line(run_train: RunTrain, places: list[str]) -> None:
-    small = ["callbacks=contrastive_minimal", "logger=none", "policy.attention_dropout=null"]
+    small = ["callbacks=minimal", "logger=none", "policy.attention_dropout=null"]
     done = run_train("experiment=tiny_baseline_simcse_unsup", *small, *places[1:])
     assert done.returncode == 1
     assert "ValueError: module.pairs=dropout: both views of a text are the same" in done.stderr
-
-
-def test_callbacks_that_watch_rewards_are_refused(compose: Compose, places: list[str]) -> None:
-    own = [setting for setting in places if not setting.startswith(("hydra.", "experiment="))]
-    cfg = compose("experiment=tiny_baseline_cl_sup", "callbacks=minimal", "logger=none", "trainer.accelerator=cpu", *own)
-    with pytest.raises(
-        TypeError, match=r"^callbacks.reward_diagnostics: Contrastive has no rewards to watch; choose callbacks=contrastive$"
-    ):
-        train(cfg)

@@ -31,7 +31,7 @@ EXPERIMENTS = [f"{backbone}_{data}" for backbone in BACKBONES for data in ("sup"
 SMALL = [
     *("logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=2", "trainer.max_epochs=1"),
     *("rollout.max_new_tokens=4", "module.num_generations=2", "datamodule.batch_size=4", "algorithm.updates_per_batch=2"),
-    "callbacks.reward_diagnostics.figure_path=null",  # drawing takes longer than the rest
+    "callbacks.metrics.figure_path=null",  # drawing takes longer than the rest
 ]
 
 
@@ -89,7 +89,7 @@ def test_the_published_settings(experiment: str, compose: Compose) -> None:
     assert cfg.reward._target_ == f"src.modules.objectives.rewards.{'paper' if data == 'sup' else 'unsupervised'}"
 
 
-BASELINE_SMALL = ["logger=none", "callbacks=contrastive_minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=2"]
+BASELINE_SMALL = ["logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=2"]
 
 
 @pytest.mark.parametrize("data", ["sup", "unsup"])

@@ -7,7 +7,7 @@ batches=${1:-16} folder=${2:-outputs/smollm2_learning} seeds=${3:-"0 1 2"}
 size="rollout.max_new_tokens=16 module.max_prompt_tokens=96" # on a GPU the experiments are larger
 triplets="datamodule.modules_per_batch=4 datamodule.docstrings_per_module=4 datamodule.max_text_chars=160"
 grace="callbacks=smollm2_study $size $triplets module.num_generations=4"
-contrastive="callbacks=smollm2_study_contrastive $size"
+contrastive="callbacks=smollm2_study $size"
 
 run() { # name, seed, settings
   local name=$1 seed=$2

@@ -1,4 +1,4 @@
-"""The trained policy as a folder that other tools read."""
+"""Export of the trained policy."""
 
 import logging
 from pathlib import Path
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class HasPolicy(Protocol):
-    """What a module must have to be exported."""
+    """A LightningModule that can be exported."""
 
     policy: Policy
     settings: EncoderSettings
@@ -27,7 +27,7 @@ class Export(L.Callback):
     """Writes the policy, its tokenizer and the settings of its embeddings to a folder when training ends.
 
     Args:
-        folder: where to.
+        folder: the folder.
         dtype: of the weights on disk.
     """
 
@@ -40,5 +40,4 @@ class Export(L.Callback):
         with whole(policy):
             if trainer.is_global_zero:
                 export(plain_copy(policy) if isinstance(policy, FSDPModule) else policy, pl_module.settings, self.folder, self.dtype)
-        if trainer.is_global_zero:
-            log.info("exported to %s", self.folder)
+                log.info("exported to %s", self.folder)
