@@ -9,8 +9,7 @@ import requests
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from src.callbacks.html_report.data import read_run
-from src.callbacks.html_report.page import FILE, render
+from src.callbacks.html_report.page import FILE, read_run, render
 from src.utils.secrets import redact
 from src.utils.tracking import write_text
 

@@ -7,8 +7,7 @@ import lightning as L
 import requests
 from mlflow.exceptions import MlflowException
 
-from src.callbacks.html_report.data import read_run
-from src.callbacks.html_report.page import FILE, render
+from src.callbacks.html_report.page import FILE, read_run, render
 from src.callbacks.monitoring import MonitoringCallback
 from src.modules.policy_module import PolicyModule
 from src.utils.tracking import mlflow_loggers, write_text
