@@ -46,7 +46,7 @@ class SimilarityHistograms(MonitoringCallback[GRACE]):
         with undisturbed(module):
             found = similarities(embed_triplets(module, fixed_triplets(trainer, self.records), n=1, seed=self.seed))
         rows = [(kind, value) for kind, values in found.items() for value in values]
-        columns = {"kind": [kind for kind, _ in rows], "cosine": [value for _, value in rows]}
+        columns: dict[str, list[Any]] = {"kind": [kind for kind, _ in rows], "cosine": [value for _, value in rows]}
         log_table(trainer, columns, f"similarities/step_{module.rollout_batches}.json")
         return found
 

@@ -54,7 +54,7 @@ class MTEBEncoder(AbsEncoder):
     ) -> None:
         self.model, device = encoder, encoder.policy.device.type
         # for embedding alone: MTEB's own arithmetic on embeddings stays in float32 (see run_tasks)
-        self.autocast = {
+        self.autocast: dict[str, Any] = {
             "device_type": device,
             "dtype": torch.get_autocast_dtype(device),
             "enabled": torch.is_autocast_enabled(device),
