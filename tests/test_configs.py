@@ -104,7 +104,7 @@ def test_callbacks_can_be_switched_off(compose: Compose) -> None:
     cfg = compose("callbacks.mteb=null", "callbacks.final_report=null")
     names = [type(callback).__name__ for callback in instantiate_all(cfg.callbacks, "callbacks")]
     assert "MTEBEvaluation" not in names
-    assert "RewardDiagnostics" in names
+    assert "MetricsMonitor" in names
 
 
 @pytest.mark.parametrize("search", options("hparams_search"))

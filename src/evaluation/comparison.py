@@ -49,8 +49,8 @@ def contenders(model: str | None, rationale: bool | None, base: str, output_root
         name: of `model` in MTEB's result files; None: made of its path.
     """
     if model is not None:
-        told = "" if rationale is None else f", {'with' if rationale else 'without'} rationales"
-        return [Contender(f"{Path(model).name}{told}", name or model_name(model), model, rationale)]
+        suffix = "" if rationale is None else f", {'with' if rationale else 'without'} rationales"
+        return [Contender(f"{Path(model).name}{suffix}", name or model_name(model), model, rationale)]
     rows = [Contender(row, model_name(base), base, rationale=row == REASONING) for row in (BASE, REASONING)]
     trained = latest_export(output_root)
     return rows + ([Contender(TRAINED, model_name(str(trained)), str(trained), rationale)] if trained else [])
