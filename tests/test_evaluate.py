@@ -1,3 +1,5 @@
+"""evaluate.py: policies side by side, its settings, its tasks, and evaluations that are killed or cannot have their data."""
+
 import json
 import shutil
 import signal
@@ -9,6 +11,9 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 import evaluate
+from src.evaluation.setup import load_tasks, make_encoder
+from src.modules.encoder.export import load_policy
+from src.modules.rollouts.hf import HFEngine
 from tests.conftest import Compose
 from tests.own_files import write_own_tasks
 from tests.programs import Program, Programs
@@ -17,9 +22,10 @@ PATIENCE = 600
 """Seconds for a process of a few seconds' work, on a machine that may be busy with others."""
 
 SMALL = ["size=small", "packages.test=[networkx,rich]"]
+EVERYDAY = ["WordNetRetrieval", "WordNetSimilarity", "WordNetClassification", "WordNetPairs"]
 
 
-def test_base_and_trained_policy_stand_side_by_side(
+def test_base_and_trained_policy_side_by_side(
     compose: Compose, tiny_policy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained = tmp_path / "runs" / "tiny" / "now" / "export"
@@ -43,79 +49,96 @@ def test_base_and_trained_policy_stand_side_by_side(
         assert data.params["rationale"] == str(row != "Base")
 
 
-def test_without_a_trained_policy_it_says_how_to_make_one(
-    compose: Compose, tiny_policy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = [f"base={tiny_policy_folder}", f"paths.output_root={tmp_path}/runs", "max_new_tokens=1", "~logger"]
-    assert list(evaluate.evaluate(compose(*SMALL, *options, config_name="evaluate"))) == ["Base", "Base + reasoning"]
-    assert f"No trained policy under {tmp_path}/runs: `python train.py` makes one." in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("model=/nowhere", r"^evaluate.py: no model at /nowhere: name an exported folder"),
-        ("model=/nowhere/last.ckpt", r"^evaluate.py: no checkpoint at /nowhere/last.ckpt"),
-        ("benchmark=[NoSuchTask]", r"^evaluate.py: MTEB has no task or benchmark named 'NoSuchTask'"),
-        ("size=huge", r"^evaluate.py: offline tasks of size 'huge' do not exist"),
-    ],
-)
-def test_what_is_missing_is_one_line(compose: Compose, tiny_policy_folder: Path, override: str, message: str) -> None:
-    cfg = compose(f"base={tiny_policy_folder}", override, config_name="evaluate")
-    with pytest.raises(SystemExit, match=message) as caught:
-        evaluate.evaluate(cfg)
-    assert "\n" not in str(caught.value)
-
-
-EVERYDAY = ["WordNetRetrieval", "WordNetSimilarity", "WordNetClassification", "WordNetPairs"]
-
-
-def test_everyday_english_is_scored_beside_docstrings(compose: Compose, tiny_policy_folder: Path) -> None:
+def test_everyday_english(compose: Compose, tiny_policy_folder: Path) -> None:
     for benchmark, size, count in (("everyday", "large", 4), ("[test,everyday]", "mini", 9), ("[everyday,BIOSSES]", "small", 5)):
-        cfg = compose(f"benchmark={benchmark}", f"size={size}", config_name="evaluate")
-        found = [task.metadata.name for task in evaluate.load_tasks(cfg)]
+        found = [task.metadata.name for task in load_tasks(compose(f"benchmark={benchmark}", f"size={size}", config_name="evaluate"))]
         assert (len(found), set(EVERYDAY) <= set(found)) == (count, True)
     options = ["benchmark=everyday", "size=small", "rationale=false", "~logger", f"model={tiny_policy_folder}"]
     (scores,) = evaluate.evaluate(compose(*options, config_name="evaluate")).values()
     assert (list(scores.tasks), scores.failures) == (EVERYDAY, {})
 
 
-def test_an_everyday_size_that_does_not_exist_is_named(compose: Compose) -> None:
-    with pytest.raises(ValueError, match=r"everyday tasks of size 'huge' do not exist; sizes are mini, small, large"):
-        evaluate.load_tasks(compose("benchmark=everyday", "size=huge", config_name="evaluate"))
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=/nowhere"], "no model at /nowhere"),
+        (["model=/nowhere/last.ckpt"], "no checkpoint at /nowhere/last.ckpt"),
+        (["benchmark=[NoSuchTask]"], "'NoSuchTask'"),
+        (["benchmark=[]"], "benchmark names no task"),
+        (["benchmark=[test,validation]"], "test and validation"),
+        (["size=huge"], "offline tasks of size 'huge'"),
+        (["size=huge", "benchmark=everyday"], "everyday tasks of size 'huge'"),
+        (["max_prompt_tokens=5"], "max_prompt_tokens=5 leaves no room"),
+        (["max_prompt_tokens=0"], "max_prompt_tokens=0"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(compose: Compose, tiny_policy_folder: Path, overrides: list[str], message: str) -> None:
+    cfg = compose(f"base={tiny_policy_folder}", *overrides, config_name="evaluate")
+    with pytest.raises(SystemExit, match=rf"^evaluate.py: .*{message}") as caught:
+        evaluate.evaluate(cfg)
+    assert "\n" not in str(caught.value)
+
+
+def test_prompts_are_the_models_or_as_named(compose: Compose, tiny_policy_folder: Path) -> None:
+    policy, own = load_policy(tiny_policy_folder)
+    named = ["instruction=Name it.", "max_prompt_tokens=77", "template_kwargs={enable_thinking: false}"]
+    asked = make_encoder(compose(*named, "device=cpu", config_name="evaluate"), policy, own, rationale=True).settings
+    assert (asked.instruction, asked.max_prompt_tokens, asked.template_kwargs) == ("Name it.", 77, {"enable_thinking": False})
+    assert type(asked.template_kwargs) is dict
+    assert make_encoder(compose("device=cpu", config_name="evaluate"), policy, own, rationale=True).settings == own
+
+
+class PreparedEngine(HFEngine):
+    """An engine that must know the longest prompt, as vLLM's."""
+
+    def __init__(self, max_new_tokens: int, max_prompt_tokens: int = 1024) -> None:
+        super().__init__(max_new_tokens)
+        self.max_prompt_tokens = max_prompt_tokens
+
+
+@pytest.mark.parametrize(("named", "longest"), [([], 96), (["max_prompt_tokens=200"], 200)])
+def test_an_engine_is_told_the_longest_prompt(compose: Compose, tiny_policy_folder: Path, named: list[str], longest: int) -> None:
+    engine = "{_target_: tests.test_evaluate.PreparedEngine, _partial_: true, max_prompt_tokens: 1024}"
+    cfg = compose(*named, "device=cpu", "~engine", f"+engine={engine}", config_name="evaluate")
+    encoder = make_encoder(cfg, *load_policy(tiny_policy_folder), rationale=True)
+    assert isinstance(encoder.engine, PreparedEngine)
+    assert encoder.engine.max_prompt_tokens == encoder.settings.max_prompt_tokens == longest
+
+
+# ---- as a process
 
 
 def command(programs: Programs, tmp_path: Path, policy: Path, *settings: str) -> Program:
-    """evaluate.py as a process of its own, with everything that it writes in tmp_path."""
+    """evaluate.py as a process, with everything that it writes in tmp_path."""
     places = [f"paths.output_root={tmp_path}/outputs", f"embeddings.folder={tmp_path}/embeddings", f"data_dir={tmp_path}/data"]
     return programs.start("evaluate.py", f"model={policy}", "max_new_tokens=4", "~logger", *places, *settings)
 
 
-def whole_results(results: Path) -> list[Path]:
-    """MTEB's files of finished tasks: what is being written lies aside, and comes and goes."""
+def finished_tasks(results: Path) -> list[Path]:
     return list(results.glob("results/*/*/experiments/*/Docstring*.json"))
 
 
 def stored(folder: Path) -> dict[str, Any]:
-    """Scores by task of MTEB's result files. What a killed process was writing still lies aside, in a folder with a dot."""
+    """Scores by task of MTEB's result files, without the folders (with a dot) in which a killed process was writing."""
     files = [file for file in folder.rglob("*.json") if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     found = [json.loads(file.read_text()) for file in files if file.name != "model_meta.json"]
     return {result["task_name"]: result["scores"] for result in found}
 
 
 @pytest.mark.timeout(3 * PATIENCE)
-def test_a_killed_evaluation_goes_on_and_ends_as_if_nothing_had_been(
-    programs: Programs, compose: Compose, tiny_policy_folder: Path, tmp_path: Path
-) -> None:
+def test_a_killed_evaluation_goes_on(programs: Programs, compose: Compose, tiny_policy_folder: Path, tmp_path: Path) -> None:
     results = tmp_path / "outputs" / "mteb"
     killed = command(programs, tmp_path, tiny_policy_folder, *SMALL)
     until = time.monotonic() + PATIENCE
-    while not whole_results(results) and time.monotonic() < until:
+    while not finished_tasks(results) and time.monotonic() < until:
         assert killed.poll() is None, killed.stderr.read_text()
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    done = {file: file.stat().st_mtime_ns for file in whole_results(results)}
+    done = {file: file.stat().st_mtime_ns for file in finished_tasks(results)}
     assert 1 <= len(done) < 5
     half_written = next(iter(done))
     left = results / ".writing-left" / half_written.relative_to(results)  # as by a kill between opening a file and its first byte
@@ -124,14 +147,14 @@ def test_a_killed_evaluation_goes_on_and_ends_as_if_nothing_had_been(
     again = command(programs, tmp_path, tiny_policy_folder, *SMALL)
     assert again.wait(PATIENCE) == 0, again.stderr.read_text()
     assert {file: file.stat().st_mtime_ns for file in done} == done  # finished tasks are not repeated
-    whole = compose(*SMALL, f"model={tiny_policy_folder}", "max_new_tokens=4", "~logger", config_name="evaluate")
-    evaluate.evaluate(whole)  # uninterrupted, with no cache that it shares
+    uninterrupted = compose(*SMALL, f"model={tiny_policy_folder}", "max_new_tokens=4", "~logger", config_name="evaluate")
+    evaluate.evaluate(uninterrupted)  # with no cache that it shares
     assert len(stored(results)) == 5
-    assert stored(results) == stored(Path(whole.results_dir))
+    assert stored(results) == stored(Path(uninterrupted.results_dir))
 
 
 @pytest.mark.timeout(3 * PATIENCE)
-def test_tasks_without_data_are_named_and_the_others_are_scored(programs: Programs, tiny_policy_folder: Path, tmp_path: Path) -> None:
+def test_tasks_without_data_are_named(programs: Programs, tiny_policy_folder: Path, tmp_path: Path) -> None:
     write_own_tasks(tmp_path / "data")
     run = command(programs, tmp_path, tiny_policy_folder, "benchmark=[BIOSSES,MySTS,Banking77Classification,MyPairs,CQADupstackRetrieval]")
     assert run.wait(PATIENCE) == 1
@@ -147,38 +170,24 @@ def test_tasks_without_data_are_named_and_the_others_are_scored(programs: Progra
     assert shown.count("failed") == 3
 
 
-def test_a_task_that_has_no_data_is_tried_for_the_first_row_alone(
-    compose: Compose, tiny_policy_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_task_without_data_is_tried_once(
+    compose: Compose, tiny_policy_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [f"base={tiny_policy_folder}", f"paths.output_root={tmp_path}/runs", "max_new_tokens=1", "~logger", "benchmark=BIOSSES"]
     scores = evaluate.evaluate(compose(*options, config_name="evaluate"))
+    assert list(scores) == ["Base", "Base + reasoning"]
     assert [list(row.failures) for row in scores.values()] == [["BIOSSES"], ["BIOSSES"]]
     assert sum("BIOSSES (1 of 1) has no score" in record.message for record in caplog.records) == 1
+    assert f"No trained policy under {tmp_path}/runs: `python train.py` makes one." in capsys.readouterr().out
 
 
 @pytest.mark.slow  # of the shipped policy and the large tasks, as `python evaluate.py` runs them; minutes without the caches
-def test_a_second_evaluation_is_at_least_twenty_times_as_fast(compose: Compose) -> None:
+def test_a_second_evaluation_is_twenty_times_as_fast(compose: Compose) -> None:
     cfg = compose("~logger", config_name="evaluate")
-    evaluate.load_tasks(cfg)  # docstrings are read once, whatever is scored on them
+    load_tasks(cfg)  # docstrings are read once, whatever is scored on them
     seconds = []
     for _ in range(2):
         began = time.monotonic()
         evaluate.evaluate(cfg)
         seconds.append(time.monotonic() - began)
     assert seconds[0] >= 20 * seconds[1], seconds
-
-
-def test_general_abilities_stand_beside_those_of_the_base(
-    compose: Compose, tiny_policy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("lm_eval")
-    trained = Path(shutil.copytree(tiny_policy_folder, tmp_path / "export"))
-    asked = ["abilities.tasks=offline", "abilities.packages=[networkx]", "abilities.count=8"]
-    cfg = compose(*asked, *SMALL, f"base={tiny_policy_folder}", f"model={trained}", "rationale=false", config_name="evaluate")
-    evaluate.evaluate(cfg)
-    assert "General abilities of export beside" in capsys.readouterr().out
-    assert "| docstring_choice | acc |" in Path(cfg.paths.output_dir, "abilities_export.md").read_text()
-    client = MlflowClient(cfg.paths.tracking_uri)
-    runs = client.search_runs([client.get_experiment_by_name(cfg.project).experiment_id])
-    (run,) = [run for run in runs if run.info.run_name == "evaluate: abilities of export"]
-    assert run.data.metrics["abilities/docstring_text/gain"] == 0.0  # the same weights

@@ -22,14 +22,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = [
     *("logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=1", "datamodule.seed=0"),
     *("rollout.max_new_tokens=4", "module.num_generations=2"),
-    "callbacks.reward_diagnostics.figure_path=null",  # drawing takes longer than the rest; tests/test_train.py draws
+    "callbacks.metrics.figure_path=null",  # drawing takes longer than the rest; tests/test_train.py draws
 ]
 
 
 BASELINE = {
-    "callbacks=minimal": "callbacks=minimal",
     "module.num_generations=2": None,
-    "callbacks.reward_diagnostics.figure_path=null": None,
     "datamodule.seed=0": "datamodule.batch_size=8",
 }
 """What stands in for the settings above where nothing is rolled out."""

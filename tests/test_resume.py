@@ -44,7 +44,7 @@ def small(tiny_policy_folder: Path, tracking_uri: str, tmp_path_factory: pytest.
         *("callbacks.mteb=null", "callbacks.final_report=null", "callbacks.export=null", "callbacks.html_report=null"),
         *("callbacks.rationale_table.texts=2", "callbacks.rationale_table.every_n_rollout_batches=3"),
         "callbacks.similarities.records=3",
-        *("callbacks.reward_diagnostics.figure_path=null", "callbacks.similarities.figure_path=null"),  # 40 % of so short a run
+        *("callbacks.metrics.figure_path=null", "callbacks.similarities.figure_path=null"),  # 40 % of so short a run
         *("callbacks.starting_policy_kl.texts=2", "callbacks.starting_policy_kl.every_n_rollout_batches=2"),
         *("callbacks.checkpoint.every_n_rollout_batches=2", "callbacks.checkpoint.monitor=reward/total/mean"),
         *("trainer.accelerator=cpu", "seed=5"),

@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
 from src.callbacks.export import Export
-from src.callbacks.probe import undisturbed
+from src.callbacks.monitoring import undisturbed
 from src.callbacks.random_states import RandomStates
 from src.modules.distributed.fsdp import whole
 from src.modules.grace import GRACE

@@ -11,11 +11,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from src.callbacks.monitoring import as_policy_module
-from src.callbacks.probe import is_due
+from src.callbacks.monitoring import as_policy_module, is_due
 from src.modules.policy_module import PolicyModule
 from src.utils.checkpoint_io import ABOUT, remove, tidy
-from src.utils.tracking import log_metrics
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -23,23 +21,21 @@ LAST, BEST = "last.ckpt", "best.ckpt"
 class RolloutCheckpoint(ModelCheckpoint):
     """Saves `batch_<n>.ckpt` every n rollout batches, when a signal stops the run and when training ends.
 
-    `last.ckpt` and `best.ckpt` are links to two of them, moved when a checkpoint is whole on the disk. Beside these two the
-    one before the last is kept, in case the last is damaged; the rest is removed before the next is written, so there are
-    never more than three.
+    `last.ckpt` and `best.ckpt` are links, moved once a checkpoint is complete on disk. The checkpoint before the last is kept too, in
+    case the last is damaged; others are removed before the next is written, so there are never more than three. A batch that raises (a
+    reward or gradient that is not finite) is never saved.
 
-    A run that goes back to an earlier checkpoint of its folder gives up what came after it: that one is the last then, and the best
-    that it knew, if it is still there, the best.
+    A run that goes back to an earlier checkpoint of its folder gives up what came after it, the best checkpoint too.
 
-    Lightning's own counts optimizer steps, misses any rollout batch whose steps do not add up to a multiple of its
-    interval, and waits for a validation loop where the metric is not there yet. A batch that raises (a reward or
-    gradient that is not finite) is never saved, so `last.ckpt` is the last good state.
+    Lightning's ModelCheckpoint counts optimizer steps, misses rollout batches whose steps do not add up to a multiple of its interval,
+    and waits for a validation loop.
 
     Args:
         dirpath: folder.
         every_n_rollout_batches: how often.
-        monitor: the metric that decides which is best. It counts where it was measured on the weights that are saved: one that
-            is logged as a/b counts at the batch that a/rollout_batches names, if there is such a metric.
-        mode: whether it should be `max` or `min`.
+        monitor: the metric that decides which is best. One named a/b counts only at the batch that the metric a/rollout_batches
+            names, if there is such a metric.
+        mode: `max` or `min`.
     """
 
     def __init__(self, dirpath: str, every_n_rollout_batches: int = 20, monitor: str | None = None, mode: str = "max") -> None:
@@ -52,7 +48,7 @@ class RolloutCheckpoint(ModelCheckpoint):
         )
         self.every = every_n_rollout_batches
         self._saved_at = -1
-        self._not_logged_yet: dict[str, float] = {}
+        self._metrics: dict[str, float] = {}  # the last values when the loaded checkpoint was saved
 
     # ---- when
 
@@ -63,16 +59,11 @@ class RolloutCheckpoint(ModelCheckpoint):
         origin = Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else None
         if origin is not None and origin.parent == self._folder.resolve():
             self._go_on(trainer, as_policy_module(pl_module), origin)
-        self._not_logged_yet = {}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         module = as_policy_module(pl_module)
         if is_due(module, self.every):
-            pending = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
-            logged_soon = trainer._logger_connector.should_update_logs and "step" in pending  # see RewardDiagnostics
-            self._not_logged_yet = pending if logged_soon else {}
             self.save(trainer, module)
-            self._not_logged_yet = {}
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException):  # raised between two rollout batches; others may come in the middle of one
@@ -84,19 +75,19 @@ class RolloutCheckpoint(ModelCheckpoint):
     # ---- what
 
     def save(self, trainer: L.Trainer, module: PolicyModule) -> None:
-        """Saves, unless this state was saved already."""
+        """Saves a checkpoint, unless there is one of this batch."""
         batches = module.rollout_batches
         if trainer.state.fn != TrainerFn.FITTING or batches == self._saved_at:
             return
         path = self._folder / f"batch_{batches}.ckpt"
-        score = self._fresh_score(trainer, batches)
-        self.current_score = score
-        is_best = score is not None and self._is_better(score)
+        self.current_score = self._fresh_score(trainer, batches)
+        is_best = self.current_score is not None and self._is_better(self.current_score)
         if trainer.is_global_zero:
             self._prune()
         if is_best:
-            self.best_model_score, self.best_model_path = score, str(path)
+            self.best_model_score, self.best_model_path = self.current_score, str(path)
         self.last_model_path = str(path)  # before saving, as it is part of what is saved
+        self._metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         self._save_checkpoint(trainer, str(path))
         self._saved_at = batches
         if trainer.is_global_zero:
@@ -114,13 +105,12 @@ class RolloutCheckpoint(ModelCheckpoint):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        best = Path(self.best_model_path).name
-        return {"best": best, "best_score": self.best_model_score, "not_logged_yet": self._not_logged_yet}
+        return {"best": Path(self.best_model_path).name, "best_score": self.best_model_score, "metrics": self._metrics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._not_logged_yet = dict(state_dict["not_logged_yet"])
+        self._metrics = dict(state_dict.get("metrics", state_dict.get("not_logged_yet", {})))  # the latter in earlier checkpoints
         best = self._folder / state_dict["best"]
-        if state_dict["best"] and best.exists():  # else a run that branches off begins with no best of its own
+        if state_dict["best"] and best.exists():  # else a run that branches off begins without a best
             self.best_model_path, self.best_model_score = str(best), state_dict["best_score"]
 
     # ---- the folder
@@ -130,19 +120,15 @@ class RolloutCheckpoint(ModelCheckpoint):
         return Path(str(self.dirpath))
 
     def _go_on(self, trainer: L.Trainer, module: PolicyModule, origin: Path) -> None:
-        """Makes the checkpoint that is gone on from the last one, and its best the best; logs what its process may have had no time for."""
+        """Makes the resumed checkpoint the last one, and its best the best; restores the metrics, which a sweep may ask for."""
         self._saved_at = module.rollout_batches
         if trainer.is_global_zero:
             self._point(LAST, origin)
-            if self.best_model_path:  # that of the checkpoint: what came after it is given up, its best too
+            if self.best_model_path:
                 self._point(BEST, Path(self.best_model_path))
             else:
                 (self._folder / BEST).unlink(missing_ok=True)
-        pending = dict(self._not_logged_yet)  # Lightning logs right after this checkpoint is saved; MLflow takes nothing twice
-        if pending:
-            log_metrics(trainer, pending, step=int(pending.pop("step")))
-            # a run that has nothing left but its end is asked for its last metrics too, by sweeps
-            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in pending.items()})
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._metrics.items()})
 
     def _prune(self) -> None:
         kept = {(self._folder / link).resolve() for link in (LAST, BEST)}
@@ -151,13 +137,13 @@ class RolloutCheckpoint(ModelCheckpoint):
                 remove(path)
 
     def _point(self, link: str, path: Path) -> None:
-        aside = self._folder / f".{link}.{os.getpid()}.link"
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(path.name)
-        aside.replace(self._folder / link)
+        new = self._folder / f".{link}.{os.getpid()}.link"
+        new.unlink(missing_ok=True)
+        new.symlink_to(path.name)
+        new.replace(self._folder / link)
 
     def _fresh_score(self, trainer: L.Trainer, batches: int) -> Tensor | None:
-        """The monitored metric, if these weights were measured."""
+        """Returns the monitored metric if it was measured on these weights."""
         if self.monitor is None or self.monitor not in trainer.callback_metrics:
             return None
         measured_at = trainer.callback_metrics.get(f"{self.monitor.rpartition('/')[0]}/rollout_batches")

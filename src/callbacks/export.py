@@ -1,8 +1,8 @@
-"""The trained policy as a folder that other tools read."""
+"""Export of the trained policy."""
 
 import logging
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -10,24 +10,18 @@ from torch.distributed.fsdp import FSDPModule
 
 from src.modules.distributed.fsdp import plain_copy, whole
 from src.modules.encoder.export import export
-from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
 
 log = logging.getLogger(__name__)
 
 
-class HasPolicy(Protocol):
-    """What a module must have to be exported."""
-
-    policy: Policy
-    settings: EncoderSettings
-
-
 class Export(L.Callback):
     """Writes the policy, its tokenizer and the settings of its embeddings to a folder when training ends.
 
+    For any LightningModule with a `policy` and encoder `settings`.
+
     Args:
-        folder: where to.
+        folder: the folder.
         dtype: of the weights on disk.
     """
 
@@ -35,10 +29,9 @@ class Export(L.Callback):
         self.folder = Path(folder)
         self.dtype: torch.dtype = getattr(torch, dtype)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: HasPolicy) -> None:  # type: ignore[override]
-        policy = pl_module.policy
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        policy: Policy = pl_module.policy
         with whole(policy):
             if trainer.is_global_zero:
                 export(plain_copy(policy) if isinstance(policy, FSDPModule) else policy, pl_module.settings, self.folder, self.dtype)
-        if trainer.is_global_zero:
-            log.info("exported to %s", self.folder)
+                log.info("exported to %s", self.folder)

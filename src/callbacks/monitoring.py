@@ -1,68 +1,141 @@
-"""The base of the callbacks that watch a policy in training."""
+"""Base of the monitoring callbacks, and what several of them share."""
 
-from typing import Any
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
 
 import lightning as L
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from matplotlib.figure import Figure
+from torch import Tensor
 
+from src.modules.distributed.fsdp import whole
+from src.modules.encoder.encoder import evaluation_mode
 from src.modules.grace import GRACE
+from src.modules.objectives.roles import texts_of
 from src.modules.policy_module import PolicyModule
+from src.modules.training import collector
 from src.modules.training.metrics import BatchMetrics
+from src.modules.types import Embeddings, Rollouts
+from src.records import Triplet
+from src.utils.tracking import log_figure, log_metrics
+
+log = logging.getLogger(__name__)
+
+Module = TypeVar("Module", bound=PolicyModule)
+
+
+class MonitoringCallback(L.Callback, Generic[Module]):
+    """Acts at three moments of a training by a module of class `applies_to`; does nothing for other modules.
+
+    So one list of callbacks serves every method.
+    """
+
+    applies_to: type[PolicyModule] = PolicyModule
+
+    def at_start(self, trainer: L.Trainer, module: Module) -> None:
+        """Before the first batch of this process; a resumed run has loaded its state by then."""
+
+    def after_batch(self, trainer: L.Trainer, module: Module) -> None:
+        """After each batch; `module.rollout_batches` includes it."""
+
+    def at_end(self, trainer: L.Trainer, module: Module) -> None:
+        """After the last batch."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if isinstance(as_policy_module(pl_module), self.applies_to):
+            self.at_start(trainer, cast(Module, pl_module))
+        else:
+            log.debug("%s does nothing: it is for %s", type(self).__name__, self.applies_to.__name__)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if isinstance(pl_module, self.applies_to):
+            self.after_batch(trainer, cast(Module, pl_module))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if isinstance(pl_module, self.applies_to):
+            self.at_end(trainer, cast(Module, pl_module))
 
 
 def as_policy_module(module: L.LightningModule) -> PolicyModule:
-    """The module as what these callbacks can watch.
-
-    Raises:
-        TypeError: it is another one.
-    """
+    """Returns the module; raises TypeError if it is no PolicyModule."""
     if not isinstance(module, PolicyModule):
-        raise TypeError(f"configs/callbacks/default.yaml watches module=grace, not {type(module).__name__}: choose other callbacks=...")
-    return module
-
-
-def as_grace(module: PolicyModule) -> GRACE:
-    """The module as what has rewards and rationales.
-
-    Raises:
-        TypeError: it is another one.
-    """
-    if not isinstance(module, GRACE):
-        raise TypeError(f"{type(module).__name__} writes no rationales and earns no rewards to watch: choose callbacks=contrastive")
+        raise TypeError(f"these callbacks monitor module=grace and module=contrastive, not {type(module).__name__}: change callbacks=")
     return module
 
 
 def last_report(module: PolicyModule) -> BatchMetrics:
-    """What the last batch did.
-
-    Raises:
-        RuntimeError: there was none yet.
-    """
+    """Returns the report of the last batch; raises RuntimeError before the first."""
     if module.report is None:
-        raise RuntimeError("no batch has been done yet, so there is no report of one")
+        raise RuntimeError("no batch has been trained on yet, so there is no report of one")
     return module.report
 
 
-class MonitoringCallback(L.Callback):
-    """Looks on at three moments. Lightning's hooks, less the arguments that no one here needs.
+def is_due(module: PolicyModule, every_n_rollout_batches: int) -> bool:
+    """Returns whether a callback that acts every n batches (0: never) acts after the last one."""
+    return every_n_rollout_batches > 0 and module.rollout_batches % every_n_rollout_batches == 0
 
-    Lightning sends what `module.log` is given in `after_batch` to the loggers in one call, at the step that
-    RewardDiagnostics or ContrastiveDiagnostics names: the number of batches done.
+
+def log_values(trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
+    """Sends metrics to the loggers, and keeps them in `trainer.callback_metrics` for checkpoints and sweeps.
+
+    Unlike Lightning's `log` this works in all hooks, logs before a checkpoint of the batch is saved, and repeats no metric of an
+    earlier batch.
     """
+    log_metrics(trainer, metrics, step)
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
-    def at_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
-        """Before the first batch (of this process: see `state_dict` for resumed runs)."""
 
-    def after_batch(self, trainer: L.Trainer, module: PolicyModule) -> None:
-        """After each batch; `module.rollout_batches` counts it already."""
+def save_figure(trainer: L.Trainer, figure: Figure, file: Path) -> None:
+    """Writes a figure to a file and to MLflow (figures/<name>)."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+    log_figure(trainer, figure, f"figures/{file.name}")
 
-    def at_end(self, trainer: L.Trainer, module: PolicyModule) -> None:
-        """After the last batch."""
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.at_start(trainer, as_policy_module(pl_module))
+@contextmanager
+def undisturbed(module: PolicyModule) -> Iterator[None]:
+    """Disables gradients, sets eval mode and gathers sharded weights; afterwards restores all of it and the random states.
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.after_batch(trainer, as_policy_module(pl_module))
+    To be entered by all ranks.
+    """
+    with isolate_rng(), evaluation_mode(module.policy), whole(module.policy):
+        yield
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.at_end(trainer, as_policy_module(pl_module))
+
+def fixed_triplets(trainer: L.Trainer, count: int) -> list[Triplet]:
+    """Returns held-out records, the same at every call: `trainer.datamodule.fixed_triplets(count)`.
+
+    Raises:
+        ValueError: the datamodule has no such method, or gives no record.
+    """
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by fit(datamodule=...)
+    found = datamodule.fixed_triplets(count) if hasattr(datamodule, "fixed_triplets") else []
+    if not found:
+        raise ValueError(
+            f"the datamodule ({type(datamodule).__name__}) has no held-out records: give it a method fixed_triplets(count), or set "
+            "callbacks.rationale_table=null callbacks.similarities=null callbacks.starting_policy_kl=null"
+        )
+    return list(found)
+
+
+def sample(module: PolicyModule, texts: list[str], temperature: float, seed: int = 0, n: int = 1) -> Rollouts:
+    """Samples n rationales for each text from the current policy."""
+    return module.engine.generate(module.policy, module.renderer(texts), n=n, temperature=temperature, seed=seed)
+
+
+def unit_vectors(module: GRACE, rollouts: Rollouts) -> Tensor:
+    """Returns [N, D] float32 embeddings of unit length."""
+    return collector.unit_vectors(module.policy, rollouts, module.hparams["encode_batch_size"])
+
+
+def embed_triplets(module: GRACE, triplets: Sequence[Triplet], n: int, seed: int = 0) -> Embeddings:
+    """Embeds triplets as a training batch: n rollouts of each positive, one of each query and negative, at training's temperatures."""
+    b, m = len(triplets), collector.negatives_per_instance(triplets)
+    positive = sample(module, texts_of(triplets, "positive"), module.hparams["temperature"], seed, n)
+    texts = texts_of(triplets, "query") + texts_of(triplets, "negative")
+    others = unit_vectors(module, sample(module, texts, module.hparams["context_temperature"], seed + 1))
+    return Embeddings(others[:b], unit_vectors(module, positive).unflatten(0, (b, n)), others[b:].unflatten(0, (b, m)))

@@ -1,16 +1,16 @@
-"""MTEB tasks while training runs."""
+"""MTEB tasks during training."""
 
 import logging
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 
-from src.callbacks.monitoring import MonitoringCallback
-from src.callbacks.probe import in_training_arithmetic, is_due, start_embeddings, undisturbed
+from src.callbacks.monitoring import MonitoringCallback, is_due, undisturbed
 from src.evaluation.run_tasks import EvaluationScores, run_tasks
 from src.modules.policy_module import PolicyModule
 from src.utils.tracking import log_metrics
@@ -18,18 +18,17 @@ from src.utils.tracking import log_metrics
 log = logging.getLogger(__name__)
 
 
-class MTEBEvaluation(MonitoringCallback):
+class MTEBEvaluation(MonitoringCallback[PolicyModule]):
     """Scores the policy on MTEB tasks at the start, every n rollout batches and at the end.
 
-    Logs mteb/<task>, mteb/category/<category> and mteb/average (fractions), and mteb/seconds. The average also stands in
-    `trainer.callback_metrics`, where checkpoints and sweeps find it, beside mteb/rollout_batches, when it was measured.
+    Logs mteb/<task>, mteb/category/<category>, mteb/average (fractions) and mteb/seconds. `trainer.callback_metrics` holds the average
+    for checkpoints and sweeps, and mteb/rollout_batches, the batch at which it was measured.
 
     Args:
-        tasks: makes the tasks; called once, when training starts (mteb takes seconds to import).
+        tasks: makes the tasks; called once, when training starts.
         every_n_rollout_batches: how often; 0 for the start and the end only, None for never.
-        rationale, temperature: how texts are encoded; None: with rationales if the policy is trained with them.
-        embeddings_dir: where embeddings of the starting policy are kept, for other runs that begin with it (the points of a sweep, other
-            seeds, evaluate.py); None: nowhere. See `start_embeddings`.
+        rationale, temperature: of the encoder; rationale None: as the policy is trained.
+        embeddings_dir: where embeddings of the starting policy are kept; see `starting_embeddings`.
         embeddings_gib: most that they may take there.
     """
 
@@ -54,12 +53,10 @@ class MTEBEvaluation(MonitoringCallback):
         with undisturbed(module):
             self._tasks = self.make_tasks()
         if self._scored_at >= 0:
-            self._tell(trainer)  # resumed: what the run that was stopped has scored last
-            return
-        scores = self.evaluate(trainer, module)
-        if scores.failures:
-            # What fails on the first try would fail every time, and the average would be one of other tasks.
-            raise RuntimeError(f"MTEB tasks fail: {_failures(scores)}; take them out of callbacks.mteb.tasks or provide what is missing")
+            self._publish(trainer)  # the last score of the run that is resumed
+        elif failures := self.evaluate(trainer, module).failures:
+            # a task that fails now would always fail, and the average be that of other tasks
+            raise RuntimeError(f"MTEB tasks fail: {named(failures)}; take them out of callbacks.mteb.tasks or provide what is missing")
 
     def after_batch(self, trainer: L.Trainer, module: PolicyModule) -> None:
         if is_due(module, self.every or 0):
@@ -70,30 +67,26 @@ class MTEBEvaluation(MonitoringCallback):
             self.evaluate(trainer, module)
 
     def evaluate(self, trainer: L.Trainer, module: PolicyModule) -> EvaluationScores:
-        """Runs and logs the tasks. A failed task is warned about and leaves the average out: it would mean something else."""
-        step = module.rollout_batches
-        began = time.perf_counter()
-        with undisturbed(module), in_training_arithmetic(trainer):
-            encoder = module.encoder(rationale=self.rationale, temperature=self.temperature)
-            kept = start_embeddings(trainer, module, self.embeddings_dir)
-            scores = run_tasks(encoder, self._tasks, None, f"training-step{step}", kept, self.embeddings_gib, also_without=True)
-        scores = trainer.strategy.broadcast(scores)  # what is decided by them is decided alike everywhere
+        """Runs and logs the tasks; without an average where a task failed, which is warned about."""
+        step, began = module.rollout_batches, time.perf_counter()
+        kept = starting_embeddings(trainer, module, self.embeddings_dir)
+        options = {"rationale": self.rationale, "temperature": self.temperature}
+        scores = score_policy(trainer, module, self._tasks, f"training-step{step}", options, None, kept, self.embeddings_gib)
         metrics = {f"mteb/{task}": score for task, score in scores.tasks.items()}
         metrics |= {f"mteb/category/{category}": score for category, score in scores.categories.items()}
+        self._scored_at, self._average = step, math.nan if scores.failures else scores.average
         if scores.failures:
-            log.warning("MTEB tasks failed at batch %d, no average: %s", step, _failures(scores))
+            log.warning("MTEB tasks failed at batch %d, no average: %s", step, named(scores.failures))
         else:
             metrics["mteb/average"] = scores.average
         log_metrics(trainer, metrics | {"mteb/seconds": time.perf_counter() - began}, step)
-        self._scored_at, self._average = step, metrics.get("mteb/average", math.nan)
-        self._tell(trainer)
+        self._publish(trainer)
         return scores
 
-    def _tell(self, trainer: L.Trainer) -> None:
-        # Lightning's own `log` is refused at the start and the end of training; this dict is what it would fill
+    def _publish(self, trainer: L.Trainer) -> None:
         if not math.isnan(self._average):
-            trainer.callback_metrics["mteb/average"] = torch.tensor(self._average)
-            trainer.callback_metrics["mteb/rollout_batches"] = torch.tensor(self._scored_at)  # later weights have no score
+            values = {"mteb/average": self._average, "mteb/rollout_batches": self._scored_at}
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
 
     def state_dict(self) -> dict[str, Any]:
         return {"scored_at": self._scored_at, "average": self._average}
@@ -102,5 +95,36 @@ class MTEBEvaluation(MonitoringCallback):
         self._scored_at, self._average = state_dict["scored_at"], state_dict["average"]
 
 
-def _failures(scores: EvaluationScores) -> str:
-    return "; ".join(f"{task}: {error}" for task, error in scores.failures.items())
+def score_policy(
+    trainer: L.Trainer,
+    module: PolicyModule,
+    tasks: list[Any],
+    name: str,
+    encoder: dict[str, Any],
+    results_dir: Path | None,
+    embeddings_dir: Path | None,
+    embeddings_gib: float,
+) -> EvaluationScores:
+    """Scores the current policy in the trainer's precision; all ranks return the scores of rank 0.
+
+    Args:
+        encoder: arguments of `PolicyModule.encoder`.
+        name, results_dir, embeddings_dir, embeddings_gib: see `run_tasks`.
+    """
+    with undisturbed(module), trainer.precision_plugin.forward_context():
+        scores = run_tasks(module.encoder(**encoder), tasks, results_dir, name, embeddings_dir, embeddings_gib, also_without=True)
+    return trainer.strategy.broadcast(scores)
+
+
+def starting_embeddings(trainer: L.Trainer, module: PolicyModule, folder: str | None) -> Path | None:
+    """Returns `folder` for embeddings of the starting policy, which other runs (a sweep's, other seeds', evaluate.py) find there.
+
+    None for those of a trained policy, which no other run needs; and with several processes: one that found a text there would miss
+    the collective calls that the others make for it.
+    """
+    return Path(folder) if folder and module.rollout_batches == 0 and trainer.world_size == 1 else None
+
+
+def named(failures: dict[str, str]) -> str:
+    """Returns tasks and reasons as one line."""
+    return "; ".join(f"{task}: {reason}" for task, reason in failures.items())

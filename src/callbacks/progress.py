@@ -1,4 +1,4 @@
-"""Progress in a terminal (a bar) and in a log file (a line now and then)."""
+"""Progress of a run, and an estimate of its time."""
 
 import logging
 import math
@@ -10,18 +10,22 @@ import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from src.callbacks.monitoring import as_policy_module, last_report
+from src.modules.grace import GRACE
 from src.modules.policy_module import PolicyModule
+from src.utils.machine import describe_machine, has_gpu, matrix_speed
 from src.utils.timing import clock
 
 log = logging.getLogger(__name__)
 
+_REACHED = 0.4  # share of the speed of plain matrix products that a run reaches on two CPU cores; measured on smollm2_sup
+_OTHERWISE = 60  # seconds for reading data, MTEB's own work and reports
+
 
 class RolloutProgress(TQDMProgressBar):
-    """A bar over batches with their headline (reward, or loss, and tokens a second) and time left.
+    """Shows batches, reward or loss, tokens a second and the time left: a bar in a terminal, else lines in the log.
 
-    Where the output is no terminal it writes the same as lines through logging instead, at most one every
-    `seconds_between_lines`, and one for the first and the last batch of an epoch. Time that is gone is this
-    process's.
+    Args:
+        seconds_between_lines: least time between two lines; the first and the last batch of an epoch always have one.
     """
 
     def __init__(self, seconds_between_lines: float = 15.0) -> None:
@@ -34,18 +38,14 @@ class RolloutProgress(TQDMProgressBar):
         self._done_before: int | None = None  # batches of this epoch that an earlier process did
 
     def enable(self) -> None:
-        """Enables the bar where there is a terminal to draw it in."""
+        """Enables the bar if there is a terminal."""
         if self.to_terminal:
             super().enable()
 
     def batches_to_do(self, trainer: L.Trainer, module: PolicyModule, done: int) -> float:
-        """Rollout batches of this epoch, `done` included; fewer than the loader has where max_steps ends it sooner.
-
-        inf where neither says.
-        """
+        """Returns the rollout batches of this epoch, `done` included, within trainer.max_steps; inf where nothing bounds them."""
         total = float(trainer.num_training_batches)
-        if trainer.max_steps > 0:
-            # max_steps counts optimizer steps, and a rollout batch takes several
+        if trainer.max_steps > 0:  # optimizer steps, of which a rollout batch takes several
             updates = max(1.0, last_report(module).update.get("updates", 1.0))
             total = min(total, done + math.ceil(max(0, trainer.max_steps - trainer.global_step) / updates))
         return total
@@ -59,7 +59,7 @@ class RolloutProgress(TQDMProgressBar):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._done_before is None:  # a run that goes on in the middle of an epoch does not start it
+        if self._done_before is None:  # not at the epoch's start, which a run that is resumed within an epoch does not have
             self._began, self._done_before = time.monotonic(), batch_idx
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -71,20 +71,47 @@ class RolloutProgress(TQDMProgressBar):
             self._write_line(trainer, as_policy_module(pl_module), batch_idx + 1, total)
 
     def _write_line(self, trainer: L.Trainer, module: PolicyModule, done: int, total: float) -> None:
-        now = time.monotonic()
-        if done not in ((self._done_before or 0) + 1, total) and now - self._last_line < self.seconds_between_lines:
+        now, before = time.monotonic(), self._done_before or 0
+        if done not in (before + 1, total) and now - self._last_line < self.seconds_between_lines:
             return
-        self._last_line = now
-        taken = now - self._began
-        metrics = self.get_metrics(trainer, module)
-        left = clock(taken / (done - (self._done_before or 0)) * (total - done)) if math.isfinite(total) else "?"
-        of = f"/{total:.0f}" if math.isfinite(total) else ""
-        log.info(
-            "%s %d%s  %s  %s gone, %s left",
-            module.unit,
-            done,
-            of,
-            "  ".join(f"{name} {value}" for name, value in metrics.items()),
-            clock(taken),
-            left,
-        )
+        self._last_line, taken = now, now - self._began
+        of, left = (f"/{total:.0f}", clock(taken / (done - before) * (total - done))) if math.isfinite(total) else ("", "?")
+        metrics = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, module).items())
+        log.info("%s %d%s  %s  %s gone, %s left", module.unit, done, of, metrics, clock(taken), left)
+
+
+class TimeEstimate(L.Callback):
+    """Logs at the start of a run the machine, the number of batches and, on CPUs, the estimated minutes.
+
+    The estimate is arithmetic over a measured speed: 2 operations a parameter and token to read or write it, 6 to train on it.
+
+    Args:
+        evaluated_texts: distinct texts of all evaluations together.
+    """
+
+    def __init__(self, evaluated_texts: int = 0) -> None:
+        self.evaluated_texts = evaluated_texts
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, PolicyModule) or not trainer.is_global_zero:
+            return
+        batches, data = trainer.limit_train_batches, trainer.datamodule  # type: ignore[attr-defined]
+        size = getattr(data, "batch_size", None) or getattr(data, "groups", 0) * getattr(data, "docstrings_per_module", 0)
+        if not isinstance(batches, int) or not size:
+            return
+        run = f"{type(pl_module).__name__}: {batches} batches of {size} texts on {describe_machine()}"
+        if has_gpu():  # which is bound by kernel launches, and not by arithmetic
+            log.info(run)
+            return
+        operations = self._operations(pl_module, batches, size, getattr(data, "negatives", 0))
+        seconds = operations / (_REACHED * matrix_speed(str(trainer.precision) != "32-true")) + _OTHERWISE
+        log.info("%s; about %d minutes, evaluation included", run, max(1, math.ceil(seconds / 60)))
+
+    def _operations(self, module: PolicyModule, batches: int, instances: int, negatives: int) -> float:
+        parameters = sum(p.numel() for p in module.policy.model.parameters())
+        prompt = 0.6 * module.settings.max_prompt_tokens
+        written = module.engine.max_new_tokens if module.settings.rationale else 0
+        positives = instances * (prompt + written * (module.hparams["num_generations"] if isinstance(module, GRACE) else 0))
+        others = instances * (1 + negatives) * (prompt + written)
+        read = self.evaluated_texts * (prompt + written) + batches * (positives + others)
+        return parameters * (2 * read + 6 * batches * (positives + others))

@@ -1,4 +1,4 @@
-"""Random states in checkpoints, so that a resumed run draws what it would have drawn."""
+"""Random states in checkpoints, so that a resumed run draws the numbers that it would have drawn."""
 
 from typing import Any
 
@@ -8,24 +8,11 @@ import torch
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 
 
-def random_states() -> dict[str, Any]:
-    """The states of Python, numpy, torch and every GPU of this process, in types that weights-only loading reads."""
-    states = _collect_rng_states()
-    name, keys, *rest = states["numpy"]
-    return states | {"numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest)}
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Undoes `random_states`."""
-    name, keys, *rest = states["numpy"]
-    _set_rng_states(states | {"numpy": (name, keys.numpy().astype(np.uint32), *rest)})
-
-
 class RandomStates(L.Callback):
     """Saves the random states of every rank with each checkpoint, and sets them before the first batch of a resumed run.
 
-    Before that batch rather than earlier: what happens at the start of a process (data loaders, evaluations) may draw too.
-    A rank that the saved run did not have keeps the states of its seed.
+    Not earlier: data loaders and evaluations at the start of a process may draw too. A rank that the saved run did not have keeps the
+    states of its seed.
     """
 
     def __init__(self) -> None:
@@ -46,3 +33,16 @@ class RandomStates(L.Callback):
         if trainer.global_rank < len(self._saved):
             set_random_states(self._saved[trainer.global_rank])
         self._saved = []
+
+
+def random_states() -> dict[str, Any]:
+    """Returns the states of Python, numpy, torch and every GPU of this process, in types that weights-only loading reads."""
+    states = _collect_rng_states()
+    name, keys, *rest = states["numpy"]
+    return states | {"numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest)}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Sets what `random_states` returned."""
+    name, keys, *rest = states["numpy"]
+    _set_rng_states(states | {"numpy": (name, keys.numpy().astype(np.uint32), *rest)})

@@ -1,4 +1,4 @@
-"""How far the policy has moved from where it started, without a second model in memory."""
+"""Divergence of the policy from its start, without a second model in memory."""
 
 from typing import Any
 
@@ -6,28 +6,18 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from src.callbacks.monitoring import MonitoringCallback
-from src.callbacks.probe import fixed_texts, is_due, sample, undisturbed
+from src.callbacks.monitoring import MonitoringCallback, fixed_triplets, is_due, log_values, sample, undisturbed
+from src.modules.objectives.roles import texts_of
 from src.modules.policy.model import Policy
 from src.modules.policy_module import PolicyModule
 from src.modules.types import Rollouts
 
 
-def score(policy: Policy, rollouts: Rollouts, batch_size: int) -> Tensor:
-    """[n] float32 on the CPU: log-probs of all rationale tokens, row after row, under a policy at T = 1."""
-    scored = []
-    for start in range(0, len(rollouts), batch_size):
-        part = rollouts[slice(start, start + batch_size)].to(policy.device)
-        scored.append(policy.logprobs(part, policy.hidden_states(part))[0][part.rationale_mask].cpu())
-    return torch.cat(scored)
+class StartingPolicyKL(MonitoringCallback[PolicyModule]):
+    """Logs kl/from_start: an estimate of KL(starting policy || policy) in nats a token, on rationales of held-out texts.
 
-
-class StartingPolicyKL(MonitoringCallback):
-    """Logs `kl/from_start`: an estimate of KL(starting policy || policy) in nats a token, on fixed held-out texts.
-
-    The starting policy writes rationales at T = 1 once, and its log-probs of them are kept; every so often the policy
-    scores the same tokens. The mean of log pi_start - log pi_now over tokens drawn from pi_start is unbiased.
-    It is 0 at the start; noise can make a small one negative.
+    The starting policy samples the rationales once, at temperature 1; every n batches the policy scores the same tokens. The mean of
+    log pi_start - log pi over tokens drawn from pi_start is unbiased; noise can make a small one negative.
 
     Args:
         texts: how many texts.
@@ -42,26 +32,22 @@ class StartingPolicyKL(MonitoringCallback):
         self._start: Tensor | None = None
 
     def at_start(self, trainer: L.Trainer, module: PolicyModule) -> None:
-        if self.every == 0 or self._rollouts is not None:
-            return  # nobody asks; or resumed: the checkpoint brought what the starting policy wrote
-        with undisturbed(module):
-            self._rollouts = sample(module, fixed_texts(trainer, self.texts), temperature=1.0, seed=self.seed).to("cpu")
-            self._start = score(module.policy, self._rollouts, self.batch_size)
+        if self.every > 0 and self._rollouts is None:  # else a resumed run has those of its start
+            with undisturbed(module):
+                texts = texts_of(fixed_triplets(trainer, self.texts), "positive")
+                self._rollouts = sample(module, texts, temperature=1.0, seed=self.seed).to("cpu")
+                self._start = token_logprobs(module.policy, self._rollouts, self.batch_size)
 
     def after_batch(self, trainer: L.Trainer, module: PolicyModule) -> None:
         if is_due(module, self.every):
-            module.log("kl/from_start", self.divergence(module), on_step=True, on_epoch=False)
+            log_values(trainer, {"kl/from_start": self.divergence(module)}, module.rollout_batches)
 
     def divergence(self, module: PolicyModule) -> float:
-        """The estimate now, in nats a token.
-
-        Raises:
-            RuntimeError: training has not started.
-        """
+        """Returns the current estimate in nats a token; raises RuntimeError before the start of training."""
         if self._rollouts is None or self._start is None:
-            raise RuntimeError("the starting policy has written nothing yet: divergence is known from on_train_start on")
+            raise RuntimeError("the starting policy has sampled no rationales yet: it does so when training starts")
         with undisturbed(module):
-            return float((self._start - score(module.policy, self._rollouts, self.batch_size)).mean())
+            return float((self._start - token_logprobs(module.policy, self._rollouts, self.batch_size)).mean())
 
     def state_dict(self) -> dict[str, Any]:
         if self._rollouts is None:
@@ -71,3 +57,12 @@ class StartingPolicyKL(MonitoringCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict:
             self._rollouts, self._start = Rollouts(**state_dict["rollouts"]), state_dict["start"]
+
+
+def token_logprobs(policy: Policy, rollouts: Rollouts, batch_size: int) -> Tensor:
+    """Returns [n] float32 on the CPU: log-probs of all rationale tokens at temperature 1, row after row."""
+    scored = []
+    for start in range(0, len(rollouts), batch_size):
+        part = rollouts[slice(start, start + batch_size)].to(policy.device)
+        scored.append(policy.logprobs(part, policy.hidden_states(part))[0][part.rationale_mask].cpu())
+    return torch.cat(scored)

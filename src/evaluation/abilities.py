@@ -1,4 +1,4 @@
-"""General abilities through lm-eval, and whether training kept them."""
+"""General abilities of a policy through lm-eval, and whether training kept them."""
 
 import functools
 import importlib.util
@@ -22,13 +22,13 @@ _PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity")
 
 @dataclass(frozen=True)
 class AbilityScore:
-    """What a policy scores on one task (or on all of a group, question by question).
+    """Score of a policy on one task, or on all tasks of a group, question by question.
 
     Attributes:
-        metric: the task's first; of a perplexity its log to base 2, for which differences have an interval.
+        metric: the task's first; of a perplexity its log to base 2, of which differences have an interval.
         higher_is_better: whether more of it is better.
-        values, weights: of each question or text, in the task's order; the score is the ratio of their sums (correct
-            answers to questions, bits to bytes).
+        values, weights: of each question or text, in the task's order; the score is the ratio of their sums (correct answers to questions,
+            bits to bytes).
     """
 
     metric: str
@@ -46,10 +46,10 @@ class Change:
     """An ability before and after training.
 
     Attributes:
-        before, after: the score.
-        gain: how much better it became, in the metric's unit; below 0 it became worse.
+        before, after: the scores.
+        gain: the improvement, in the metric's unit; negative if it became worse.
         low, high: the 95 % interval of the gain, over the choice of questions.
-        verdict: `kept`, the interval lies above -tolerance; `lost`, it lies below 0; `unclear`, too few questions to say.
+        verdict: `kept` if the interval is above -tolerance, `lost` if it is below 0, else `unclear`: too few questions.
     """
 
     metric: str
@@ -62,24 +62,22 @@ class Change:
 
 
 def compare(before: AbilityScore, after: AbilityScore, tolerance: float) -> Change:
-    """The paired difference of two runs of the same questions.
+    """Returns the paired difference of two runs of the same questions.
 
-    The score is a ratio of sums, so the standard error is the linearised one of a ratio estimator (Cochran, Sampling
-    Techniques, 3rd ed., section 6.4) of the differences: sqrt(n / (n - 1) * sum e_i^2) / sum w_i, where
-    e_i = d_i - gain * w_i. With weights of 1 it is that of a mean.
+    The score is a ratio of sums, so the standard error is the linearised one of a ratio estimator (Cochran, Sampling Techniques, 3rd ed.,
+    section 6.4) of the differences: sqrt(n / (n - 1) * sum e_i^2) / sum w_i, where e_i = d_i - gain * w_i. With weights of 1 it is that of
+    a mean.
 
     Args:
-        tolerance: a loss no larger than this counts as none.
+        tolerance: the largest loss that counts as none, in the metric's unit.
 
     Raises:
         ValueError: other questions, another metric, or a tolerance below 0.
     """
     if (before.metric, before.weights) != (after.metric, after.weights):
-        raise ValueError(
-            f"scores of other questions or metrics ({before.metric}, {after.metric}) cannot be compared: score both the same way"
-        )
+        raise ValueError(f"scores of other questions or metrics do not compare: {before.metric}, {after.metric}")
     if tolerance < 0:
-        raise ValueError(f"abilities.tolerance={tolerance}: it is a loss that counts as none, at least 0")
+        raise ValueError(f"abilities.tolerance={tolerance}: it must be at least 0")
     sign = 1 if before.higher_is_better else -1
     differences = [sign * (new - old) for old, new in zip(before.values, after.values, strict=True)]
     n, total = len(differences), sum(before.weights)
@@ -99,18 +97,17 @@ def run_abilities(
     count: int = 200,
     batch_size: int = 16,
 ) -> dict[str, AbilityScore]:
-    """Scores of a policy by task; its modes and all random states are left as they were.
+    """Scores a policy on each task; its modes and all random states stay as they were.
 
     Args:
-        tasks: `offline`, the two of `ability_folder`; or names of lm-eval tasks and groups (gsm8k, mmlu), whose data
-            comes from the hub.
+        tasks: `offline`, the two of `ability_folder`; or names of lm-eval tasks and groups (gsm8k, mmlu), whose data is on the hub.
         packages, cache_dir: of the offline tasks.
         count: questions a task, the first ones of a task from the hub.
 
     Raises:
         ModuleNotFoundError: lm-eval is not installed.
         FileNotFoundError: no such task, or its data is out of reach.
-        ValueError: a task whose first metric is no number a question.
+        ValueError: the first metric of a task is not a number for each question.
     """
     names, folder = check_abilities(tasks, packages, cache_dir, count)
     with isolate_rng(), _quiet(), evaluation_mode(policy):
@@ -121,9 +118,9 @@ def run_abilities(
 def check_abilities(
     tasks: str | Sequence[str], packages: Sequence[str], cache_dir: Path | str, count: int = 200
 ) -> tuple[list[str], Path | None]:
-    """Finds out before any model is read whether the tasks can be asked; arguments and errors are those of `run_abilities`.
+    """Checks that the tasks exist, before any model is loaded; not whether their data on the hub is in reach.
 
-    Whether the data of tasks from the hub is in reach is known only when they are asked.
+    Arguments and errors are those of `run_abilities`.
 
     Returns:
         The names of the tasks, and the folder of the offline ones.
@@ -142,7 +139,7 @@ def check_abilities(
 
 @functools.cache
 def _task_manager(folder: Path | None) -> Any:
-    """lm-eval's index of the tasks of a folder, or of its own: some 10,000 files, read once a process."""
+    """Returns lm-eval's index of the tasks of a folder, or of its own: some 10,000 files, read once a process."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
@@ -152,11 +149,11 @@ def _evaluate(policy: Policy, names: Sequence[str], folder: Path | None, count: 
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    manager = _task_manager(folder)
     model = HFLM(pretrained=policy.model, tokenizer=policy.tokenizer, batch_size=batch_size)
+    options = {"task_manager": _task_manager(folder), "limit": count, "bootstrap_iters": 0}
     try:
-        found: Mapping[str, Any] = lm_eval.simple_evaluate(model, tasks=list(names), task_manager=manager, limit=count, bootstrap_iters=0)
-    except OSError as error:  # all that the hub's client raises for what is not in reach
+        found: Mapping[str, Any] = lm_eval.simple_evaluate(model, tasks=list(names), **options)
+    except OSError as error:  # all that the hub's client raises for data out of reach
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"the data of {', '.join(names)} is out of reach ({reason}): abilities.tasks=offline needs no hub"
@@ -165,7 +162,7 @@ def _evaluate(policy: Policy, names: Sequence[str], folder: Path | None, count: 
 
 
 def _score(name: str, found: Mapping[str, Any]) -> AbilityScore:
-    """One score of a task, or of all tasks of a group."""
+    """Returns the score of a task, or of all tasks of a group."""
     subtasks = list(_leaves(name, found["group_subtasks"]))
     samples = [sample for subtask in subtasks for sample in found["samples"][subtask]]
     metric, first_filter = samples[0]["metrics"][0], samples[0]["filter"]
@@ -183,17 +180,17 @@ def _leaves(name: str, members: Mapping[str, Sequence[str]]) -> Iterator[str]:
 
 
 def _number(task: str, metric: str, value: Any) -> tuple[float, float]:
-    """Value and weight of a sample: of a log-likelihood its bits, with the words or bytes that it is of."""
+    """Returns value and weight of a sample; of a log-likelihood its bits, and its words or bytes."""
     if isinstance(value, tuple | list) and len(value) == 2 and metric in (*_PERPLEXITIES, "bits_per_byte"):
         return -float(value[0]) / math.log(2), float(value[1])
     if isinstance(value, bool | int | float):
         return (-float(value) / math.log(2) if metric in _PERPLEXITIES else float(value)), 1.0
-    raise ValueError(f"the first metric of {task}, {metric}, is no number a question, so its change has no interval: take another task")
+    raise ValueError(f"the first metric of {task}, {metric}, is not a number for each question, so its change has no interval")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval warns of what is meant here (a model that exists already, bootstraps left out); its bars stay."""
+    """Hides lm-eval's warnings of a model that exists already and of bootstraps left out; both are meant."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -204,7 +201,7 @@ def _quiet() -> Iterator[None]:
 
 
 def ability_metrics(changes: Mapping[str, Change]) -> dict[str, float]:
-    """Names and numbers for a logger: abilities/<task>/before, after, gain, gain_low, gain_high."""
+    """Returns metrics: abilities/<task>/before, after, gain, gain_low, gain_high."""
     names = {"before": "before", "after": "after", "gain": "gain", "gain_low": "low", "gain_high": "high"}
     return {f"abilities/{task}/{name}": getattr(change, field) for task, change in changes.items() for name, field in names.items()}
 
@@ -218,7 +215,7 @@ def _cells(task: str, change: Change) -> tuple[str, ...]:
 
 
 def ability_table(changes: Mapping[str, Change], title: str = "General abilities") -> Table:
-    """A line a task, for a terminal."""
+    """Returns a table for a terminal, a row a task."""
     table = Table(title=title)
     for column in _HEADER:
         table.add_column(column, justify="left" if column in ("ability", "metric", "verdict") else "right")
@@ -228,6 +225,6 @@ def ability_table(changes: Mapping[str, Change], title: str = "General abilities
 
 
 def ability_markdown(changes: Mapping[str, Change]) -> str:
-    """The same for a page."""
-    lines = ["| " + " | ".join(_HEADER) + " |", "| --- | --- | ---: | ---: | ---: | ---: | --- |"]
-    return "\n".join([*lines, *("| " + " | ".join(_cells(task, change)) + " |" for task, change in changes.items()), ""])
+    """Returns the same table in Markdown."""
+    rows = ["| " + " | ".join(cells) + " |" for cells in (_HEADER, *(_cells(task, change) for task, change in changes.items()))]
+    return "\n".join([rows[0], "| --- | --- | ---: | ---: | ---: | ---: | --- |", *rows[1:], ""])

@@ -1,4 +1,4 @@
-"""Names of benchmarks and tasks to MTEB's task objects."""
+"""MTEB's task objects by the names of tasks and benchmarks."""
 
 import functools
 import re
@@ -15,22 +15,21 @@ if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
 OWN = "own"
-"""Stands for all own tasks of the data folder."""
+"""Name of all own tasks of the data folder together."""
 
 _ENGLISH = ("MTEB(eng, v1)", "MTEB(eng, v2)")
-"""A task named alone is what the first of these that has it scores, so that its score stands beside published ones."""
+"""A task named alone gets the subsets and splits of the first of these that has it, so that its score compares with published ones."""
 
 
 def named_tasks(names: Sequence[str], data_dir: Path | str | None = None) -> list["AbsTask"]:
-    """The tasks that the names stand for, each once, in their order; of two with one name the first.
+    """Returns the tasks of these names, each once, in their order; of two with one name the first.
 
-    A name is that of an MTEB benchmark (`MTEB(eng, v2)`, or mteb_eng_v2: letters and digits decide), of a task of one's own
-    that is described in `data_dir`, the path of such a description, `own` for all of them, or that of an MTEB task: with the
-    subsets and splits that the English benchmarks score, or whole where they do not have it. Descriptions are read where a
-    name may need one: a broken one stops nothing else.
+    A name is that of an MTEB benchmark (`MTEB(eng, v2)`, or mteb_eng_v2: letters and digits count), of an own task that is described in
+    `data_dir`, the path of such a description, `own` for all of them, or that of an MTEB task. Descriptions are read only where a name may
+    need one.
 
     Args:
-        data_dir: a folder with copies of MTEB's data sets, read where it has one, and with tasks of one's own.
+        data_dir: a folder with copies of MTEB's data sets, which are used in place of the hub's, and with own tasks.
 
     Raises:
         FileNotFoundError: no such description, or `own` and there is none.
@@ -53,28 +52,25 @@ def _tasks(name: str, own: Callable[[], dict[str, Path]], data_dir: Path | str |
     if name.endswith((".yaml", ".yml")):
         return [own_task(Path(name))]
     found = _benchmark(name)
-    if not found:
-        if name in own():
-            return [own_task(own()[name])]
-        found = [_mteb_task(name)]
+    if not found and name in own():
+        return [own_task(own()[name])]
+    found = found or [_mteb_task(name)]
     return [localised(task, Path(data_dir)) if data_dir else task for task in found]
 
 
 def _benchmark(name: str) -> list["AbsTask"]:
-    """The tasks of MTEB's benchmark of this name; none where there is no such benchmark."""
+    """Returns the tasks of MTEB's benchmark of this name; none where there is no such benchmark."""
     import mteb
 
-    benchmarks = {_plain(benchmark.name): benchmark for benchmark in mteb.get_benchmarks()}
-    return list(benchmarks[_plain(name)].tasks) if _plain(name) in benchmarks else []
+    return next((list(benchmark.tasks) for benchmark in mteb.get_benchmarks() if _plain(benchmark.name) == _plain(name)), [])
 
 
 def _mteb_task(name: str) -> "AbsTask":
     import mteb
 
-    for benchmark in _ENGLISH:
-        for task in _benchmark(benchmark):
-            if task.metadata.name == name:
-                return task
+    for task in [task for benchmark in _ENGLISH for task in _benchmark(benchmark)]:
+        if task.metadata.name == name:
+            return task
     try:
         return mteb.get_task(name)
     except KeyError as error:

@@ -1,26 +1,31 @@
-"""Which encoders evaluate.py sets side by side, and the table that it makes of their scores."""
+"""The policies that evaluate.py compares, what their training began with, and the table of their scores."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from omegaconf import OmegaConf
 from rich.table import Table
 
 from src.evaluation.run_tasks import EvaluationScores
+from src.modules.encoder.export import CHECKPOINT_SUFFIX
+from src.modules.policy.model import Policy
 
 BASE, REASONING, TRAINED = "Base", "Base + reasoning", "Trained"
+
+_CONFIG = ".hydra/config.yaml"  # Hydra's copy, in a run's folder
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A row of the table.
+    """A policy that is compared.
 
     Attributes:
-        name: of the row and of its MLflow run.
+        name: in the table and of its MLflow run.
         model_name: in MTEB's result files.
         path: a training checkpoint, an exported folder or a hub name.
-        rationale: whether it writes rationales; None: if it was trained with them.
+        rationale: whether it is encoded with rationales; None: as it was trained.
     """
 
     name: str
@@ -29,22 +34,37 @@ class Contender:
     rationale: bool | None
 
     def settled(self, trained_with: bool) -> "Contender":
-        """The same with what the model's own settings say filled in, and told by the name where it is not the usual."""
+        """Returns the same with `rationale` as trained, if it was None; the name then tells of a policy trained without."""
         if self.rationale is not None:
             return self
         name = self.name if trained_with else f"{self.name}, without rationales"
         return replace(self, name=name, rationale=trained_with)
 
 
+def contenders(model: str | None, rationale: bool | None, base: str, output_root: Path | str, name: str | None = None) -> list[Contender]:
+    """Returns the policy of `model`; without it the base without and with rationales, and the latest export.
+
+    Args:
+        rationale: of `model` or the latest export; see Contender.
+        name: of `model` in MTEB's result files; None: made of its path.
+    """
+    if model is not None:
+        suffix = "" if rationale is None else f", {'with' if rationale else 'without'} rationales"
+        return [Contender(f"{Path(model).name}{suffix}", name or model_name(model), model, rationale)]
+    rows = [Contender(row, model_name(base), base, rationale=row == REASONING) for row in (BASE, REASONING)]
+    trained = latest_export(output_root)
+    return rows + ([Contender(TRAINED, model_name(str(trained)), str(trained), rationale)] if trained else [])
+
+
 def latest_export(output_root: Path | str) -> Path | None:
-    """The newest exported policy of any training run, <output_root>/<run>/<time>/export; None if there is none."""
+    """Returns the newest exported policy of any run, <output_root>/<run>/<time>/export; None if there is none."""
     configs = Path(output_root).glob("*/*/export/config.json")
     newest = max(configs, key=lambda file: (file.stat().st_mtime, str(file)), default=None)
     return newest.parent if newest else None
 
 
 def model_name(path: str) -> str:
-    """`organisation/name` for MTEB's result files: a hub name as it is, a local path by the end of it.
+    """Returns `organisation/name` for MTEB's result files: a hub name as it is, a local path by its end.
 
     `outputs/tiny_sup/2026-11-21_10-00-00/export` is `grace/tiny_sup_2026-11-21_10-00-00`.
     """
@@ -52,50 +72,56 @@ def model_name(path: str) -> str:
         return path
     if path.startswith("package:"):
         return "grace/" + path.removeprefix("package:")
-    parts = Path(path).absolute().parts[1:]
-    own = [part for part in parts if part not in ("export", "checkpoints", "weights")][-2:]
-    return "grace/" + re.sub(r"[^\w.-]+", "-", "_".join(own)).removesuffix(".ckpt")
+    parts = [part for part in Path(path).absolute().parts[1:] if part not in ("export", "checkpoints", "weights")]
+    return "grace/" + re.sub(r"[^\w.-]+", "-", "_".join(parts[-2:])).removesuffix(".ckpt")
 
 
-def contenders(model: str | None, rationale: bool | None, base: str, output_root: Path | str, name: str | None = None) -> list[Contender]:
-    """The one that `model` names; or, without it, the starting policy without and with rationales and the latest trained one.
+def starting_policy(path: str, policy: Policy) -> str:
+    """Returns the folder or hub name of the policy that a training began with.
 
-    `rationale` says whether the named or the trained one writes rationales; None leaves it to what it was trained for.
-    `name` is what `model` is called in MTEB's result files.
+    Args:
+        path: a training checkpoint, an exported folder, or a hub name.
+        policy: the policy that was loaded from there.
+
+    Raises:
+        ValueError: it is not known.
     """
-    if model is not None:
-        how = "" if rationale is None else f", {'with' if rationale else 'without'} rationales"
-        return [Contender(f"{Path(model).name}{how}", name or model_name(model), model, rationale)]
-    rows = [Contender(row, model_name(base), base, rationale=row == REASONING) for row in (BASE, REASONING)]
-    trained = latest_export(output_root)
-    return rows + ([Contender(TRAINED, model_name(str(trained)), str(trained), rationale)] if trained else [])
+    start = policy.path if Path(path).suffix == CHECKPOINT_SUFFIX else start_of_export(Path(path))
+    if not start:
+        raise ValueError(f"abilities.tasks compares {path} with the start of its training, which is not known here: name it by base=")
+    return start
+
+
+def start_of_export(export: Path) -> str | None:
+    """Returns policy.path of the run that wrote an export; None if there is no such run, or its policy came from no path."""
+    file = export.absolute().parent / _CONFIG
+    path = OmegaConf.select(OmegaConf.load(file), "policy.path") if export.is_dir() and file.is_file() else None
+    return None if path is None else str(path)
 
 
 def comparison_table(rows: Mapping[str, EvaluationScores], title: str) -> Table:
-    """Main scores in percent: a line a task, below it the category's mean where it has several tasks; a column a row."""
+    """Returns the main scores in percent: a row a task, then one a category unless each has one task; a column a policy."""
     table = Table(title=title)
     table.add_column("task")
     for name in rows:
         table.add_column(name, justify="right")
-
-    def line(label: str, values: list[float | None]) -> None:
-        table.add_row(label, *("failed" if value is None else f"{100 * value:.2f}" for value in values))
-
-    tasks = dict.fromkeys(name for scores in rows.values() for name in (*scores.tasks, *scores.failures))
-    for task in tasks:
-        line(task, [scores.tasks.get(task) for scores in rows.values()])
-    table.add_section()
-    categories = dict.fromkeys(name for scores in rows.values() for name in scores.categories)
-    if len(categories) < len(tasks):  # otherwise they would repeat the tasks
-        for category in categories:
-            line(category, [scores.categories.get(category) for scores in rows.values()])
-        table.add_section()
+    tasks = list(dict.fromkeys(name for scores in rows.values() for name in (*scores.tasks, *scores.failures)))
+    categories = list(dict.fromkeys(name for scores in rows.values() for name in scores.categories))
+    for names, kind in ((tasks, "tasks"), (categories if len(categories) < len(tasks) else [], "categories")):
+        for name in names:
+            table.add_row(name, *(_percent(getattr(scores, kind).get(name)) for scores in rows.values()))
+        if names:
+            table.add_section()
     table.add_row("average", *(_average(scores, len(tasks)) for scores in rows.values()), style="bold")
     return table
 
 
+def _percent(score: float | None) -> str:
+    return "failed" if score is None else f"{100 * score:.2f}"
+
+
 def _average(scores: EvaluationScores, tasks: int) -> str:
-    """In percent; one of fewer tasks than there are says so, for it compares with no other."""
+    """Returns the average in percent, with the number of tasks if some failed, as it then compares with no other."""
     if not scores.tasks:
         return "failed"
-    return f"{100 * scores.average:.2f}" + (f" ({len(scores.tasks)} of {tasks} tasks)" if len(scores.tasks) < tasks else "")
+    return _percent(scores.average) + (f" ({len(scores.tasks)} of {tasks} tasks)" if len(scores.tasks) < tasks else "")

@@ -1,7 +1,7 @@
-"""Embeddings that were computed once, found again by the content of their texts: in memory, or in files that outlive the run.
+"""Cache of embeddings by the content of their texts, in memory or in files that outlive the run.
 
-MTEB has a wrapper of that purpose. It keeps a store a task, so that a text of two tasks is embedded twice, writes when a
-whole call is done, and rewrites its index in place, which a kill leaves broken. SQLite's transactions have none of that.
+MTEB's own wrapper keeps a store for each task, so that a text of two tasks is embedded twice, and rewrites its index in place, which a
+kill corrupts. SQLite's transactions do neither.
 """
 
 import fcntl
@@ -11,7 +11,6 @@ import os
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 import numpy as np
@@ -26,15 +25,15 @@ _ROW_BYTES = 64  # of a row beside its vector, index included
 class EmbeddingCache:
     """[D] float32 vectors by prompt and text, of one encoder.
 
-    On disk it is one file a fingerprint, `<folder>/<fingerprint>.sqlite`; to clean up is to delete files. A `put` is one
-    transaction: a process that is killed loses what it was putting and nothing else. Several processes may share a file.
+    On disk, one file an encoder, `<folder>/<fingerprint>.sqlite`, which several processes may share and which may be deleted. A `put`
+    is one transaction: a process that is killed loses that alone.
 
     Args:
-        folder: where the files lie; None keeps the vectors in memory.
-        fingerprint: names the encoder, weights and settings: see src/evaluation/fingerprint.py.
+        folder: of the files; None keeps the vectors in memory.
+        fingerprint: key of the encoder; see src/evaluation/fingerprint.py.
         dimension: D.
-        max_gib: most that the folder (or the memory) may hold. Files of other encoders that no process is using make room
-            first, the one that was used longest ago before the others; where there is none left, further vectors are not kept.
+        max_gib: most that the folder (or the memory) may hold. Files of other encoders that no process is using are deleted for new
+            vectors, the least recently used first; if there are none, further vectors are not kept.
 
     Raises:
         ValueError: the file is no such cache.
@@ -48,43 +47,37 @@ class EmbeddingCache:
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self._in_use = _shared_lock(self.file)
-        # a minute's patience with another process that is writing
-        self._connection = sqlite3.connect(self.file or ":memory:", timeout=60, isolation_level=None)
+        # another process that writes is waited for, a minute at most
+        self._connection = sqlite3.connect(self.file or ":memory:", timeout=60, isolation_level="IMMEDIATE")
         try:
             self._connection.execute("PRAGMA synchronous = NORMAL")
             self._connection.execute("CREATE TABLE IF NOT EXISTS embeddings (key BLOB PRIMARY KEY, vector BLOB NOT NULL)")
         except sqlite3.DatabaseError as error:
             self.close()
-            raise ValueError(f"{self.file} is no cache of embeddings ({error}): delete it, and it is made anew") from error
+            raise ValueError(f"{self.file} is no cache of embeddings ({error}): delete it") from error
         if self.file:
-            os.utime(self.file)  # used just now
+            os.utime(self.file)  # the time of its last use
 
     def get(self, texts: Sequence[str], prompt: str = "") -> dict[str, np.ndarray]:
-        """[D] float32 by text, of those that are known under this prompt."""
+        """Returns the [D] float32 vectors that are cached under this prompt, by text."""
         find = "SELECT vector FROM embeddings WHERE key = ?"
         rows = {text: self._connection.execute(find, (_key(prompt, text),)).fetchone() for text in dict.fromkeys(texts)}
         return {text: np.frombuffer(row[0], dtype=np.float32) for text, row in rows.items() if row is not None}
 
     def put(self, texts: Sequence[str], vectors: np.ndarray, prompt: str = "") -> None:
-        """Keeps [N, D] float32 vectors of N texts, all of them or (killed, or full) none."""
+        """Stores [N, D] float32 vectors of N texts, all of them or (killed, or full) none."""
         if vectors.dtype != np.float32 or vectors.shape != (len(texts), self.dimension):
             raise ValueError(f"{vectors.dtype} embeddings of shape {vectors.shape} for {len(texts)} texts of dimension {self.dimension}")
-        if self._full or not self._has_room(len(texts) * (4 * self.dimension + _ROW_BYTES)):
-            return
-        rows = [(_key(prompt, text), vector.tobytes()) for text, vector in zip(texts, vectors, strict=True)]
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            self._connection.executemany("INSERT OR IGNORE INTO embeddings VALUES (?, ?)", rows)
-        except BaseException:
-            self._connection.execute("ROLLBACK")
-            raise
-        self._connection.execute("COMMIT")
+        if not self._full and self._has_room(len(texts) * (4 * self.dimension + _ROW_BYTES)):
+            rows = [(_key(prompt, text), vector.tobytes()) for text, vector in zip(texts, vectors, strict=True)]
+            with self._connection:
+                self._connection.executemany("INSERT OR IGNORE INTO embeddings VALUES (?, ?)", rows)
 
     def __len__(self) -> int:
         return int(self._connection.execute("SELECT COUNT(*) FROM embeddings").fetchone()[0])
 
     def close(self) -> None:
-        """Ends the use of the file."""
+        """Closes the file."""
         self._connection.close()
         if self._in_use:
             self._in_use.close()
@@ -92,44 +85,39 @@ class EmbeddingCache:
     def __enter__(self) -> "EmbeddingCache":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _has_room(self, needed: int) -> bool:
         others = self._others()
-        held = self._bytes() + sum(size for _, size, _ in others)
-        for _, size, oldest in others:
+        pages, size = (self._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
+        held = int(pages * size) + sum(size for _, size, _ in others)
+        for _, size, least_recent in others:
             if held + needed <= self.max_bytes:
                 break
-            if _delete_unused(oldest):
+            if _delete_unused(least_recent):
                 held -= size
-                log.info("deleted %s, the embeddings used longest ago, to stay below %.1f GiB", oldest, self.max_bytes / 2**30)
+                log.info("deleted %s, the least recently used embeddings, to stay below %.1f GiB", least_recent, self.max_bytes / 2**30)
         if held + needed > self.max_bytes:
             self._full = True
-            log.warning("the cache of embeddings is full (%.1f GiB): what comes now is not kept", self.max_bytes / 2**30)
+            log.warning("the cache of embeddings is full (%.1f GiB): further ones are not kept", self.max_bytes / 2**30)
         return not self._full
 
-    def _bytes(self) -> int:
-        pages, size = (self._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
-        return int(pages * size)
-
     def _others(self) -> list[tuple[float, int, Path]]:
-        """When it was last used, size and path of every other encoder's file, those used longest ago first."""
-        if self.file is None:
-            return []
+        """Returns the last use, size and path of every other encoder's file, the least recently used first."""
         found = []
-        for file in self.file.parent.glob(f"*{SUFFIX}"):
+        for file in self.file.parent.glob(f"*{SUFFIX}") if self.file else ():
             try:
                 stat = file.stat()
             except FileNotFoundError:
-                continue  # another process has just made room
+                continue  # another process has just deleted it
             if file != self.file:
                 found.append((stat.st_mtime, stat.st_size, file))
         return sorted(found)
 
 
 def _shared_lock(file: Path) -> IO[bytes]:
-    """Says that `file` is in use, until what is returned is closed or the process ends, however it ends."""
+    """Marks `file` as in use until what is returned is closed or the process ends."""
     path = file.with_name(file.name + _LOCK_SUFFIX)
     while True:
         lock = path.open("ab+")
@@ -140,7 +128,7 @@ def _shared_lock(file: Path) -> IO[bytes]:
 
 
 def _delete_unused(file: Path) -> bool:
-    """Deletes a cache unless a process is using it; whether it did."""
+    """Deletes a cache unless a process is using it; returns whether it did."""
     path = file.with_name(file.name + _LOCK_SUFFIX)
     with path.open("ab+") as lock:
         try:
@@ -162,7 +150,7 @@ def _is_at(lock: IO[bytes], path: Path) -> bool:
 
 
 def _key(prompt: str, text: str) -> bytes:
-    """16 bytes that no two pairs of prompt and text share."""
+    """Returns 16 bytes that no two pairs of prompt and text share."""
     digest = hashlib.sha256()
     for part in (prompt, text):
         encoded = part.encode("utf-8", "surrogatepass")

@@ -1,4 +1,4 @@
-"""The rationale encoder as MTEB sees it. Importing this imports mteb, which takes seconds: import it where it is used."""
+"""The rationale encoder as an MTEB model. Importing this imports mteb, which takes seconds: import it where it is used."""
 
 import logging
 import time
@@ -24,58 +24,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 30.0
-"""How often a long call says how far it is."""
+"""Time between two log lines of a long call."""
 
-_BATCHES_AT_A_TIME = 4  # written about between two looks at the clock and two writes to the cache
-
-
-def describe(encoder: RationaleEncoder, name: str) -> ModelMeta:
-    """What MTEB records about the model, all of it true of this one.
-
-    Settings of the rationale stand as `experiment_kwargs`, which is how MTEB tells variants of one model apart, in its
-    folders and in its tables.
-
-    Args:
-        name: `organisation/model`, or a name that is put under `grace/`.
-    """
-    model = encoder.policy.model
-    written: dict[str, Any] = {"rationale": mode(encoder)}
-    if encoder.rationale:
-        written["max_new_tokens"] = encoder.engine.max_new_tokens
-    if mode(encoder) == "sampled":
-        written |= {"temperature": encoder.temperature, "seed": encoder.seed}
-    return ModelMeta.create_empty(
-        overwrites={
-            "name": name if "/" in name else f"grace/{name}",
-            "revision": revision(encoder),
-            "n_parameters": sum(p.numel() for p in model.parameters()),
-            "n_embedding_parameters": sum(p.numel() for p in model.get_input_embeddings().parameters()),
-            "memory_usage_mb": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20,
-            "embed_dim": encoder.dimension,
-            "max_tokens": encoder.settings.max_prompt_tokens,
-            "similarity_fn_name": ScoringFunction.COSINE,
-            "framework": ["PyTorch", "Transformers"],
-            "use_instructions": encoder.settings.query_instruction is not None,  # otherwise one for all texts
-            "modalities": ["text"],
-            "experiment_kwargs": written,
-        }
-    )
+_BATCHES_AT_A_TIME = 4  # between two writes to the cache
 
 
 class MTEBEncoder(AbsEncoder):
-    """Embeds MTEB's batches, each text once: tasks that share texts share their embeddings, and their rationales.
+    """Embeds MTEB's batches, each text once: tasks that share texts share their embeddings and rationales.
 
-    Documents are read with their title, which MTEB puts before the text; queries under the encoder's instruction for
-    queries, where it has one. A long call is done in pieces, the longest texts first, each of which is kept when it is
-    done: what a killed run had embedded is there for the next.
+    Documents are read with their title, which MTEB puts before the text; queries under the encoder's query instruction, if it has one.
+    The longest texts are embedded first, in parts that are cached one by one, so that a run that is killed loses one part.
 
     Args:
-        encoder: does the work. Its weights must not change while this object lives: make a new one for every evaluation.
+        encoder: embeds. Its weights must not change while this object lives.
         name: for MTEB's result files.
-        embeddings_dir: where embeddings are kept for later; None: in memory, for the time of this object.
+        embeddings_dir: where embeddings are kept; None: in memory, as long as this object.
         embeddings_gib: most that they may take.
-        also_without: keeps there the embeddings without rationales too, which an encoder with rationales meets on its way: the same
-            policy's encoder without them, asked next, finds them.
+        also_without: also keeps the embeddings without rationales, which an encoder with rationales computes on the way, for the same
+            policy's encoder without.
     """
 
     def __init__(
@@ -86,10 +52,9 @@ class MTEBEncoder(AbsEncoder):
         embeddings_gib: float = 1.0,
         also_without: bool = False,
     ) -> None:
-        self.model = encoder
-        device = encoder.policy.device.type
-        # texts are embedded in the arithmetic of now; what MTEB computes of embeddings is not (see run_tasks)
-        self.arithmetic: dict[str, Any] = {
+        self.model, device = encoder, encoder.policy.device.type
+        # for embedding alone: MTEB's own arithmetic on embeddings stays in float32 (see run_tasks)
+        self.autocast: dict[str, Any] = {
             "device_type": device,
             "dtype": torch.get_autocast_dtype(device),
             "enabled": torch.is_autocast_enabled(device),
@@ -119,28 +84,29 @@ class MTEBEncoder(AbsEncoder):
         prompt_type: "PromptType | None" = None,
         **kwargs: Any,
     ) -> np.ndarray:
-        """[N, D] float32 embeddings of all texts of the loader, in its order."""
+        """Returns [N, D] float32 embeddings of all texts of the loader, in its order."""
         texts = [text for batch in inputs for text in batch["text"]]
         if not texts:
             return np.zeros((0, self.model.dimension), dtype=np.float32)
-        side = prompt_type.value if prompt_type else None
-        prompt = self.model.settings.instruction_for(side)
+        role = prompt_type.value if prompt_type else None
+        prompt = self.model.settings.instruction_for(role)
         embeddings = self.cache.get(texts, prompt)
         new = sorted({text for text in texts if text not in embeddings}, key=lambda text: (-len(text), text))
-        for part in self._with_time_left(new, f"{task_metadata.name}, {side or hf_split}" if task_metadata else hf_split):
-            with torch.autocast(**self.arithmetic):
+        for part in self._parts(new, f"{task_metadata.name}, {role or hf_split}" if task_metadata else hf_split):
+            plain = None
+            with torch.autocast(**self.autocast):
                 if self.plain_cache is None:
-                    vectors, plain = self.model.encode(part, prompt_type=side), None
+                    vectors = self.model.encode(part, prompt_type=role)
                 else:
-                    vectors, plain = self.model.encode_both(part, prompt_type=side)
+                    vectors, plain = self.model.encode_both(part, prompt_type=role)
             if self.plain_cache is not None and plain is not None:
                 self.plain_cache.put(part, plain, prompt)
             self.cache.put(part, vectors, prompt)
             embeddings.update(zip(part, vectors, strict=True))
         return np.stack([embeddings[text] for text in texts])
 
-    def _with_time_left(self, texts: Sequence[str], what: str) -> Iterator[Sequence[str]]:
-        """Parts of the texts; now and then a line in the log says how much is done, measured in characters."""
+    def _parts(self, texts: Sequence[str], what: str) -> Iterator[Sequence[str]]:
+        """Yields parts of the texts, and logs the progress and the time left, measured in characters."""
         total, done = sum(len(text) + 1 for text in texts), 0
         began = last_line = time.monotonic()
         size = self.model.batch_size * _BATCHES_AT_A_TIME
@@ -150,6 +116,35 @@ class MTEBEncoder(AbsEncoder):
             done += sum(len(text) + 1 for text in part)
             now = time.monotonic()
             if now - last_line >= SECONDS_BETWEEN_LINES and done < total:
-                last_line = now
-                left = clock((now - began) / done * (total - done))
+                last_line, left = now, clock((now - began) / done * (total - done))
                 log.info("%s: %d of %d texts embedded, about %s left", what, start + len(part), len(texts), left)
+
+
+def describe(encoder: RationaleEncoder, name: str) -> ModelMeta:
+    """Returns what MTEB records about the model.
+
+    Settings of the rationale are `experiment_kwargs`, by which MTEB tells variants of one model apart in folders and tables.
+
+    Args:
+        name: `organisation/model`, or a name that is put under `grace/`.
+    """
+    model, rationale = encoder.policy.model, mode(encoder)
+    variant: dict[str, Any] = {"rationale": rationale}
+    variant |= {"max_new_tokens": encoder.engine.max_new_tokens} if encoder.rationale else {}
+    variant |= {"temperature": encoder.temperature, "seed": encoder.seed} if rationale == "sampled" else {}
+    return ModelMeta.create_empty(
+        overwrites={
+            "name": name if "/" in name else f"grace/{name}",
+            "revision": revision(encoder),
+            "n_parameters": sum(p.numel() for p in model.parameters()),
+            "n_embedding_parameters": sum(p.numel() for p in model.get_input_embeddings().parameters()),
+            "memory_usage_mb": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20,
+            "embed_dim": encoder.dimension,
+            "max_tokens": encoder.settings.max_prompt_tokens,
+            "similarity_fn_name": ScoringFunction.COSINE,
+            "framework": ["PyTorch", "Transformers"],
+            "use_instructions": encoder.settings.query_instruction is not None,  # otherwise one for all texts
+            "modalities": ["text"],
+            "experiment_kwargs": variant,
+        }
+    )

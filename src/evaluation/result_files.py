@@ -1,4 +1,4 @@
-"""MTEB's result cache, safe against a kill in the middle of a write. Importing this imports mteb."""
+"""MTEB's result cache, safe against a kill during a write. Importing this imports mteb."""
 
 import os
 import shutil
@@ -13,14 +13,13 @@ if TYPE_CHECKING:
     from mteb.models.model_meta import ModelMeta
     from mteb.results import TaskResult
 
-_SETTINGS = "run_settings.jsonl"  # of a model's folder: MTEB reads it, adds to it and writes it again
+_SETTINGS = "run_settings.jsonl"  # in a model's folder; MTEB adds lines to it
 
 
-class WholeResults(ResultCache):
-    """A result cache whose files are whole or not there: they are written aside and renamed.
+class AtomicResults(ResultCache):
+    """A result cache that writes files elsewhere and renames them.
 
-    A result without a score, which MTEB makes of an aggregate whose parts have failed, is not kept: found again, it
-    would pass for done.
+    Does not keep a result without a score, which MTEB makes of an aggregate with failed parts and would later take for done.
     """
 
     def save_to_cache(
@@ -36,12 +35,11 @@ class WholeResults(ResultCache):
         target = self.get_task_result_path(task_result.task_name, model_name, model_revision)
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=self.cache_path, prefix=".writing-") as folder:
-            aside = ResultCache(folder)
-            written = aside.get_task_result_path(task_result.task_name, model_name, model_revision)
+            partial = ResultCache(folder)
+            written = partial.get_task_result_path(task_result.task_name, model_name, model_revision)
             written.parent.mkdir(parents=True)
             if Path(target.parent, _SETTINGS).exists():
                 shutil.copy(target.parent / _SETTINGS, written.parent)
-            aside.save_to_cache(task_result, model_name, model_revision, encode_kwargs=encode_kwargs)
-            # the score last: what is said about it is there before it is
-            for file in sorted(written.parent.iterdir(), key=lambda file: file.name == written.name):
+            partial.save_to_cache(task_result, model_name, model_revision, encode_kwargs=encode_kwargs)
+            for file in sorted(written.parent.iterdir(), key=lambda file: file.name == written.name):  # the score last
                 os.replace(file, target.parent / file.name)

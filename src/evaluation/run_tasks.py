@@ -1,4 +1,4 @@
-"""Runs MTEB tasks on an encoder; evaluate.py and the callbacks that look on while training share it."""
+"""Runs MTEB tasks on an encoder, for evaluate.py and the callbacks."""
 
 import logging
 import random
@@ -28,14 +28,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluationScores:
-    """Main scores, as fractions of one.
+    """Main scores, as fractions.
 
     Attributes:
         tasks: main score by task, without those that failed.
-        categories: mean over a category's tasks (Retrieval, Clustering, ...).
-        average: mean over tasks, as MTEB averages; NaN where every task failed.
+        categories: mean over the tasks of a category (Retrieval, Clustering, ...).
+        average: mean over tasks, as MTEB averages; NaN if all failed.
         failures: reason by task.
-        without_data: those of the failures whose data could not be had; they would fail for any encoder.
+        without_data: failed tasks whose data is out of reach; they would fail for any encoder.
     """
 
     tasks: dict[str, float]
@@ -45,7 +45,7 @@ class EvaluationScores:
     without_data: tuple[str, ...] = ()
 
     def flat(self, prefix: str = "") -> dict[str, float]:
-        """Names and numbers for a logger: `<prefix>task/<name>`, `<prefix>category/<name>`, `<prefix>average`."""
+        """Returns metrics: `<prefix>task/<name>`, `<prefix>category/<name>`, `<prefix>average`."""
         named = {f"{prefix}task/{name}": score for name, score in self.tasks.items()}
         named |= {f"{prefix}category/{name}": score for name, score in self.categories.items()}
         return named | ({f"{prefix}average": self.average} if self.tasks else {})
@@ -62,51 +62,46 @@ def run_tasks(
     announce: bool = False,
     also_without: bool = False,
 ) -> EvaluationScores:
-    """Scores an encoder with `mteb.evaluate`; global random states are left as they were.
+    """Scores an encoder with `mteb.evaluate`; global random states stay as they were.
 
-    A task that fails does not stop the others: it is logged, and named with its reason in the scores. The same task
-    objects may be run again and give the same draws (bootstraps, undersampling).
+    A task that fails is logged and named in the scores; the others go on. The same task objects may be run again, with the same draws.
 
     Args:
         encoder: its weights must not change meanwhile.
-        tasks: MTEB tasks, e.g. of `offline_tasks`.
-        results_dir: where MTEB keeps its result files; a task that is there for the same encoder and the same data is not
-            computed again, one that was cut in the middle is. None: no files.
-        name: of the model in those files.
-        embeddings_dir: where embeddings are kept for other runs; None: in memory, for this one.
-        embeddings_gib: most that they may take.
-        unavailable: reasons by task, of tasks that are known to fail and are not tried.
-        announce: a line in the log for every task.
-        also_without: see MTEBEncoder.
+        tasks: MTEB tasks.
+        results_dir: of MTEB's result files: a task with a complete result of the same encoder and data is not run again. None: no files.
+        name, embeddings_dir, embeddings_gib, also_without: see MTEBEncoder.
+        unavailable: reasons by task, of tasks that are known to have no data and are not tried.
+        announce: whether to log a line for every task.
 
     Raises:
-        ValueError: a file in `embeddings_dir` that is no cache of embeddings.
+        ValueError: a file in `embeddings_dir` is no cache of embeddings.
     """
     from src.evaluation.mteb_encoder import MTEBEncoder
-    from src.evaluation.result_files import WholeResults
+    from src.evaluation.result_files import AtomicResults
 
     runs: dict[str, _Run] = {}
     with isolate_rng(), quiet_mteb(), TemporaryDirectory() as nowhere:
-        cache = WholeResults(results_dir or nowhere)
+        cache = AtomicResults(results_dir or nowhere)
         with MTEBEncoder(encoder, name, embeddings_dir, embeddings_gib, also_without) as adapter:
             for number, task in enumerate(tasks, 1):
-                known = (unavailable or {}).get(task.metadata.name)
-                began = time.monotonic()
-                if known and cache.load_task_result(task.metadata.name, adapter.mteb_model_meta) is None:
-                    runs[task.metadata.name] = _Run(failure=known, without_data=True)
+                task_name, began = task.metadata.name, time.monotonic()
+                known = (unavailable or {}).get(task_name)
+                if known and cache.load_task_result(task_name, adapter.mteb_model_meta) is None:
+                    runs[task_name] = _Run(failure=known, without_data=True)
                     continue
-                run = runs[task.metadata.name] = _run(adapter, task, cache)
+                run = runs[task_name] = _run(adapter, task, cache)
                 if run.failure:
-                    log.error("MTEB task %s (%d of %d) has no score: %s", task.metadata.name, number, len(tasks), run.failure)
+                    log.error("MTEB task %s (%d of %d) has no score: %s", task_name, number, len(tasks), run.failure)
                 elif announce and run.score is not None:
-                    score, taken = 100 * run.score, clock(time.monotonic() - began)
-                    log.info("%s (%d of %d): %.2f, after %s", task.metadata.name, number, len(tasks), score, taken)
+                    taken = clock(time.monotonic() - began)
+                    log.info("%s (%d of %d): %.2f, after %s", task_name, number, len(tasks), 100 * run.score, taken)
     return _summary(tasks, runs)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What became of a task: its main score, or why there is none."""
+    """The main score of a task, or the reason why there is none."""
 
     score: float | None = None
     failure: str | None = None
@@ -114,22 +109,16 @@ class _Run:
 
 
 def _run(adapter: Any, task: "AbsTask", cache: "ResultCache") -> _Run:
-    """Runs a task and, before it, the parts of an aggregate, so that a part that fails is told as such."""
-    parts = list(task.metadata.tasks) if task.is_aggregate else []  # type: ignore[attr-defined]
-    for part in parts:
+    """Runs a task; of an aggregate first the parts, so that a part that fails is named."""
+    import mteb
+
+    for part in task.metadata.tasks if task.is_aggregate else ():  # type: ignore[attr-defined]
         run = _run(adapter, part, cache)
         if run.score is None:
             return replace(run, failure=f"{part.metadata.name}: {run.failure}")
-    return _evaluate(adapter, task, cache)
-
-
-def _evaluate(adapter: Any, task: "AbsTask", cache: "ResultCache") -> _Run:
-    import mteb
-
     loaded_before = task.data_loaded
-    task.rng_state, task.np_rng = random.Random(task.seed), np.random.default_rng(task.seed)  # as a new task has them
-    # in bfloat16, cosines of texts that all lie close together would tie
-    with torch.autocast(adapter.arithmetic["device_type"], enabled=False):
+    task.rng_state, task.np_rng = random.Random(task.seed), np.random.default_rng(task.seed)  # as in a new task
+    with torch.autocast(adapter.autocast["device_type"], enabled=False):  # in bfloat16, cosines of similar texts would tie
         result = mteb.evaluate(
             adapter,
             task,
@@ -143,17 +132,17 @@ def _evaluate(adapter: Any, task: "AbsTask", cache: "ResultCache") -> _Run:
     if result.exceptions:
         without_data = not task.data_loaded
         if task.data_loaded and not loaded_before:
-            task.unload_data()  # which MTEB does after a success alone
-        return _Run(failure=_one_line(result.exceptions[0].exception), without_data=without_data)
+            task.unload_data()  # MTEB does so after a success only
+        return _Run(failure=" ".join(result.exceptions[0].exception.split()) or "no reason given", without_data=without_data)
     return _Run(float(result.task_results[0].validate_and_filter_scores(task).get_score()))
 
 
 def _overwrite_strategy(task: "AbsTask", meta: "ModelMeta", cache: "ResultCache") -> str:
-    """Whether MTEB may go on from what is stored: not from other data under the same name, and not in the middle of a task.
+    """Returns MTEB's strategy for stored results: those of other data and incomplete ones are not used.
 
-    The draws of a task follow one another over its subsets, so one that was cut between two of them starts over.
+    A task's draws run on over its subsets, so one that was cut between two of them starts over.
     """
-    if task.is_aggregate:  # made of its parts' results in no time, and its own may be of others
+    if task.is_aggregate:  # computed from its parts' results at once; its stored result may be of others
         cache.get_task_result_path(task.metadata.name, meta).unlink(missing_ok=True)
         return "only-missing"
     stored = cache.load_task_result(task.metadata.name, meta)
@@ -162,10 +151,6 @@ def _overwrite_strategy(task: "AbsTask", meta: "ModelMeta", cache: "ResultCache"
     missing = sum(map(len, stored.get_missing_evaluations(task).values()))
     was_cut = 0 < missing < len(task.eval_splits) * len(task.hf_subsets)
     return "always" if was_cut or stored.dataset_revision != task.metadata.dataset["revision"] else "only-missing"
-
-
-def _one_line(message: str) -> str:
-    return " ".join(message.split()) or "no reason given"
 
 
 def _summary(tasks: Sequence["AbsTask"], runs: Mapping[str, _Run]) -> EvaluationScores:

@@ -24,6 +24,10 @@ RENAMED: dict[str, str] = {
     "module.pathwise_reward.hard": "module.pathwise_reward.hard_reduction",
     "datamodule.groups": "datamodule.modules_per_batch",
     "datamodule.per_group": "datamodule.docstrings_per_module",
+    "callbacks.reward_diagnostics": "callbacks.metrics",
+    "callbacks.contrastive_diagnostics": "callbacks.metrics",
+    "callbacks.throughput": "callbacks.metrics",
+    "callbacks.general_abilities": "callbacks.abilities",
     "experiment=cold_start": "python -m experiments.tiny_policy.train",
     "callbacks=contrastive": "callbacks=default",
     "callbacks=contrastive_minimal": "callbacks=minimal",
@@ -60,5 +64,6 @@ def check_config(cfg: DictConfig, program: str) -> None:
 
 
 def _require_current(name: str, program: str) -> None:
-    if name in RENAMED:
-        raise SystemExit(f"{program}: {name} is called {RENAMED[name]} now")
+    for old, new in RENAMED.items():
+        if name == old or name.startswith(f"{old}."):  # and what is set within it
+            raise SystemExit(f"{program}: {old} is called {new} now")

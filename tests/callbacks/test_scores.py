@@ -1,7 +1,6 @@
-"""The callbacks that score and export: real MTEB tasks on a few docstrings, a real MLflow store."""
+"""Callbacks that score and export: real MTEB tasks on a few docstrings, a real MLflow store."""
 
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,84 +22,77 @@ from src.evaluation.tasks.offline_tasks import offline_tasks
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.grace import GRACE
-from src.modules.policy.model import Policy
 from src.utils.run_logger import RunLogger
-from tests.callbacks.conftest import Interrupt, fit, make_module
+from tests.callbacks.conftest import Interrupt, fit, steps
 
 TINY = OfflineSize(documents=40, queries=12, per_module=6, candidates=4, per_label=4)
+Tasks = Callable[[], list[Any]]
+Fresh = Callable[[], GRACE]
 
 
 @pytest.fixture(scope="module")
-def retrieval(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], list[Any]]:
+def retrieval(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
     """Makes one retrieval task on a few docstrings."""
     cache = tmp_path_factory.mktemp("cache")
     return lambda: offline_tasks(["networkx"], cache, TINY)[:1]
 
 
-def test_mteb_at_start_every_n_and_end(module: GRACE, retrieval: Callable[[], list[Any]], mlflow_logger: RunLogger, tmp_path: Path) -> None:
+def test_mteb_at_start_every_n_and_end(module: GRACE, retrieval: Tasks, mlflow_logger: RunLogger, tmp_path: Path) -> None:
     checkpoint = RolloutCheckpoint(str(tmp_path / "c"), every_n_rollout_batches=2, monitor="mteb/average")
     trainer = fit(module, [MTEBEvaluation(retrieval, every_n_rollout_batches=2), checkpoint], tmp_path, batches=3, logger=mlflow_logger)
-    client, run_id = mlflow_logger.experiment, mlflow_logger.run_id
-    logged = client.get_metric_history(run_id, "mteb/average")
-    assert [metric.step for metric in logged] == [0, 2, 3]
-    assert all(0 <= metric.value <= 1 for metric in logged)
-    assert float(trainer.callback_metrics["mteb/average"]) == pytest.approx(logged[-1].value)
-    assert checkpoint.best_model_score == pytest.approx(max(metric.value for metric in logged[1:]))
-    assert client.get_metric_history(run_id, "mteb/category/Retrieval")[-1].value == pytest.approx(logged[-1].value)
+    assert steps(mlflow_logger, "mteb/average") == [0, 2, 3]
+    history = mlflow_logger.experiment.get_metric_history(mlflow_logger.run_id, "mteb/average")
+    values = [point.value for point in history]
+    assert all(0 <= value <= 1 for value in values)
+    assert float(trainer.callback_metrics["mteb/average"]) == pytest.approx(values[-1])
+    assert checkpoint.best_model_score == pytest.approx(max(values[1:]))
+    assert mlflow_logger.experiment.get_metric_history(mlflow_logger.run_id, "mteb/category/Retrieval")[-1].value == values[-1]
 
 
-def test_mteb_never(module: GRACE, mlflow_logger: RunLogger, tmp_path: Path) -> None:
-    def tasks() -> list[Any]:
-        raise AssertionError("nobody needs them")
-
-    trainer = fit(module, [MTEBEvaluation(tasks, every_n_rollout_batches=None)], tmp_path, logger=mlflow_logger)
+def test_mteb_never(module: GRACE, tmp_path: Path) -> None:
+    trainer = fit(module, [MTEBEvaluation(lambda: pytest.fail("not needed"), every_n_rollout_batches=None)], tmp_path)
     assert "mteb/average" not in trainer.callback_metrics
 
 
-def test_a_starting_policy_is_embedded_once_for_all_runs_that_begin_with_it(
-    tiny_policy_folder: Path, retrieval: Callable[[], list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_starting_policy_is_embedded_once_for_all_runs(
+    fresh_module: Fresh, retrieval: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embedded: list[int] = []
     embed = RationaleEncoder._run
     monkeypatch.setattr(RationaleEncoder, "_run", lambda self, texts, *how: embedded.append(len(texts)) or embed(self, texts, *how))
-    kept, scores = tmp_path / "embeddings", []
+    kept, scores, calls = tmp_path / "embeddings", [], []
     for run in ("first", "second"):
-        module = make_module(Policy.load(str(tiny_policy_folder)))
         report = FinalReport(str(tmp_path / run), {"docstrings": retrieval}, embeddings_dir=str(kept))
         before = len(embedded)
-        fit(module, [MTEBEvaluation(retrieval, embeddings_dir=str(kept)), report], tmp_path, batches=1)
+        fit(fresh_module(), [MTEBEvaluation(retrieval, embeddings_dir=str(kept)), report], tmp_path, batches=1)
         scores.append((report.rows["Base"], report.rows["Base + reasoning"]))
-        calls = len(embedded) - before
-        if run == "first":
-            first = calls
+        calls.append(len(embedded) - before)
     assert scores[0] == scores[1]
-    # by side (queries, documents): the starting policy with rationales, which brings it without, and the trained one for each callback
-    assert (first, calls) == (6, 4)
+    # queries and documents each: of the starting policy with rationales, which brings it without, and of the trained one for each callback
+    assert calls == [6, 4]
     assert len(list(kept.glob("*.sqlite"))) == 2  # of the starting policy without and with rationales, none of the trained one
 
 
-def test_mteb_of_a_resumed_run_does_not_score_the_start_again_and_knows_the_last_score(
-    tiny_policy_folder: Path, retrieval: Callable[[], list[Any]], mlflow_logger: RunLogger, tmp_path: Path
+def test_mteb_of_a_resumed_run_knows_the_last_score(
+    fresh_module: Fresh, retrieval: Tasks, mlflow_logger: RunLogger, tmp_path: Path
 ) -> None:
-    def callbacks() -> list[Any]:
-        return [MTEBEvaluation(retrieval, every_n_rollout_batches=2), RolloutCheckpoint(str(tmp_path / "c"), every_n_rollout_batches=3)]
-
-    with pytest.raises(RuntimeError, match="interrupted"):
-        fit(make_module(Policy.load(str(tiny_policy_folder))), [*callbacks(), Interrupt(at=3)], tmp_path, batches=4, logger=mlflow_logger)
-    last = str((tmp_path / "c" / "last.ckpt").resolve())
-
     class Told(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
             self.told = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("mteb/")}
 
-    told, module = Told(), make_module(Policy.load(str(tiny_policy_folder)))
-    fit(module, [*callbacks(), told], tmp_path, batches=4, logger=mlflow_logger, ckpt_path=last)
+    def callbacks() -> list[Any]:
+        return [MTEBEvaluation(retrieval, every_n_rollout_batches=2), RolloutCheckpoint(str(tmp_path / "c"), every_n_rollout_batches=3)]
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        fit(fresh_module(), [*callbacks(), Interrupt(at=3)], tmp_path, batches=4, logger=mlflow_logger)
+    told = Told()
+    fit(fresh_module(), [*callbacks(), told], tmp_path, batches=4, logger=mlflow_logger, ckpt_path=tmp_path / "c" / "last.ckpt")
+    assert steps(mlflow_logger, "mteb/average") == [0, 2, 4]  # the start is not scored again
     logged = mlflow_logger.experiment.get_metric_history(mlflow_logger.run_id, "mteb/average")
-    assert [metric.step for metric in logged] == [0, 2, 4]
     assert told.told == {"mteb/average": pytest.approx(logged[1].value), "mteb/rollout_batches": 2}
 
 
-def test_mteb_stops_at_the_start_where_a_task_fails(module: GRACE, retrieval: Callable[[], list[Any]], tmp_path: Path) -> None:
+def test_a_failing_task_stops_a_run_at_its_start(module: GRACE, retrieval: Tasks, tmp_path: Path) -> None:
     def broken() -> list[Any]:
         tasks = retrieval()
         tasks[0].metadata = tasks[0].metadata.model_copy(update={"main_score": "no_such_score"})
@@ -108,10 +100,12 @@ def test_mteb_stops_at_the_start_where_a_task_fails(module: GRACE, retrieval: Ca
 
     with pytest.raises(RuntimeError, match="MTEB tasks fail: DocstringRetrieval"):
         fit(module, [MTEBEvaluation(broken)], tmp_path)
+    with pytest.raises(RuntimeError, match=r"held-out tasks fail for Base .*: DocstringRetrieval"):
+        fit(module, [FinalReport(str(tmp_path), {"docstrings": broken})], tmp_path)
 
 
 def test_final_report(
-    module: GRACE, retrieval: Callable[[], list[Any]], mlflow_logger: RunLogger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    module: GRACE, retrieval: Tasks, mlflow_logger: RunLogger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     callbacks = [RationaleTable(str(out / "rationales.md"), texts=2), FinalReport(str(out), {"docstrings": retrieval})]
@@ -119,40 +113,38 @@ def test_final_report(
     shown = capsys.readouterr().out
     for expected in ("Base + reasoning", "GRACE", "Retr", "before", "after", str(out / "report.md"), str(mlflow_logger.run_id)):
         assert expected in shown
+    assert "GRACE over Base + reasoning, in points: Retrieval" in shown
     assert (out / "test_scores.png").read_bytes().startswith(b"\x89PNG")
     assert "| Base + reasoning |" in (out / "report.md").read_text()
-    client, run_id = mlflow_logger.experiment, mlflow_logger.run_id
-    steps = {row: client.get_metric_history(run_id, f"test/{row}/average")[0].step for row in ("base", "base_reasoning", "grace")}
-    assert steps == {"base": 0, "base_reasoning": 0, "grace": 2}
+    assert [steps(mlflow_logger, f"test/{row}/average") for row in ("base", "base_reasoning", "grace")] == [[0], [0], [2]]
     mlflow.set_tracking_uri(mlflow_logger._tracking_uri)
-    table = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/report/test_scores.json"))
+    table = json.loads(mlflow.artifacts.load_text(f"runs:/{mlflow_logger.run_id}/report/test_scores.json"))
     assert [row[0] for row in table["data"]] == ["Base", "Base + reasoning", "GRACE without rationales", "GRACE"]
-    assert "GRACE over Base + reasoning, in points: Retrieval" in shown
 
 
-def test_final_report_of_a_resumed_run_keeps_the_starting_rows(
-    tiny_policy: Policy, retrieval: Callable[[], list[Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_resumed_report_keeps_the_starting_rows_of_the_same_tasks(
+    fresh_module: Fresh, retrieval: Tasks, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    callback, resumed = (
-        FinalReport(str(tmp_path / "a"), {"docstrings": retrieval}),
-        FinalReport(str(tmp_path / "b"), {"docstrings": retrieval}),
-    )
-    module = make_module(tiny_policy)
-    fit(module, [callback], tmp_path)
-    resumed.load_state_dict(callback.state_dict())
-    assert list(resumed.rows) == ["Base", "Base + reasoning"]
-    fit(make_module(module.policy), [resumed], tmp_path)  # its weights are no longer those of the start
-    assert {row: resumed.rows[row] for row in ("Base", "Base + reasoning")} == callback.state_dict()["rows"]
-    regrouped = FinalReport(str(tmp_path / "d"), {"others": retrieval})
-    regrouped.load_state_dict(callback.state_dict())
-    fit(make_module(module.policy), [regrouped], tmp_path)  # its columns would not be those of the rows before
-    assert list(regrouped.rows) == ["GRACE without rationales", "GRACE"]
-    elsewhere = FinalReport(str(tmp_path / "c"), {"docstrings": retrieval})
-    elsewhere.load_state_dict(callback.state_dict() | {"on": {"OtherTask": "1"}})
-    with caplog.at_level(logging.WARNING):
-        fit(make_module(module.policy), [elsewhere], tmp_path)
-    assert "the held-out tasks are not those of before the stop" in caplog.text
-    assert list(elsewhere.rows) == ["GRACE without rationales", "GRACE"]
+    def report(group: str = "docstrings") -> FinalReport:
+        return FinalReport(str(tmp_path / "a"), {group: retrieval})
+
+    first, module = report(), fresh_module()
+    fit(module, [first], tmp_path)
+    starting = first.state_dict()["rows"]
+    assert list(starting) == ["Base", "Base + reasoning"]
+    resumed = report()
+    resumed.load_state_dict(first.state_dict())
+    fit(module, [resumed], tmp_path)  # its weights are no longer those of the start
+    assert {row: resumed.rows[row] for row in starting} == starting
+    others, state = report("others"), first.state_dict()  # grouped otherwise, rows have other columns
+    others.load_state_dict(state)
+    elsewhere = report()
+    elsewhere.load_state_dict(state | {"on": {"OtherTask": "1"}})
+    for changed in (others, elsewhere):
+        caplog.clear()
+        fit(module, [changed], tmp_path)
+        assert "the held-out tasks are not those of the start" in caplog.text
+        assert list(changed.rows) == ["GRACE without rationales", "GRACE"]
 
 
 def test_columns_of_several_groups_are_their_retrieval_and_average() -> None:
@@ -166,11 +158,8 @@ def test_columns_of_several_groups_are_their_retrieval_and_average() -> None:
     )
 
 
-def test_a_policy_trained_without_rationales_can_be_scored_with_them(
-    tiny_policy: Policy, retrieval: Callable[[], list[Any]], tmp_path: Path
-) -> None:
+def test_a_policy_trained_without_rationales_is_scored_with_them_if_asked(module: GRACE, retrieval: Tasks, tmp_path: Path) -> None:
     report = FinalReport(str(tmp_path / "a"), {"docstrings": retrieval}, rationales=True)
-    module = make_module(tiny_policy)
     module.settings = replace(module.settings, rationale=False)
     fit(module, [report], tmp_path, batches=1)
     assert list(report.rows) == ["Base", "Base + reasoning", "GRACE", "GRACE + reasoning"]

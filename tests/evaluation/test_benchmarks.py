@@ -10,7 +10,7 @@ def names(*wanted: str, data_dir: Path | None = None) -> list[str]:
     return [task.metadata.name for task in named_tasks(wanted, data_dir)]
 
 
-def test_benchmarks_by_the_letters_and_digits_of_their_names() -> None:
+def test_benchmarks_by_name() -> None:
     assert len(names("mteb_eng_v1")) == 56
     assert names("mteb_eng_v1") == names("MTEB(eng, v1)")
     assert len(names("mteb_eng_v2")) == 41
@@ -34,18 +34,18 @@ def test_tasks_by_name(tmp_path: Path) -> None:
         ("JSTS", ["default"], ["validation"]),  # of none: there is no English in it
     ],
 )
-def test_a_task_alone_is_what_the_english_benchmarks_score(name: str, subsets: list[str], splits: list[str]) -> None:
+def test_a_task_alone_has_english_subsets_and_splits(name: str, subsets: list[str], splits: list[str]) -> None:
     (task,) = named_tasks([name])
     assert (task.hf_subsets, task.eval_splits) == (subsets, splits)
 
 
-def test_of_two_tasks_with_one_name_the_first_is_taken(tmp_path: Path) -> None:
+def test_of_two_tasks_with_one_name_the_first(tmp_path: Path) -> None:
     files = [str(write_own_tasks(tmp_path / folder) / "MySTS.yaml") for folder in ("first", "second")]
     (task,) = named_tasks(files)
     assert task.metadata.dataset["path"] == str(tmp_path / "first")
 
 
-def test_a_broken_description_stops_what_may_need_it_alone(tmp_path: Path) -> None:
+def test_a_broken_description_stops_only_its_users(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [")
     assert names(data_dir=tmp_path) == []  # as benchmark=test asks for it
     assert len(names("mteb_eng_v2", data_dir=tmp_path)) == 41
@@ -55,7 +55,7 @@ def test_a_broken_description_stops_what_may_need_it_alone(tmp_path: Path) -> No
             names(name, data_dir=tmp_path)
 
 
-def test_what_does_not_exist_is_named(tmp_path: Path) -> None:
+def test_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"MTEB has no task or benchmark named 'STSBench', and no task of your own is"):
         names("STSBench", data_dir=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no task of your own in .*: a YAML file there"):

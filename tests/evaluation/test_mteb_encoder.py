@@ -2,6 +2,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mteb
 import numpy as np
@@ -37,7 +38,7 @@ def encoder(policy: Policy, **options: object) -> Counting:
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return offline_tasks(["networkx", "rich"], tmp_path_factory.mktemp("cache"), SIZE)
 
 
@@ -49,7 +50,7 @@ def embed(adapter: MTEBEncoder, inputs: object) -> np.ndarray:
     return adapter.encode(inputs, task_metadata=None, hf_split="test", hf_subset="default")  # type: ignore[arg-type]
 
 
-def test_mteb_runs_every_task_on_it_and_each_text_is_embedded_once(tiny_policy: Policy, tasks: list[object], tmp_path: Path) -> None:
+def test_each_text_is_embedded_once(tiny_policy: Policy, tasks: list[Any], tmp_path: Path) -> None:
     own = encoder(tiny_policy)
     scores = run_tasks(own, tasks, tmp_path, "tiny")  # type: ignore[arg-type]
     assert scores.failures == {}
@@ -65,7 +66,7 @@ def test_mteb_runs_every_task_on_it_and_each_text_is_embedded_once(tiny_policy: 
     assert stored["scores"]["test"][0]["main_score"] == pytest.approx(scores.tasks["DocstringRetrieval"], abs=1e-4)
 
 
-def test_running_again_draws_the_same_and_reads_what_is_stored(tiny_policy: Policy, tasks: list[object], tmp_path: Path) -> None:
+def test_a_second_run_reads_stored_results(tiny_policy: Policy, tasks: list[Any], tmp_path: Path) -> None:
     first = run_tasks(encoder(tiny_policy, rationale=False), tasks, tmp_path, "tiny")  # type: ignore[arg-type]
     assert run_tasks(encoder(tiny_policy, rationale=False), tasks, None, "tiny") == first  # type: ignore[arg-type]
     again = encoder(tiny_policy, rationale=False)
@@ -73,7 +74,7 @@ def test_running_again_draws_the_same_and_reads_what_is_stored(tiny_policy: Poli
     assert not hasattr(again, "seen")
 
 
-def test_stored_results_of_other_data_are_not_reused(tiny_policy: Policy, tasks: list[object], tmp_path: Path) -> None:
+def test_results_of_other_data_are_not_reused(tiny_policy: Policy, tasks: list[Any], tmp_path: Path) -> None:
     run_tasks(encoder(tiny_policy, rationale=False), tasks[:1], tmp_path, "tiny")  # type: ignore[arg-type]
     other = offline_tasks(["networkx", "rich"], tmp_path, SIZE, seed=1)[:1]
     again = encoder(tiny_policy, rationale=False)
@@ -81,7 +82,7 @@ def test_stored_results_of_other_data_are_not_reused(tiny_policy: Policy, tasks:
     assert again.seen
 
 
-def test_a_failing_task_is_named_and_the_others_go_on(tiny_policy: Policy, tasks: list[object]) -> None:
+def test_failing_tasks_are_named(tiny_policy: Policy, tasks: list[Any]) -> None:
     class Fails(Counting):
         def encode(self, texts: list[str], prompt_type: str | None = None) -> np.ndarray:  # type: ignore[override]
             raise ValueError("no such luck")
@@ -94,7 +95,7 @@ def test_a_failing_task_is_named_and_the_others_go_on(tiny_policy: Policy, tasks
     assert scores.flat() == {}
 
 
-def test_evaluation_leaves_random_states_alone(tiny_policy: Policy, tasks: list[object]) -> None:
+def test_random_states_stay(tiny_policy: Policy, tasks: list[Any]) -> None:
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
@@ -115,7 +116,7 @@ def test_titles_of_documents_are_read(tiny_policy: Policy) -> None:
     assert own.seen == ["Graphs have edges"]
 
 
-def test_texts_are_remembered_and_come_in_order(tiny_policy: Policy) -> None:
+def test_texts_are_cached_and_in_order(tiny_policy: Policy) -> None:
     own = encoder(tiny_policy, rationale=False)
     adapter = MTEBEncoder(own, "tiny")
     found = embed(adapter, batches(["a", "b"], ["a", "c"]))
@@ -125,7 +126,7 @@ def test_texts_are_remembered_and_come_in_order(tiny_policy: Policy) -> None:
     assert embed(adapter, []).shape == (0, 32)
 
 
-def test_queries_are_read_under_their_own_instruction(tiny_policy: Policy) -> None:
+def test_query_instruction(tiny_policy: Policy) -> None:
     settings = replace(SETTINGS, query_instruction="Find what answers this.")
     own = Counting(tiny_policy, settings, HFEngine(4))
     adapter, text = MTEBEncoder(own, "tiny"), batches(["a graph"])
@@ -144,7 +145,7 @@ MIXED = ["a graph", "Draw random samples from a normal distribution.", "the tabl
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_text_has_one_vector_alone_in_a_mixed_batch_and_after_a_restart(tiny_policy: Policy, temperature: float, tmp_path: Path) -> None:
+def test_a_text_has_one_vector_in_any_batch_or_process(tiny_policy: Policy, temperature: float, tmp_path: Path) -> None:
     def adapter(batch_size: int, folder: Path | None) -> MTEBEncoder:
         return MTEBEncoder(encoder(tiny_policy, temperature=temperature, batch_size=batch_size), "tiny", folder)
 
@@ -156,7 +157,7 @@ def test_a_text_has_one_vector_alone_in_a_mixed_batch_and_after_a_restart(tiny_p
     assert not hasattr(restarted.model, "seen")
 
 
-def test_a_long_call_is_kept_in_parts_and_says_how_far_it_is(
+def test_a_long_call_is_cached_in_parts(
     tiny_policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stops(Counting):
@@ -178,7 +179,7 @@ def test_a_long_call_is_kept_in_parts_and_says_how_far_it_is(
     assert own.seen == ["stop"]
 
 
-def test_what_mteb_records_is_true(tiny_policy: Policy) -> None:
+def test_model_meta(tiny_policy: Policy) -> None:
     meta = describe(encoder(tiny_policy), "tiny")
     assert (meta.name, meta.embed_dim, meta.max_tokens) == ("grace/tiny", 32, 96)
     assert meta.n_parameters == sum(p.numel() for p in tiny_policy.parameters())
@@ -190,7 +191,7 @@ def test_what_mteb_records_is_true(tiny_policy: Policy) -> None:
     assert describe(encoder(tiny_policy, rationale=False), "me/tiny").name == "me/tiny"
 
 
-def test_mtebs_own_tables_are_made_of_the_stored_results(tiny_policy: Policy, tasks: list[object], tmp_path: Path) -> None:
+def test_mteb_tabulates_stored_results(tiny_policy: Policy, tasks: list[Any], tmp_path: Path) -> None:
     for rationale in (False, True):
         run_tasks(encoder(tiny_policy, rationale=rationale), tasks[:1], tmp_path, "me/tiny")  # type: ignore[arg-type]
     found = mteb.ResultCache(tmp_path).load_results(load_experiments="match_name", require_model_meta=True)
@@ -200,14 +201,14 @@ def test_mtebs_own_tables_are_made_of_the_stored_results(tiny_policy: Policy, ta
     assert {result.model_name for result in found.model_results} == {"me/tiny"}
 
 
-def test_it_passes_mtebs_own_adapter_test(tiny_policy: Policy) -> None:
+def test_mteb_mock_run(tiny_policy: Policy) -> None:
     results = mteb.mock_run(MTEBEncoder(encoder(tiny_policy, rationale=False), "tiny"))
     failed = {name: status.exception for name, status in results.items() if isinstance(status, mteb.results.task_result.TaskError)}
     assert failed == {}
     assert results.all_passed
 
 
-def test_embeddings_without_rationales_come_with_those_with_them(tiny_policy: Policy, tmp_path: Path) -> None:
+def test_one_pass_embeds_with_and_without(tiny_policy: Policy, tmp_path: Path) -> None:
     texts = ["a graph", "a table of numbers", "the sorted copy of a list, which is longer"]
     with MTEBEncoder(encoder(tiny_policy), "tiny", tmp_path, also_without=True) as adapter:
         embed(adapter, batches(texts))
@@ -220,7 +221,7 @@ def test_embeddings_without_rationales_come_with_those_with_them(tiny_policy: Po
 
 @pytest.mark.parametrize("pooling", ["mean", "eos", "max"])
 @pytest.mark.parametrize("layer", [-1, -2])
-def test_encode_both_is_encode_with_and_without(tiny_policy: Policy, pooling: str, layer: int) -> None:
+def test_encode_both(tiny_policy: Policy, pooling: str, layer: int) -> None:
     policy = Policy(tiny_policy.model, tiny_policy.tokenizer, "live", pooling, layer)  # type: ignore[arg-type]
     own = RationaleEncoder(policy, replace(SETTINGS, pooling=pooling, layer=layer), HFEngine(4))  # type: ignore[arg-type]
     texts = ["a graph", "a table of numbers", "a graph"]
@@ -229,12 +230,12 @@ def test_encode_both_is_encode_with_and_without(tiny_policy: Policy, pooling: st
     np.testing.assert_allclose(plain, own.encode(texts, rationale=False), atol=1e-5)  # type: ignore[arg-type]
 
 
-def test_an_engine_without_embeddings_brings_none_of_prompts(tiny_policy: Policy) -> None:
+def test_encode_both_of_a_frozen_encoder(tiny_policy: Policy) -> None:
     frozen = Policy(tiny_policy.model, tiny_policy.tokenizer, "frozen")
     assert RationaleEncoder(frozen, SETTINGS, HFEngine(4)).encode_both(["a graph"])[1] is None
 
 
-def test_texts_are_embedded_in_bfloat16_and_scored_in_float32(tiny_policy: Policy, tasks: list[object], tmp_path: Path) -> None:
+def test_embedded_in_bfloat16_scored_in_float32(tiny_policy: Policy, tasks: list[Any], tmp_path: Path) -> None:
     """Autocast would round MTEB's cosines too, and texts that lie close together would tie."""
     seen: dict[str, set[object]] = {"embedded": set(), "compared": set()}
 

@@ -9,7 +9,7 @@ import pytest
 from mteb.models.model_meta import ModelMeta
 from mteb.results import TaskResult
 
-from src.evaluation.result_files import WholeResults
+from src.evaluation.result_files import AtomicResults
 from tests.programs import Programs
 
 META = ModelMeta.create_empty(overwrites={"name": "grace/tiny", "revision": "r1", "experiment_kwargs": {"rationale": "greedy"}})
@@ -21,8 +21,8 @@ def result_of(name: str, score: float | None) -> TaskResult:
     return TaskResult.from_task_results(mteb.get_task(name), scores, evaluation_time=1.0, kg_co2_emissions=None, date=now)
 
 
-def test_mteb_reads_what_is_kept(tmp_path: Path) -> None:
-    cache = WholeResults(tmp_path)
+def test_mteb_reads_the_files(tmp_path: Path) -> None:
+    cache = AtomicResults(tmp_path)
     for name, score in (("BIOSSES", 0.5), ("SICK-R", 0.25)):
         cache.save_to_cache(result_of(name, score), META, encode_kwargs={"batch_size": 512})
     plain = mteb.ResultCache(tmp_path)
@@ -34,15 +34,15 @@ def test_mteb_reads_what_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_result_without_a_score_is_not_kept(tmp_path: Path) -> None:
-    WholeResults(tmp_path).save_to_cache(result_of("BIOSSES", None), META)
+    AtomicResults(tmp_path).save_to_cache(result_of("BIOSSES", None), META)
     assert not list(tmp_path.rglob("*.json"))
 
 
 WRITER = """
 import sys
 from tests.evaluation.test_result_files import META, result_of
-from src.evaluation.result_files import WholeResults
-cache, result = WholeResults(sys.argv[1]), result_of("BIOSSES", 0.5)
+from src.evaluation.result_files import AtomicResults
+cache, result = AtomicResults(sys.argv[1]), result_of("BIOSSES", 0.5)
 result.scores["test"] *= 2000  # some 200 kB
 cache.save_to_cache(result, META)
 print("ready", flush=True)
@@ -52,12 +52,12 @@ while True:
 
 
 @pytest.mark.parametrize("wait", [0.05, 0.21])
-def test_a_kill_in_mid_write_leaves_a_whole_file(wait: float, programs: Programs, tmp_path: Path) -> None:
+def test_a_kill_leaves_a_complete_file(wait: float, programs: Programs, tmp_path: Path) -> None:
     writer = programs.start("-c", WRITER, str(tmp_path))
     writer.wait_for("ready")
     time.sleep(wait)
     writer.send_signal(signal.SIGKILL)
     assert writer.wait() == -signal.SIGKILL
-    found = WholeResults(tmp_path).load_task_result("BIOSSES", META)
+    found = AtomicResults(tmp_path).load_task_result("BIOSSES", META)
     assert found is not None
     assert len(found.scores["test"]) == 2000

@@ -9,7 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from src.callbacks.time_estimate import TimeEstimate
+from src.callbacks.progress import TimeEstimate
 from src.modules.policy.model import Policy
 from src.utils import machine
 from tests.callbacks.conftest import FewTriplets, make_module
@@ -39,5 +39,5 @@ def test_a_run_says_what_it_will_do_and_how_long(tiny_policy: Policy, tmp_path: 
     )  # fmt: skip
     with caplog.at_level(logging.INFO):
         trainer.fit(module, data)
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "src.callbacks.time_estimate"]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "src.callbacks.progress"]
     assert re.fullmatch(r"GRACE: 2 batches of 2 texts on .*CPU threads.*; about \d+ minutes, evaluation included", line)

@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from src.callbacks.html_report import HTMLReport
+from src.callbacks.html_report.__main__ import main
+from src.callbacks.html_report.callback import HTMLReport
+from src.callbacks.html_report.page import read_run, render
+from src.callbacks.metrics import MetricsMonitor
 from src.callbacks.rationale_table import RationaleTable
-from src.callbacks.reward_diagnostics import RewardDiagnostics
 from src.callbacks.similarities import SimilarityHistograms
+from src.modules.grace import GRACE
 from src.modules.policy.model import Policy
-from src.utils.run_data import read_run
 from src.utils.run_logger import RUN, RunLogger
-from src.utils.run_report import main, render
 from tests.browser import chromium
 from tests.callbacks.conftest import fit, make_module
 from tests.conftest import SENTENCES
@@ -22,44 +23,40 @@ HOSTILE = (
     "</pre></td></table><script>document.title = 'owned'; alert(1)</script><img src=x onerror=\"document.title='owned'\">"
     '<iframe src="http://localhost:1/"></iframe>\u202e {{ run.params }} &lt; ]]> \x07'
 )
+Logged = tuple[MlflowClient, str, Path]
+"""A store, a run of it, and the run's folder."""
 
 
 @pytest.fixture(scope="module")
-def run(tiny_policy_folder: Path, tracking_uri: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[MlflowClient, str, Path]:
-    """A run of three rollout batches that wrote its report, the store that has it, and its folder."""
+def run(tiny_policy_folder: Path, tracking_uri: str, tmp_path_factory: pytest.TempPathFactory) -> Logged:
+    """A run of three rollout batches that wrote its report."""
     folder = tmp_path_factory.mktemp("reported")
     logger = RunLogger(folder.name, tracking_uri=tracking_uri, artifact_location=f"file://{folder}/mlartifacts")
     logger.log_hyperparams({"reward._target_": "src.modules.objectives.rewards.document", "note": "<b>bold</b>"})
-    callbacks = [RewardDiagnostics(), RationaleTable(str(folder / "r.md"), texts=3, every_n_rollout_batches=2)]
-    fit(
-        make_module(Policy.load(str(tiny_policy_folder))),
-        [*callbacks, SimilarityHistograms(records=4), HTMLReport(str(folder / "out"))],
-        folder,
-        batches=3,
-        logger=logger,
-    )
+    table = RationaleTable(str(folder / "r.md"), texts=3, every_n_rollout_batches=2)
+    callbacks = [MetricsMonitor(), table, SimilarityHistograms(records=4), HTMLReport(str(folder / "out"))]
+    fit(make_module(Policy.load(str(tiny_policy_folder))), callbacks, folder, batches=3, logger=logger)
     return logger.experiment, str(logger.run_id), folder
 
 
-def test_what_a_run_logged_is_read_back(run: tuple[MlflowClient, str, Path]) -> None:
+def test_a_run_is_read_back(run: Logged) -> None:
     data = read_run(*run[:2])
     assert [step for step, _ in data.curves["reward/total/mean"]] == [1, 2, 3]
     assert len(data.rationales) == 3
     for rows in data.rationales.values():
-        assert [row.step for row in rows] == [0, 2, 3]
-        assert all(list(row.earned) == TERMS for row in rows)
+        assert [step for step, _ in rows] == [0, 2, 3]
+        assert all(list(row.rewards) == TERMS for _, row in rows)
     assert list(data.similarities) == [0, 3]
-    assert data.scores is None
+    assert data.scores == []
 
 
-def test_the_report_is_an_artifact_of_its_run(run: tuple[MlflowClient, str, Path]) -> None:
+def test_the_report_is_an_artifact_of_its_run(run: Logged) -> None:
     client, run_id, folder = run
-    assert "report.html" in {file.path for file in client.list_artifacts(run_id)}
-    assert client.download_artifacts(run_id, "report.html", str(folder)) is not None
+    client.download_artifacts(run_id, "report.html", str(folder))
     assert (folder / "report.html").read_text() == (folder / "out" / "report.html").read_text()
 
 
-def test_a_browser_shows_it_alone_and_runs_nothing_that_a_policy_wrote(run: tuple[MlflowClient, str, Path], tmp_path: Path) -> None:
+def test_a_browser_shows_it_and_runs_no_script(run: Logged, tmp_path: Path) -> None:
     client, run_id, _ = run
     text = SENTENCES[2]
     hostile = {"step": [9], "text": [text], "rationale": [HOSTILE], "length": [8], "finished": [False], **{term: [0.5] for term in TERMS}}
@@ -92,12 +89,9 @@ def test_a_browser_shows_it_alone_and_runs_nothing_that_a_policy_wrote(run: tupl
         assert page.locator("text=<b>bold</b>").is_visible()
         page.set_viewport_size({"width": 390, "height": 800})  # on a phone tables scroll, not the page
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-        page.set_viewport_size({"width": 1100, "height": 800})
-        page.screenshot(path=tmp_path / "report.png", full_page=True)
-    assert (tmp_path / "report.png").stat().st_size > 50_000
 
 
-def test_a_run_that_has_logged_nothing_yet_has_a_page(tracking_uri: str, tmp_path: Path) -> None:
+def test_an_empty_run_has_a_page(tracking_uri: str, tmp_path: Path) -> None:
     client = MlflowClient(tracking_uri)
     experiment = client.create_experiment(tmp_path.name, artifact_location=f"file://{tmp_path}/mlartifacts")
     page = render(read_run(client, client.create_run(experiment).info.run_id))
@@ -105,25 +99,21 @@ def test_a_run_that_has_logged_nothing_yet_has_a_page(tracking_uri: str, tmp_pat
     assert "has logged none" in page
 
 
-def test_where_mlflow_does_not_answer_training_ends_and_says_how_to_have_the_report(
-    tiny_policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_an_answer_it_says_how_to_get_the_report(module: GRACE, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / RUN).write_text('{"run_id": "0123456789abcdef0123456789abcdef", "experiment_id": "1"}')
     logger = RunLogger("gone", folder=str(tmp_path / "run"), tracking_uri="http://127.0.0.1:9")  # begun by a server that is away
-    fit(make_module(tiny_policy), [RewardDiagnostics(), HTMLReport(str(tmp_path / "out"))], tmp_path, batches=1, logger=logger)
-    assert "no report.html yet: python -m src.utils.run_report 0123456789abcdef0123456789abcdef" in caplog.text
+    fit(module, [MetricsMonitor(), HTMLReport(str(tmp_path / "out"))], tmp_path, batches=1, logger=logger)
+    assert "no report.html yet: python -m src.callbacks.html_report 0123456789abcdef0123456789abcdef" in caplog.text
     assert not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit, match=r"^run_report: .*127\.0\.0\.1"):
+    with pytest.raises(SystemExit, match=r"^html_report: .*127\.0\.0\.1"):
         main(["0123456789abcdef0123456789abcdef", "--tracking-uri", "http://127.0.0.1:9", "--folder", str(tmp_path)])
 
 
-def test_the_command_writes_it_and_names_a_run_that_is_not_there(
-    run: tuple[MlflowClient, str, Path], tracking_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_command(run: Logged, tracking_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     main([run[1], "--tracking-uri", tracking_uri, "--folder", str(tmp_path)])
     assert f"wrote {tmp_path}/report.html" in caplog.text
     assert "<section>" in (tmp_path / "report.html").read_text()
-    with pytest.raises(SystemExit, match=r"^run_report: no run 'nope' in sqlite") as caught:
+    with pytest.raises(SystemExit, match=r"^html_report: no run 'nope' in sqlite") as caught:
         main(["nope", "--tracking-uri", tracking_uri])
     assert "\n" not in str(caught.value)
