@@ -64,7 +64,7 @@ class Recorder(L.Callback):
         self.start = [p.detach().clone() for p in moving(pl_module)]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        report, asked = pl_module.report, pl_module.engine.asked
+        report, asked = pl_module.batch_metrics, pl_module.engine.asked
         moved = [now.detach() - then for now, then in zip(moving(pl_module), self.start, strict=True)]
         exact = {
             "asked": list(asked),

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from src.callbacks.export import Export
 from src.callbacks.monitoring import undisturbed
 from src.callbacks.random_states import RandomStates
-from src.modules.distributed.fsdp import whole
+from src.modules.distributed.fsdp import summon_full_params
 from src.modules.grace import GRACE
 from src.modules.objectives.advantages import reinforce_pp_baseline, remax
 from src.modules.objectives.losses import ppo_clip
@@ -159,7 +159,7 @@ class Watch(L.Callback):
         self.seen: dict[str, Any] = {"batches": []}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        r = pl_module.report
+        r = pl_module.batch_metrics
         numbers = {"rollout_tokens": r.rollout_tokens, "update_tokens": r.update_tokens, "distinct": r.distinct_rationales}
         self.seen["batches"].append(
             {
@@ -233,7 +233,7 @@ def error_of(module: GRACE, strategy: Any, devices: int, batches: Any = None) ->
     try:
         fit(module, strategy, devices, batches)
     except (NonFiniteError, ValueError) as error:
-        with whole(module.policy):
+        with summon_full_params(module.policy):
             same = all(torch.equal(before[name], p) for name, p in module.policy.named_parameters())
         return f"{error}\nthe same weights: {same}"
     return "nothing"

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from src.modules.distributed.fsdp import plain_copy, whole
+from src.modules.distributed.fsdp import summon_full_params, unsharded_copy
 from src.modules.encoder.export import export
 from src.modules.policy.model import Policy
 
@@ -31,7 +31,7 @@ class Export(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         policy: Policy = pl_module.policy
-        with whole(policy):
+        with summon_full_params(policy):
             if trainer.is_global_zero:
-                export(plain_copy(policy) if isinstance(policy, FSDPModule) else policy, pl_module.settings, self.folder, self.dtype)
+                export(unsharded_copy(policy) if isinstance(policy, FSDPModule) else policy, pl_module.settings, self.folder, self.dtype)
                 log.info("exported to %s", self.folder)

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from src.modules.distributed.fsdp import whole
+from src.modules.distributed.fsdp import summon_full_params
 from src.modules.encoder.encoder import evaluation_mode
 from src.modules.grace import GRACE
 from src.modules.objectives.roles import texts_of
@@ -69,9 +69,9 @@ def as_policy_module(module: L.LightningModule) -> PolicyModule:
 
 def last_report(module: PolicyModule) -> BatchMetrics:
     """Returns the report of the last batch; raises RuntimeError before the first."""
-    if module.report is None:
+    if module.batch_metrics is None:
         raise RuntimeError("no batch has been trained on yet, so there is no report of one")
-    return module.report
+    return module.batch_metrics
 
 
 def is_due(module: PolicyModule, every_n_rollout_batches: int) -> bool:
@@ -102,7 +102,7 @@ def undisturbed(module: PolicyModule) -> Iterator[None]:
 
     To be entered by all ranks.
     """
-    with isolate_rng(), evaluation_mode(module.policy), whole(module.policy):
+    with isolate_rng(), evaluation_mode(module.policy), summon_full_params(module.policy):
         yield
 
 

@@ -115,7 +115,7 @@ class Contrastive(PolicyModule):
             norm = self.take_step(names)
         self.rollout_batches += 1
         update = {"loss": float(loss), "grad_norm": norm, "updates": 1.0}
-        self.report = contrastive_metrics(embeddings, pairs, update, seconds, int(sequences.lengths.sum()), names)
+        self.batch_metrics = contrastive_metrics(embeddings, pairs, update, seconds, int(sequences.lengths.sum()), names)
 
     @contextmanager
     def own_randomness(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from src.modules.distributed.fsdp import gradient_exchange, shard, whole
+from src.modules.distributed.fsdp import gradient_sync, shard, summon_full_params
 from src.modules.encoder.encoder import RolloutEngine
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.credit import at_tokens, token_advantages
@@ -113,7 +113,7 @@ class GRACE(PolicyModule):
     def training_step(self, batch: list[Triplet], batch_idx: int) -> None:
         seconds: dict[str, float] = {}
         self.policy.eval()
-        with torch.no_grad(), whole(self.policy):
+        with torch.no_grad(), summon_full_params(self.policy):
             rollouts = self.collector.collect(batch, self.rollout_batches)  # rationales and embeddings, gathered over ranks once
             reward, gradients, pathwise_mean = self.rewards_of(rollouts.embeddings)  # terms and total [B, K]; dR/dh
             shaped, advantages = self.shaped_and_advantages(rollouts, reward, batch)  # truncation, length, KL; [G, K, R]
@@ -123,7 +123,10 @@ class GRACE(PolicyModule):
             update = self.updater.update(experience, context, len(batch), self._measures_parts)
         self.rollout_batches += 1
         update |= {} if pathwise_mean is None else {"pathwise_reward": pathwise_mean}
-        self.report = grace_metrics(rollouts, reward, shaped, advantages["positive"], experience, update, seconds["update"], self.ranks)
+        self.batch_metrics = grace_metrics(
+            *(rollouts, reward, shaped, advantages["positive"]),
+            *(experience, update, seconds["update"], self.ranks),
+        )
         if hasattr(self.reward_function, "remember"):
             self.reward_function.remember(rollouts.embeddings)
 
@@ -213,7 +216,7 @@ class GRACE(PolicyModule):
         return bool(both and every and self.rollout_batches % every == 0)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
-        with gradient_exchange(self.policy, self.trainer.strategy, now=last):
+        with gradient_sync(self.policy, self.trainer.strategy, now=last):
             self.manual_backward(loss)
 
     # ---- Lightning

@@ -77,7 +77,7 @@ class PolicyModule(L.LightningModule):
         )
         self.renderer = PromptRenderer(policy.tokenizer, instruction, max_prompt_tokens, self.settings.template_kwargs)
         self.rollout_batches = 0
-        self.report: BatchMetrics | None = None
+        self.batch_metrics: BatchMetrics | None = None
 
     def encoder(self, rationale: bool | None = None, temperature: float = 0.0) -> RationaleEncoder:
         """Returns the policy as it is now as an encoder of texts; with rationales if it is trained with them, by default."""

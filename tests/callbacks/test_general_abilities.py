@@ -7,7 +7,7 @@ import torch
 
 from src.callbacks.general_abilities import GeneralAbilities
 from src.evaluation.abilities import AbilityScore, run_abilities
-from src.modules.distributed.fsdp import is_cut, shard
+from src.modules.distributed.fsdp import is_sharded, shard
 from src.modules.grace import GRACE
 from src.modules.policy.model import Policy
 from src.utils.run_logger import RunLogger
@@ -40,11 +40,11 @@ def test_a_sharded_policy_is_scored_in_full(module: GRACE, tiny_policy_folder: P
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         shard(module.policy, torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
-        assert is_cut(module.policy)
+        assert is_sharded(module.policy)
         monitored: Any = trainer
         abilities.at_start(monitored, module)
         abilities.at_end(monitored, module)
-        assert is_cut(module.policy)
+        assert is_sharded(module.policy)
     finally:
         if alone:
             torch.distributed.destroy_process_group()

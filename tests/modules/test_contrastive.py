@@ -71,8 +71,8 @@ def test_a_step_with_cached_gradients_is_that_of_one_graph(tokens: int) -> None:
     queries, documents = reference.policy.train().embed(reference.sequences(pairs.texts)).split([len(pairs.queries), len(pairs.documents)])
     loss = info_nce(queries, documents, pairs.own, 0.05)
     loss.backward()
-    assert module.report is not None
-    assert module.report.update["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert module.batch_metrics is not None
+    assert module.batch_metrics.update["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     expected = [p.grad for p in reference.policy.parameters() if p.grad is not None]
     largest = max(float(g.abs().max()) for g in expected)
     for ours, theirs in zip(gradients.seen[0], expected, strict=True):
@@ -82,10 +82,10 @@ def test_a_step_with_cached_gradients_is_that_of_one_graph(tokens: int) -> None:
 def test_training_tells_pairs_apart() -> None:
     module = fit(make(learning_rate=3e-3), [TRIPLETS] * 15)
     assert module.rollout_batches == 15
-    assert module.report is not None
-    assert module.report.update["loss"] < 0.1
-    assert module.report.accuracy == 1.0  # type: ignore[attr-defined]
-    assert module.report.positive_similarity > module.report.unrelated_similarity  # type: ignore[attr-defined]
+    assert module.batch_metrics is not None
+    assert module.batch_metrics.update["loss"] < 0.1
+    assert module.batch_metrics.accuracy == 1.0  # type: ignore[attr-defined]
+    assert module.batch_metrics.positive_similarity > module.batch_metrics.unrelated_similarity  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -97,8 +97,8 @@ def test_adapters_are_trained_and_nothing_else(tiny_policy_folder: Path, checkpo
     module = fit(make(policy, pairs=pairs, micro_batch_tokens=100), [TRIPLETS] * 2)
     moved = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if "lora_" in name}
-    assert module.report is not None
-    assert module.report.update["grad_norm"] > 0
+    assert module.batch_metrics is not None
+    assert module.batch_metrics.update["grad_norm"] > 0
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny_policy_folder: Path) -> None:
@@ -115,8 +115,8 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_policy_folder: Path) ->
 
 def test_bfloat16_arithmetic_trains() -> None:
     module = fit(make(micro_batch_tokens=100), [TRIPLETS] * 2, precision="bf16-mixed")
-    assert module.report is not None
-    assert module.report.update["grad_norm"] > 0
+    assert module.batch_metrics is not None
+    assert module.batch_metrics.update["grad_norm"] > 0
     assert {p.dtype for p in module.policy.parameters()} == {torch.float32}
 
 
@@ -172,8 +172,8 @@ def test_a_batch_of_one_is_refused_where_there_is_nothing_to_tell_it_from(pairs:
 
 def test_a_batch_of_one_with_a_hard_negative_trains() -> None:
     module = fit(make(), [TRIPLETS[:1]])
-    assert module.report is not None
-    assert module.report.update["loss"] > 0
+    assert module.batch_metrics is not None
+    assert module.batch_metrics.update["loss"] > 0
 
 
 def test_two_views_without_dropout_are_refused_before_anything_else() -> None:

@@ -51,7 +51,7 @@ class Watch(L.Callback):
         self.gradients.append([p.grad.clone() for p in pl_module.parameters() if p.grad is not None])
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        self.reports.append(pl_module.report)
+        self.reports.append(pl_module.batch_metrics)
 
 
 def fit(module: GRACE, batches: list[list[Triplet]], precision: Any = "32-true") -> Watch:

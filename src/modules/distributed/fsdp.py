@@ -1,8 +1,8 @@
-"""A policy whose weights are cut over the ranks (FSDP2, `fully_shard`): how it is cut, and when it is whole.
+"""A policy whose weights are sharded over the ranks (FSDP2, `fully_shard`).
 
-Its forward pass, which updates go through, gathers one layer's weights after the other. What samples, encodes and evaluates
-calls the model's inner parts, a pass for each token, and ranks write rationales of different lengths: for that the weights
-are gathered once, and are plain tensors until `whole` ends.
+Its forward pass, which updates use, gathers one layer's weights after the other. Sampling, encoding and evaluation call the model's inner
+parts, once for each token, and ranks write rationales of different lengths: for these the weights are gathered once and are plain tensors
+until `summon_full_params` ends.
 """
 
 import copy
@@ -24,38 +24,38 @@ from src.modules.types import dummy_rollouts
 
 
 def shard(policy: Policy, mesh: DeviceMesh) -> None:
-    """Cuts the policy's weights over the ranks of a mesh, layer by layer; a second call does nothing.
+    """Shards the policy's weights over the ranks of a mesh, layer by layer; a second call does nothing.
 
-    A frozen encoder is left whole on every rank: it has no gradients and no optimiser state, which are most of what is saved.
+    A frozen encoder stays in full on every rank: it has no gradients and no optimiser state, which are most of what sharding saves.
 
     Raises:
-        ValueError: the model does not say what its layers are.
+        ValueError: the model has no `layers`.
     """
     if isinstance(policy, FSDPModule):
         return
     layers = getattr(policy.model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"trainer=fsdp cannot cut {type(policy.model).__name__}: it has no `layers` to gather one by one; use trainer=ddp")
+        raise ValueError(f"trainer=fsdp cannot shard {type(policy.model).__name__}: it has no `layers`; use trainer=ddp")
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     frozen = set() if policy.frozen_encoder is None else set(policy.frozen_encoder.parameters())
     fully_shard(policy, mesh=mesh, ignored_params=frozen)
 
 
-def is_cut(policy: Policy) -> bool:
-    """Whether the weights are cut as they stand."""
+def is_sharded(policy: Policy) -> bool:
+    """Returns whether the weights are sharded at this moment."""
     return any(isinstance(weight, DTensor) for weight in policy.parameters())
 
 
 @contextmanager
-def whole(policy: Policy) -> Iterator[None]:
-    """While in force, every rank has all weights as plain tensors; for passes without gradients. All ranks enter it together."""
-    if not isinstance(policy, FSDPModule) or not is_cut(policy):
+def summon_full_params(policy: Policy) -> Iterator[None]:
+    """Gives every rank all weights as plain tensors while in force, for passes without gradients. All ranks enter it together."""
+    if not isinstance(policy, FSDPModule) or not is_sharded(policy):
         yield
         return
     policy.set_reshard_after_forward(False)
     with torch.no_grad():
-        policy(dummy_rollouts(policy.pad_id).to(policy.device))  # a pass gathers all; and the first must go through the outermost part
+        policy(dummy_rollouts(policy.pad_id).to(policy.device))  # a pass gathers all; the first must go through the outermost module
     try:
         yield
     finally:
@@ -67,8 +67,8 @@ def whole(policy: Policy) -> Iterator[None]:
 
 
 @contextmanager
-def gradient_exchange(policy: Policy, strategy: Strategy, now: bool) -> Iterator[None]:
-    """Backward passes within add up the gradients of this rank; the one with `now` averages them over the ranks, once."""
+def gradient_sync(policy: Policy, strategy: Strategy, now: bool) -> Iterator[None]:
+    """Accumulates gradients of backward passes on this rank; the pass with `now` averages them over the ranks, once."""
     if isinstance(policy, FSDPModule):
         policy.set_requires_gradient_sync(now)
         yield
@@ -80,22 +80,19 @@ def gradient_exchange(policy: Policy, strategy: Strategy, now: bool) -> Iterator
 
 
 def global_grad_norm(gradients: Sequence[Tensor]) -> float:
-    """The norm of all of them, of cut ones over the ranks."""
+    """Returns the norm of all gradients, of sharded ones over the ranks."""
     norm = torch.nn.utils.get_total_norm(gradients)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def global_dot(left: Tensor, right: Tensor) -> float:
-    """The inner product of two tensors, of cut ones over the ranks."""
+    """Returns the inner product of two tensors, of sharded ones over the ranks."""
     product = (left * right).sum()
     return float(product.full_tensor() if isinstance(product, DTensor) else product)
 
 
-def plain_copy(policy: Policy) -> Policy:
-    """The same policy in CPU memory with weights of its own that are not cut; within `whole` where it is.
-
-    `copy.deepcopy` refuses a cut one.
-    """
+def unsharded_copy(policy: Policy) -> Policy:
+    """Returns a copy of the policy in CPU memory; within `summon_full_params`, as `copy.deepcopy` refuses a sharded module."""
     with no_init_weights():  # they are copied below
         model = type(policy.model)(copy.deepcopy(policy.model.config))
     model.generation_config = copy.deepcopy(policy.model.generation_config)

@@ -61,7 +61,7 @@ class Gradients(L.Callback):
         self.of_updates.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad.clone()).flatten() for p in trained]))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        self.reports.append(pl_module.report)
+        self.reports.append(pl_module.batch_metrics)
 
 
 def trainer_of(*callbacks: L.Callback, precision: Any = "32-true", epochs: int = 1) -> L.Trainer:
