@@ -22,7 +22,7 @@ from src.datamodules.files import DataFile
 from src.datamodules.prompt_limit import PromptLimit
 from src.datamodules.reading import BadRecord, Chunk, Reader, open_parquet
 from src.records import Triplet
-from src.utils.atomic import atomic_folder
+from src.utils.atomic import make_folder_once
 
 log = logging.getLogger(__name__)
 
@@ -90,22 +90,23 @@ def prepare(files: Sequence[DataFile], reader: Reader, limit: PromptLimit, cache
     scanned = [scan(file) for file in files]
     settings = [_FORMAT, repr(reader), limit.key, [(file.name, digest) for file, (digest, _) in zip(files, scanned, strict=True)]]
     folder = Path(cache_dir) / f"prepared_{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}"
-    if folder.is_dir():
-        return folder
     chunks = [chunk for _, parts in scanned for chunk in parts]
     processes = max(1, min(num_proc or _cores(), len(chunks)))
-    names = ", ".join(file.name for file in files[:3]) + (f" and {len(files) - 3} more files" if len(files) > 3 else "")
-    log.info("preparing %s (once; kept in %s), %d processes", names, folder, processes)
-    columns = ("preparing", BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with atomic_folder(folder) as work, Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=sum(chunk.size for chunk in chunks))
-        report = Report()
-        for chunk, part in zip(chunks, _prepare_all(chunks, _Worker(reader, limit, work), processes), strict=True):
-            report += part
-            progress.advance(task, chunk.size)
+
+    def write(work: Path) -> None:
+        names = ", ".join(file.name for file in files[:3]) + (f" and {len(files) - 3} more files" if len(files) > 3 else "")
+        log.info("preparing %s (once; kept in %s), %d processes", names, folder, processes)
+        columns = ("preparing", BarColumn(), DownloadColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("", total=sum(chunk.size for chunk in chunks))
+            report = Report()
+            for chunk, part in zip(chunks, _prepare_all(chunks, _Worker(reader, limit, work), processes), strict=True):
+                report += part
+                progress.advance(task, chunk.size)
         _join(sorted(work.glob(f"*{_BAD_SUFFIX}")), work / MALFORMED)
         (work / _REPORT_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-    return folder
+
+    return make_folder_once(folder, write)
 
 
 def load_report(folder: Path) -> Report:

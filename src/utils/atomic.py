@@ -1,15 +1,11 @@
 """Files and folders that are complete or absent: they are written beside their place and renamed."""
 
-import fcntl
-import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from uuid import uuid4
 
-log = logging.getLogger(__name__)
+from filelock import FileLock
 
 
 def write_atomic(file: Path, text: str) -> None:
@@ -20,44 +16,23 @@ def write_atomic(file: Path, text: str) -> None:
     partial.replace(file)
 
 
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder to write into, and renames it to `folder` when the block ends without an error.
+def make_folder_once(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Returns `folder`; if it does not exist, makes it by `write`, which is given an empty folder that is then renamed.
 
-    If another process has made `folder` by then, that one stays. A lock file beside the temporary folder is held while the
-    folder is in use. It is how the next call for the same `folder` recognises, and removes, what a killed process left.
+    Other processes that want the same folder wait. The lock of a killed process ends with it, and the next one removes its
+    unfinished folder.
     """
+    if folder.is_dir():
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f"{folder.name}.*"):
-        if left.is_dir():
-            _remove_if_abandoned(left)
-    partial = folder.with_name(f"{folder.name}.{uuid4().hex[:8]}")
-    lock_file = _lock_file(partial)
-    with lock_file.open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        partial.mkdir()
-        try:
-            yield partial
-            try:
-                partial.rename(folder)
-            except OSError:
-                if not folder.is_dir():
-                    raise
-        finally:
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            partial = folder.with_name(f"{folder.name}.tmp")
             shutil.rmtree(partial, ignore_errors=True)
-            lock_file.unlink()
-
-
-def _lock_file(partial: Path) -> Path:
-    return partial.with_name(f"{partial.name}.lock")
-
-
-def _remove_if_abandoned(partial: Path) -> None:
-    with _lock_file(partial).open("ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
-        log.info("removing %s, left by a process that was killed", partial)
-        shutil.rmtree(partial, ignore_errors=True)
-        _lock_file(partial).unlink(missing_ok=True)
+            partial.mkdir()
+            try:
+                write(partial)
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    return folder

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 
 from src.datamodules import preparation
 from src.datamodules.files import DataFile
@@ -74,46 +75,24 @@ def test_processes_prepare_what_one_does(tmp_path):
 
 
 def test_cache_key(tmp_path, monkeypatch):
-    file = sentences(tmp_path, 40)
-    folder = prepare([file], SentenceReader(), limit(), tmp_path / "cache")
+    def prepared(file=None, reader=None, num_proc=None, **limits):
+        return prepare([file or text], reader or SentenceReader(), limit(**limits), tmp_path / "cache", num_proc)
+
+    text = sentences(tmp_path, 40)
+    folder = prepared()
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "_prepare_all", lambda *_: pytest.fail("prepared again"))
-        assert prepare([file], SentenceReader(), limit(), tmp_path / "cache") == folder
-        assert prepare([file], SentenceReader(), limit(instruction="Name the terms!"), tmp_path / "cache", num_proc=2) == folder
+        assert prepared(num_proc=2) == prepared(instruction="Name the terms!") == folder
     others = [
-        prepare([file], SentenceReader(), limit(38), tmp_path / "cache"),
-        prepare([file], SentenceReader(), limit(instruction="Name the terms, one by one"), tmp_path / "cache"),
-        prepare([DataFile(file.path, "other.txt")], SentenceReader(), limit(), tmp_path / "cache"),
-        prepare([file], TripletReader(1), limit(), tmp_path / "cache"),
-        prepare([file], TripletReader(2), limit(), tmp_path / "cache"),
-        prepare([sentences(tmp_path, 41)], SentenceReader(), limit(), tmp_path / "cache"),
+        prepared(max_prompt_tokens=38),
+        prepared(instruction="Name the terms, one by one"),
+        prepared(DataFile(text.path, "other.txt")),
+        prepared(reader=TripletReader(1)),
+        prepared(reader=TripletReader(2)),
+        prepared(sentences(tmp_path, 41)),
     ]
     assert len({folder, *others}) == 7
-    assert set((tmp_path / "cache").iterdir()) == {folder, *others}
-
-
-def test_failure_and_faster_run(tmp_path, monkeypatch):
-    file, cache = sentences(tmp_path, 40), tmp_path / "cache"
-
-    def broken(*_):
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(preparation, "_prepare_all", broken)
-        with pytest.raises(OSError, match="disk full"):
-            prepare([file], SentenceReader(), limit(), cache)
-    assert list(cache.iterdir()) == []
-
-    def overtaken(chunks, worker, processes):
-        yield from genuine(chunks, worker, processes)
-        if not other:  # meanwhile, another run prepares the same
-            other.append(None)
-            other[0] = prepare([file], SentenceReader(), limit(), cache)
-
-    genuine, other = preparation._prepare_all, []
-    monkeypatch.setattr(preparation, "_prepare_all", overtaken)
-    assert prepare([file], SentenceReader(), limit(), cache) == other[0]
-    assert list(cache.iterdir()) == other
+    assert {path for path in (tmp_path / "cache").iterdir() if path.is_dir()} == {folder, *others}
 
 
 def test_limit_is_the_renderers(tmp_path):
@@ -202,14 +181,10 @@ def test_killed_preparation_is_cleaned_up(tmp_path: Path) -> None:
                 assert stuck.poll() is None
                 assert time.monotonic() < until
                 time.sleep(0.05)
-            (left,) = (path for path in cache.iterdir() if path.is_dir())
-            folder = prepare([file], SentenceReader(), limit(), cache)
-            assert left.exists()  # it is being worked in
+            with pytest.raises(Timeout):  # another run would wait
+                FileLock(next(cache.glob("*.lock")), timeout=0.1).acquire()
         finally:
             stuck.kill()
-    folder.rename(tmp_path / "elsewhere")
-    until = time.monotonic() + 30  # its processes end with it, each when it sees that
-    while left.exists() and time.monotonic() < until:
-        folder = prepare([file], SentenceReader(), limit(), cache)
-        folder.rename(tmp_path / f"elsewhere{time.monotonic()}")
-    assert list(cache.iterdir()) == []
+    folder = prepare([file], SentenceReader(), limit(), cache)  # once its processes have ended
+    assert len(all_triplets(folder)) > 0
+    assert [path for path in cache.iterdir() if path.is_dir()] == [folder]

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from src.datamodules.docstrings import Docstring, collect
-from src.utils.atomic import atomic_folder
+from src.utils.atomic import make_folder_once
 
 OFFLINE_TASKS = ("docstring_choice", "docstring_text")
 """Which of four summaries belongs to a text (accuracy; chance is 0.25), and bits per byte of texts (the log of perplexity to base 2)."""
@@ -41,12 +41,13 @@ def ability_folder(packages: Sequence[str], cache_dir: Path | str, count: int = 
         "docstring_text": [{"text": f"{doc.summary} {doc.body}"} for doc in chosen],
     }
     folder = Path(cache_dir).absolute() / f"abilities_{hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]}"
-    if not folder.exists():
-        with atomic_folder(folder) as partial:
-            for name, config in task_configs(folder).items():
-                (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data[name]), encoding="utf-8")
-                (partial / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    return folder
+
+    def write(partial: Path) -> None:
+        for name, config in task_configs(folder).items():
+            (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data[name]), encoding="utf-8")
+            (partial / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+    return make_folder_once(folder, write)
 
 
 def question(doc: Docstring, docs: Sequence[Docstring], rng: random.Random) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from src.utils.atomic import atomic_folder
+from src.utils.atomic import make_folder_once
 from src.utils.quiet import quiet_mteb
 
 if TYPE_CHECKING:
@@ -62,10 +62,12 @@ def write_sets(name: str, sets: Mapping[str, Set], cache_dir: Path | str) -> dic
     """
     digest = hashlib.sha256(json.dumps(sets).encode()).hexdigest()[:16]
     folder = Path(cache_dir).absolute() / f"{name}_{digest}"
-    if not folder.exists():
-        with atomic_folder(folder) as partial:
-            for part, rows in sets.items():
-                _write_folder(partial / f"{part}_{digest}", rows)
+
+    def write(partial: Path) -> None:
+        for part, rows in sets.items():
+            _write_folder(partial / f"{part}_{digest}", rows)
+
+    make_folder_once(folder, write)
     return {part: folder / f"{part}_{digest}" for part in sets}
 
 
