@@ -206,13 +206,9 @@ def text_lines(chunk: Chunk) -> Rows:
 @contextmanager
 def _opened(file: DataFile) -> Iterator[BinaryIO]:
     """The file's bytes, those of a .gz decompressed. Raises ValueError if it is damaged."""
-    if file.path.suffix != ".gz":
-        with file.path.open("rb") as plain:
-            yield plain
-        return
     try:
-        with gzip.open(file.path) as decompressed:
-            yield decompressed  # type: ignore[misc]  # all of a BinaryIO that is used here
+        with gzip.open(file.path) if file.path.suffix == ".gz" else file.path.open("rb") as content:
+            yield content  # type: ignore[misc]  # all of a BinaryIO that is used here
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file.name} is no gzip file, or damaged ({error})") from error
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from src.datamodules.docstrings import Docstring, collect
 from src.evaluation.tasks.task_folders import Row, TaskSpec, make_tasks, search_set, write_sets
@@ -112,8 +112,7 @@ def offline_sets(packages: Sequence[str], cache_dir: Path | str, size: OfflineSi
     return write_sets("offline", sets, cache_dir)
 
 
-@dataclass(frozen=True)
-class Chosen:
+class Chosen(NamedTuple):
     """The docstrings of a corpus, and those of them whose summaries are queries."""
 
     documents: list[Docstring]
