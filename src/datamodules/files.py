@@ -131,6 +131,4 @@ def _download(name: str, patterns: Sequence[str], revision: str | None) -> Path:
         return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=list(patterns)))
     except OSError as error:  # all that the hub's client raises for what is absent or out of reach
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"no data at {name!r}: no such file or folder, and not to be had from the hub ({reason}); {advice}"
-        ) from error
+        raise FileNotFoundError(f"no data at {name!r}: no such file or folder, and none from the hub ({reason}); {advice}") from error

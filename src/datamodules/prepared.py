@@ -44,11 +44,10 @@ class PreparedTriplets:
     def by_source(self, places: Places) -> list[Places]:
         """Splits indices by source, in the order of the sources' names."""
         encoded = pc.dictionary_encode(self.rows.data.column("source")).unify_dictionaries().combine_chunks()
-        names = np.array(encoded.dictionary.to_pylist(), dtype=object)
-        rank = names.argsort().argsort()  # of each name among all
-        own = rank[encoded.indices.to_numpy()[places]]
-        order = own.argsort(kind="stable")
-        return np.split(places[order], np.flatnonzero(np.diff(own[order])) + 1)
+        rank = np.array(encoded.dictionary.to_pylist(), dtype=object).argsort().argsort()  # of each name among all
+        ranks = rank[encoded.indices.to_numpy()[places]]
+        order = ranks.argsort(kind="stable")
+        return np.split(places[order], np.flatnonzero(np.diff(ranks[order])) + 1)
 
 
 def held_out(count: int, share: float, seed: int) -> tuple[Places, Places]:

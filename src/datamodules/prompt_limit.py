@@ -70,6 +70,5 @@ class PromptLimit:
 
     def within(self, triplets: Sequence[Triplet]) -> list[Triplet]:
         """Returns the triplets of which every text fits."""
-        texts = [triplet.texts for triplet in triplets]
-        fits = iter(self.fits([text for own in texts for text in own]))
-        return [triplet for triplet, own in zip(triplets, texts, strict=True) if all(list(islice(fits, len(own))))]
+        fits = iter(self.fits([text for triplet in triplets for text in triplet.texts]))
+        return [triplet for triplet in triplets if all(list(islice(fits, len(triplet.texts))))]

@@ -29,7 +29,7 @@ def require_one_batch(count: int, modules_per_batch: int, docstrings_per_module:
     """Raises ValueError if `count` records are fewer than a batch: an endless stream would search for one forever."""
     if count < modules_per_batch * docstrings_per_module:
         raise ValueError(
-            f"{count} records do not fill a batch of {modules_per_batch} x {docstrings_per_module}: lower datamodule.modules_per_batch"
+            f"{count} records do not fill one batch of {modules_per_batch} x {docstrings_per_module}: lower datamodule.modules_per_batch"
         )
 
 

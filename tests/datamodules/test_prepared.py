@@ -8,35 +8,30 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
-from src.datamodules.preparation import SCHEMA
+from src.datamodules.files import DataFile
+from src.datamodules.preparation import prepare
 from src.datamodules.prepared import PreparedDataModule, PreparedTriplets, TripletBatches, held_out
-from src.datamodules.reading import SentenceReader, TripletReader
+from src.datamodules.reading import TripletReader
 from src.records import Triplet
 from tests.datamodules.builders import limit, write
 
 
-def make(folder: Path, sources: list[str], per_file: int = 7) -> PreparedTriplets:
-    for start in range(0, len(sources), per_file):
-        part = sources[start : start + per_file]
-        texts = [f"text {start + i}" for i in range(len(part))]
-        columns = {"id": texts, "query": texts, "positive": texts, "negatives": [["n"]] * len(part), "source": part}
-        with pa.OSFile(str(folder / f"{start:06d}.arrow"), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-            writer.write_batch(pa.RecordBatch.from_pydict(columns, SCHEMA))
-    with pa.OSFile(str(folder / "999999.arrow"), "wb") as file, pa.ipc.new_stream(file, SCHEMA):
-        pass  # a part of which nothing was kept
-    return PreparedTriplets(folder)
+def make(folder: Path, sources: list[str]) -> PreparedTriplets:
+    """A prepared folder of several files with a record for each source, and of one with none."""
+    rows = [{"query": f"text {i}", "positive": "p", "negative": "n", "source": source} for i, source in enumerate(sources)]
+    parts = [rows[i : i + 7] for i in range(0, len(rows), 7)] + [[rows[0] | {"positive": "too long " * 50}]]
+    files = [DataFile(write(folder / f"{i}.jsonl", *part), f"{i}.jsonl") for i, part in enumerate(parts)]
+    return PreparedTriplets(prepare(files, TripletReader(), limit(), folder / "cache", num_proc=1))
 
 
 def test_triplets_in_the_order_asked_for(tmp_path):
     prepared = make(tmp_path, ["s"] * 20)
     assert len(prepared) == 20
-    assert [t.id for t in prepared.triplets(np.array([13, 2, 19]))] == ["text 13", "text 2", "text 19"]
-    (one,) = prepared.triplets(np.array([0]))
-    assert one.negatives == ("n",)
+    assert [t.query for t in prepared.triplets(np.array([13, 2, 19]))] == ["text 13", "text 2", "text 19"]
+    assert prepared.triplets(np.array([8])) == [Triplet("1.jsonl:2", "text 8", "p", ("n",), "s")]
 
 
 def test_held_out_follows_the_seed():
@@ -52,15 +47,15 @@ def test_pass_sees_everything_once(tmp_path):
     prepared = make(tmp_path, ["s"] * 30)
     done = 0
     stream = TripletBatches(prepared, [np.arange(30)], 6, seed=1, done=lambda: done)
-    first = [t.id for batch in stream for t in batch]
+    first = [t.query for batch in stream for t in batch]
     assert len(stream) == 5
     assert Counter(first) == Counter(f"text {i}" for i in range(30))
-    assert first == [t.id for batch in stream for t in batch]
+    assert first == [t.query for batch in stream for t in batch]
     done = 5
-    second = [t.id for batch in stream for t in batch]
+    second = [t.query for batch in stream for t in batch]
     assert Counter(second) == Counter(first)
     assert second != first
-    assert first != [t.id for batch in TripletBatches(prepared, [np.arange(30)], 6, seed=2) for t in batch]
+    assert first != [t.query for batch in TripletBatches(prepared, [np.arange(30)], 6, seed=2) for t in batch]
 
 
 def test_stream_resumes_anywhere(tmp_path, monkeypatch):
@@ -93,7 +88,7 @@ def test_batches_of_one_source(tmp_path):
     assert len(batches) == len(stream) == 4 + 2 + 2
     assert all(len({t.source for t in batch}) == 1 for batch in batches)
     assert len({batch[0].source for batch in batches[:4]}) > 1  # sources are mixed over time
-    assert max(Counter(t.id for batch in batches for t in batch).values()) == 1
+    assert max(Counter(t.query for batch in batches for t in batch).values()) == 1
 
 
 def test_no_group_fills_a_batch(tmp_path):
@@ -112,9 +107,9 @@ def records(folder: Path, count: int, *more: bytes) -> Path:
     return write(folder / "data.jsonl", *rows, *more)
 
 
-def data(path: Path, reader: Any = None, **settings: Any) -> PreparedDataModule:
+def data(path: Path, **settings: Any) -> PreparedDataModule:
     settings = {"batch_size": 6, "cache_dir": str(path.parent / "cache"), **settings}
-    return PreparedDataModule(str(path), ["*.jsonl"], reader or TripletReader(), lambda: limit(60), **settings)
+    return PreparedDataModule(str(path), ["*.jsonl"], TripletReader(), lambda: limit(60), **settings)
 
 
 def test_pass_is_an_epoch_without_held_out(tmp_path):
@@ -126,12 +121,6 @@ def test_pass_is_an_epoch_without_held_out(tmp_path):
     assert not set(seen) & {triplet.positive for triplet in module.fixed_triplets(2)}
     assert len(module.fixed_triplets(5)) == 2
     assert module.fixed_triplets(5) == module.fixed_triplets(5) == data(tmp_path / "data.jsonl", val_fraction=0.1).fixed_triplets(5)
-
-
-def test_sentences_are_their_own_positives(tmp_path):
-    (tmp_path / "text.txt").write_text("".join(f"a text about {i}\n" for i in range(20)))
-    (batch, *_) = data(tmp_path / "text.txt", SentenceReader()).train_dataloader()
-    assert all(triplet.query == triplet.positive and triplet.negatives == () for triplet in batch)
 
 
 def test_malformed_records_stop_the_run(tmp_path):
@@ -173,16 +162,10 @@ def test_small_sources_are_warned_about(tmp_path, caplog):
     assert "1 sources have fewer records than a batch of 6" in caplog.text
 
 
-@pytest.mark.parametrize("content", [b"\n", b""])
-def test_no_usable_record(tmp_path, content):
-    (tmp_path / "data.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=r"data\.jsonl: 0 records.*nothing to train on"):
-        data(tmp_path / "data.jsonl").prepare_data()
-
-
-def test_too_few_records_and_no_file(tmp_path):
-    with pytest.raises(ValueError, match="do not fill one batch of 30"):
-        data(records(tmp_path, 20), batch_size=30).train_dataloader()
+def test_no_usable_record(tmp_path):
+    for lines in ([], [b""]):
+        with pytest.raises(ValueError, match=r"data\.jsonl: 0 records.*nothing to train on"):
+            data(write(tmp_path / "data.jsonl", *lines)).prepare_data()
     with pytest.raises(FileNotFoundError, match="nowhere"):
         data(tmp_path / "nowhere.jsonl").prepare_data()
 

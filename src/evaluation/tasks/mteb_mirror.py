@@ -27,10 +27,10 @@ def copy_folder(data_dir: Path, name: str, revision: str) -> Path:
 def localised(task: "AbsTask", data_dir: Path) -> "AbsTask":
     """Returns a copy of a task that reads the local copy of its data, if there is one. MTEB shares the task itself."""
     if task.is_aggregate:
-        own = [localised(part, data_dir) for part in _parts(task)]
-        aggregate = _with_metadata(task, tasks=own)
-        aggregate.tasks = own  # type: ignore[attr-defined]
-        aggregate.taskname_to_task = {part.metadata.name: part for part in own}  # type: ignore[attr-defined]
+        parts = [localised(part, data_dir) for part in _parts(task)]
+        aggregate = _with_metadata(task, tasks=parts)
+        aggregate.tasks = parts  # type: ignore[attr-defined]
+        aggregate.taskname_to_task = {part.metadata.name: part for part in parts}  # type: ignore[attr-defined]
         return aggregate
     dataset = task.metadata.dataset
     folder = copy_folder(data_dir, dataset["path"], dataset["revision"])

@@ -73,13 +73,13 @@ def read_rows(file: Path, columns: Columns, **fields: Any) -> Iterator[tuple[str
 def problems(error: ValidationError) -> str:
     """Returns on one line what pydantic found."""
 
-    def told(problem: Any) -> str:
+    def line(problem: Any) -> str:
         if problem["type"] == "value_error":
             return str(problem["ctx"]["error"])
         given = "" if problem["type"] in ("missing", "extra_forbidden") else f", not {reprlib.repr(problem['input'])}"
         return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}{given}"
 
-    return "; ".join(map(told, error.errors(include_url=False)))
+    return "; ".join(map(line, error.errors(include_url=False)))
 
 
 def sts(columns: Columns, data: Path) -> Any:
@@ -141,23 +141,24 @@ def retrieval(columns: Columns, corpus: Path, queries: Path, qrels: Path) -> Any
 
 def reranking(columns: Columns, data: Path) -> Any:
     """query, positive and negative (lists of texts); or a row a candidate: query, document, label (0 or 1)."""
-    labels: dict[str, dict[str, int]] = {}
+    candidates: dict[str, dict[str, int]] = {}  # label of each document, by query
     texts, optional = (list[Text] | None, None), {"document": (Text | None, None), "label": (Binary | None, None)}
     for where, row in read_rows(data, columns, query=Text, positive=texts, negative=texts, **optional):
-        own = labels.setdefault(row["query"], {})
+        labels = candidates.setdefault(row["query"], {})
         if None not in (row["document"], row["label"]):
-            own[row["document"]] = row["label"]
+            labels[row["document"]] = row["label"]
         elif None not in (row["positive"], row["negative"]):
-            own |= dict.fromkeys(row["negative"], 0) | dict.fromkeys(row["positive"], 1)
+            labels |= dict.fromkeys(row["negative"], 0) | dict.fromkeys(row["positive"], 1)
         else:
             raise ValueError(f"{where}: a row has a query, and either positive and negative or document and label")
-    names = {text: hashlib.sha256(text.encode()).hexdigest()[:32] for text in sorted({text for own in labels.values() for text in own})}
+    documents = sorted({text for labels in candidates.values() for text in labels})
+    names = {text: hashlib.sha256(text.encode()).hexdigest()[:32] for text in documents}
     corpus = [{"id": name, "title": "", "text": text} for text, name in names.items()]
-    answered = {query: own for query, own in labels.items() if set(own.values()) == {0, 1}}  # others have nothing to rank
-    queries = [{"id": f"q{i}", "text": query} for i, query in enumerate(answered)]
-    relevant = {f"q{i}": {names[text]: label for text, label in own.items()} for i, own in enumerate(answered.values())}
-    ranked = {query: sorted(own) for query, own in relevant.items()}  # by digest, so that equal scores do not win by the order
-    return _search(_dataset(corpus, data), _dataset(queries, data, 1), relevant, ranked)
+    ranked = {query: labels for query, labels in candidates.items() if set(labels.values()) == {0, 1}}  # others have nothing to rank
+    queries = [{"id": f"q{i}", "text": query} for i, query in enumerate(ranked)]
+    relevant = {f"q{i}": {names[text]: label for text, label in labels.items()} for i, labels in enumerate(ranked.values())}
+    order = {query: sorted(labels) for query, labels in relevant.items()}  # by digest, so that equal scores do not win by the order
+    return _search(_dataset(corpus, data), _dataset(queries, data, 1), relevant, order)
 
 
 def _labelled(file: Path, columns: Columns) -> list[Row]:

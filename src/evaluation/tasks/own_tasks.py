@@ -113,24 +113,24 @@ def own_task(file: Path) -> "AbsTask":
         ValueError: the description is malformed, or the data, by file and line.
     """
     file = file.absolute()
-    told = read_description(file)
-    kind = KINDS[told.type]
+    task = read_description(file)
+    kind = KINDS[task.type]
 
     def load_data(self: "AbsTask", num_proc: int | None = None, **kwargs: Any) -> None:
         if not self.data_loaded:
-            self.dataset, self.data_loaded = kind.dataset(told.columns, **files), True
+            self.dataset, self.data_loaded = kind.dataset(task.columns, **files), True
 
     try:
-        files = {role: inside(file.parent, getattr(told, role)) for role in kind.files}
-        dataset = kind.dataset(told.columns, **files)
+        files = {role: inside(file.parent, getattr(task, role)) for role in kind.files}
+        dataset = kind.dataset(task.columns, **files)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{file}: {error}") from error
     members: dict[str, Any] = {"load_data": load_data}
-    if told.type == "Clustering":  # small, so all of it is embedded
+    if task.type == "Clustering":  # small, so all of it is embedded
         members |= {"max_fraction_of_documents_to_embed": None, "max_documents_per_cluster": min(len(dataset["test"]), 16_384)}
-    revision = content_digest(list(files.values()), repr(sorted(told.model_dump().items())))
-    metadata = {"description": told.description, "main_score": told.main_score or kind.main_score, "language": told.language}
-    return make_task(told.name, told.type, members, dataset={"path": str(file.parent), "revision": revision}, **metadata)
+    revision = content_digest(list(files.values()), repr(sorted(task.model_dump().items())))
+    metadata = {"description": task.description, "main_score": task.main_score or kind.main_score, "language": task.language}
+    return make_task(task.name, task.type, members, dataset={"path": str(file.parent), "revision": revision}, **metadata)
 
 
 def content_digest(files: Sequence[Path], settings: str) -> str:

@@ -43,11 +43,11 @@ class TaskSpec:
 
 def search_set(documents: Iterable[tuple[str, str]], queries: Iterable[tuple[str, str]]) -> dict[str, list[Row]]:
     """Returns the set of a retrieval task from (id, text) of documents and (text, id of its one answer) of queries."""
-    asked = [(f"q:{answer}", text, answer) for text, answer in queries]
+    rows = [(f"q:{answer}", text, answer) for text, answer in queries]
     return {
         "corpus": [{"_id": id, "title": "", "text": text} for id, text in documents],
-        "queries": [{"_id": id, "text": text} for id, text, _ in asked],
-        "default": [{"query-id": id, "corpus-id": answer, "score": 1} for id, _, answer in asked],
+        "queries": [{"_id": id, "text": text} for id, text, _ in rows],
+        "default": [{"query-id": id, "corpus-id": answer, "score": 1} for id, _, answer in rows],
     }
 
 
@@ -92,15 +92,15 @@ def make_tasks(specs: Iterable[TaskSpec], folders: Mapping[str, Path], load: boo
         metadata: of all of them, as MTEB's TaskMetadata names it.
     """
     metadata |= {"annotations_creators": "derived", "sample_creation": "found"}
+    tasks = []
     with isolate_rng(), quiet_mteb():
-        tasks = []
         for spec in specs:
             folder = folders[spec.data]
             dataset = {"path": str(folder), "revision": folder.name.rpartition("_")[2]}
-            told = {"description": spec.description, "main_score": spec.main_score, "dataset": dataset, **metadata}
-            tasks.append(make_task(spec.name, spec.kind, spec.attributes, **told))
-        for task in tasks if load else []:
-            task.load_data()
+            of_task = {"description": spec.description, "main_score": spec.main_score, "dataset": dataset}
+            tasks.append(make_task(spec.name, spec.kind, spec.attributes, **of_task, **metadata))
+            if load:
+                tasks[-1].load_data()
     return tasks
 
 
@@ -114,14 +114,8 @@ def make_task(name: str, kind: str, members: Mapping[str, Any], language: str = 
     import mteb.abstasks
     from mteb.abstasks.task_metadata import TaskMetadata
 
-    told: Any = {
-        "name": name,
-        "type": kind,
-        "category": "t2c" if kind in ("Classification", "Clustering") else "t2t",
-        "eval_splits": ["test"],
-        "eval_langs": [language],
-        **metadata,
-    }
+    category = "t2c" if kind in ("Classification", "Clustering") else "t2t"
+    metadata |= {"name": name, "type": kind, "category": category, "eval_splits": ["test"], "eval_langs": [language]}
     base = getattr(mteb.abstasks, "AbsTaskRetrieval" if kind == "Reranking" else f"AbsTask{kind}")
-    made: AbsTask = type(name, (base,), {"metadata": TaskMetadata(**told), **members})()
-    return made
+    task: AbsTask = type(name, (base,), {"metadata": TaskMetadata(**metadata), **members})()
+    return task
