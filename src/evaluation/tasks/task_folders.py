@@ -97,7 +97,7 @@ def make_tasks(specs: Iterable[TaskSpec], folders: Mapping[str, Path], load: boo
         for spec in specs:
             folder = folders[spec.data]
             dataset = {"path": str(folder), "revision": folder.name.rpartition("_")[2]}
-            of_task = {"description": spec.description, "main_score": spec.main_score, "dataset": dataset}
+            of_task: dict[str, Any] = {"description": spec.description, "main_score": spec.main_score, "dataset": dataset}
             tasks.append(make_task(spec.name, spec.kind, spec.attributes, **of_task, **metadata))
             if load:
                 tasks[-1].load_data()
