@@ -1,4 +1,4 @@
-"""Copies MTEB's data sets for machines without a network: `python mteb_data.py benchmark=mteb_eng_v1 data_dir=/data/mteb`."""
+"""Downloads MTEB's data sets for machines without a network: `python mteb_data.py benchmark=mteb_eng_v1 data_dir=/data/mteb`."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ from src.utils.secrets import keep_secrets
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="mteb_data")
 def main(cfg: DictConfig) -> None:
-    """The command line. Ends in an error if a data set cannot be had."""
+    """Downloads the data; exits with an error that names the data sets that cannot be downloaded."""
     try:
         tasks = named_tasks([cfg.benchmark] if isinstance(cfg.benchmark, str) else list(cfg.benchmark))
     except (FileNotFoundError, ValueError) as error:
@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> None:
     failures = download(tasks, Path(cfg.data_dir))
     if failures:
         lines = "".join(f"\n  {name}: {reason}" for name, reason in failures.items())
-        raise SystemExit(f"mteb_data.py: {len(failures)} data sets cannot be had; the others are in {cfg.data_dir}{lines}")
+        raise SystemExit(f"mteb_data.py: {len(failures)} data sets cannot be downloaded; the others are in {cfg.data_dir}{lines}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
-"""The records that the datamodules serve: plain text, checked once, with no idea of tokens or models."""
+"""Training records: plain text, checked once, independent of tokens and models."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Triplet:
-    """One supervised instance.
+    """One training instance.
 
     Attributes:
-        id: names the record in every error about it (file and line, or a qualified Python name).
+        id: file and line, or a qualified Python name; errors name the record by it.
         query, positive: non-empty texts.
-        negatives: M >= 0 non-empty texts; every record of a batch has the same M.
-        source: where it comes from (a data set, a package), for grouping and for reports.
+        negatives: M >= 0 non-empty texts; all records of a batch have the same M.
+        source: a data set or a package, for grouping and reports.
+
+    Raises:
+        ValueError: a text is empty.
     """
 
     id: str
@@ -27,5 +30,5 @@ class Triplet:
 
     @property
     def texts(self) -> list[str]:
-        """The different texts of the instance."""
+        """The distinct texts."""
         return list(dict.fromkeys((self.query, self.positive, *self.negatives)))

@@ -1,4 +1,4 @@
-"""How many cases the property tests try: a hundred, the same every time, in the fast suite; thousands of new ones in the slow one."""
+"""Number of cases of property tests: a hundred fixed ones in the fast suite, thousands of random ones in the slow suite."""
 
 import pytest
 from hypothesis import HealthCheck, settings

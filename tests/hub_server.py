@@ -1,5 +1,4 @@
-"""A hub on this machine: what `huggingface_hub` asks for when it copies a data set, and transformers when it loads a model,
-answered over HTTP from a dict of files."""
+"""A local hub: serves files of a dict over HTTP to `huggingface_hub` (data sets) and transformers (models)."""
 
 import hashlib
 import json
@@ -18,8 +17,8 @@ class Hub:
 
     Attributes:
         url: for HF_ENDPOINT.
-        asked: path of every file that was sent or is held back, in their order.
-        held: paths that are not sent before `release` is set.
+        asked: paths of the files that were requested, in that order.
+        held: paths that are not sent until `release` is set.
     """
 
     def __init__(self, url: str, held: set[str]) -> None:
@@ -28,16 +27,13 @@ class Hub:
 
 @contextmanager
 def local_hub(repositories: Repositories, held: set[str] = frozenset()) -> Iterator[Hub]:  # type: ignore[assignment]
-    """Serves them until the block ends."""
+    """Serves repositories until the block ends."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
-            self.answer(with_body=False)
+            self.do_GET(with_body=False)
 
-        def do_GET(self) -> None:
-            self.answer(with_body=True)
-
-        def answer(self, with_body: bool) -> None:
+        def do_GET(self, with_body: bool = True) -> None:
             path = urlparse(self.path).path
             for (name, revision), files in repositories.items():
                 if path == f"/api/datasets/{name}/tree/{revision}":
@@ -70,7 +66,7 @@ def local_hub(repositories: Repositories, held: set[str] = frozenset()) -> Itera
                 self.wfile.write(content)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Says nothing."""
+            pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

@@ -1,4 +1,4 @@
-"""A folder with a small task of one's own of every type, written as a user would write them."""
+"""A folder with a small own task of every type, as a user would write them."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,13 @@ TOPICS = {
     "files": ["open a file and read its lines", "write a table to disk", "the path of a folder", "delete what is on disk"],
     "numbers": ["solve a linear system", "eigenvalues of a matrix", "draw from a normal distribution", "the mean of a sample"],
 }
-SCORED = [(4.8, 0, 1), (1.0, 0, 4), (0.2, 1, 8), (3.9, 4, 5), (2.5, 5, 10), (4.1, 8, 9), (0.0, 2, 11), (3.0, 10, 11), (1.7, 3, 6)]
-"""Score and two places in the texts of all topics."""
-
 TEXTS = [text for texts in TOPICS.values() for text in texts]
 LABELS = [topic for topic, texts in TOPICS.items() for _ in texts]
+SCORED = [(4.8, 0, 1), (1.0, 0, 4), (0.2, 1, 8), (3.9, 4, 5), (2.5, 5, 10), (4.1, 8, 9), (0.0, 2, 11), (3.0, 10, 11), (1.7, 3, 6)]
+"""A score and two indices into TEXTS."""
 
 
-def jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
+def jsonl(file: Path, rows: list[Any]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -24,15 +23,20 @@ def tsv(file: Path, rows: list[tuple[Any, ...]]) -> None:
     file.write_text("".join("\t".join(map(str, row)) + "\n" for row in rows), encoding="utf-8")
 
 
+def describe(folder: Path, name: str, kind: str, rest: str) -> Path:
+    """Writes the YAML file of a task."""
+    file = folder / f"{name}.yaml"
+    file.write_text(f"name: {name}\ntype: {kind}\n{rest}\n", encoding="utf-8")
+    return file
+
+
 def write_own_tasks(folder: Path) -> Path:
-    """STS, pairs, retrieval, reranking, classification and clustering on a dozen texts; the folder."""
+    """Writes a task of each type on a dozen texts; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tsv(folder / "sts.tsv", [(score, TEXTS[a], TEXTS[b]) for score, a, b in SCORED])
     describe(folder, "MySTS", "STS", "data: sts.tsv\ncolumns: [score, sentence1, sentence2]")
-    tsv(
-        folder / "pairs.tsv",
-        [("first", "second", "same")] + [(TEXTS[a], TEXTS[b], int(LABELS[a] == LABELS[b])) for _, a, b in SCORED],
-    )
+    pairs = [(TEXTS[a], TEXTS[b], int(LABELS[a] == LABELS[b])) for _, a, b in SCORED]
+    tsv(folder / "pairs.tsv", [("first", "second", "same"), *pairs])
     describe(folder, "MyPairs", "PairClassification", "data: pairs.tsv\ncolumns: {sentence1: first, sentence2: second, label: same}")
     jsonl(folder / "corpus.jsonl", [{"_id": i, "title": LABELS[i], "text": text} for i, text in enumerate(TEXTS)])
     jsonl(folder / "queries.jsonl", [{"_id": f"q{i}", "text": topic} for i, topic in enumerate(TOPICS)])
@@ -43,16 +47,8 @@ def write_own_tasks(folder: Path) -> Path:
     jsonl(folder / "rerank.jsonl", [{"query": t, "positive": TOPICS[t][:2], "negative": others[t][:3]} for t in TOPICS])
     describe(folder, "MyReranking", "Reranking", "data: rerank.jsonl")
     labelled = [{"text": text, "label": label} for text, label in zip(TEXTS, LABELS, strict=True)]
-    jsonl(folder / "train.jsonl", labelled[::2])
-    jsonl(folder / "test.jsonl", labelled[1::2])
+    for name, rows in (("train", labelled[::2]), ("test", labelled[1::2]), ("all", labelled)):
+        jsonl(folder / f"{name}.jsonl", rows)
     describe(folder, "MyClassification", "Classification", "train: train.jsonl\ndata: test.jsonl")
-    jsonl(folder / "all.jsonl", labelled)
     describe(folder, "MyClustering", "Clustering", "data: all.jsonl")
     return folder
-
-
-def describe(folder: Path, name: str, kind: str, rest: str) -> Path:
-    """Writes the YAML file of a task."""
-    file = folder / f"{name}.yaml"
-    file.write_text(f"name: {name}\ntype: {kind}\n{rest}\n", encoding="utf-8")
-    return file

@@ -12,10 +12,8 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader, IterableDataset
 
-from src.datamodules.docstring_datamodule import batches_done
 from src.datamodules.docstrings import Docstring, collect, cut_between_words
-from src.datamodules.grouping import grouped_batches, require_one_batch
-from src.datamodules.loading import load
+from src.datamodules.streams import batches_done, grouped_batches, require_one_batch, stream_loader
 
 _CONTROL = re.compile(r"<\||think>")
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{2,}")
@@ -142,7 +140,7 @@ class DemonstrationDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[list[Demonstration]]:
         docs = collect(self.train_packages, self.cache_dir)
-        return load(DemonstrationStream(docs, **self.stream, seed=self.seed, done=lambda: batches_done(self.trainer)))
+        return stream_loader(DemonstrationStream(docs, **self.stream, seed=self.seed, done=lambda: batches_done(self.trainer)))
 
     def val_dataloader(self) -> DataLoader[list[Demonstration]]:
         docs = collect(self.val_packages, self.cache_dir)

@@ -2,21 +2,22 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import lightning as L
 from torch.utils.data import DataLoader, IterableDataset
 
 from src.datamodules.docstrings import Docstring, collect, cut_between_words
-from src.datamodules.grouping import grouped_batches, require_one_batch
-from src.datamodules.loading import load
+from src.datamodules.streams import batches_done, grouped_batches, require_one_batch, stream_loader
 from src.records import Triplet
 
 
 def make_triplets(docstrings: Sequence[Docstring], negatives: int, max_text_chars: int, rng: random.Random) -> list[Triplet]:
-    """Summary, body, and the bodies of other docstrings of the same module as hard negatives.
+    """Returns triplets of a summary, its body, and the bodies of other docstrings of its module as hard negatives.
 
-    A docstring whose module has too few others gives no triplet. Bodies are cut at `max_text_chars`, between words.
+    A docstring whose module has fewer others than `negatives` is left out. Bodies are cut between words to at most
+    `max_text_chars` characters.
     """
     by_module: dict[str, list[Docstring]] = {}
     for doc in docstrings:
@@ -30,34 +31,21 @@ def make_triplets(docstrings: Sequence[Docstring], negatives: int, max_text_char
     return triplets
 
 
-def batches_done(trainer: L.Trainer | None) -> int:
-    """Batches that a trainer has trained on, before an interruption too; 0 where nothing trains."""
-    return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed) if trainer else 0  # type: ignore[attr-defined]
-
-
+@dataclass(eq=False)
 class TripletStream(IterableDataset[list[Triplet]]):
-    """Endless shuffled passes of batches of `modules_per_batch` modules with `docstrings_per_module` triplets each.
+    """Endless shuffled passes over triplets, in batches of `modules_per_batch` modules with `docstrings_per_module` each.
 
-    `done` is asked at every start and says how many batches to leave out, so that neither a resumed run nor another of
-    the trainer's epochs sees the first batches again.
+    Each iterator skips the batches that `done()` counts, so that a resumed run and the trainer's next epoch go on with new ones.
     """
 
-    def __init__(
-        self,
-        triplets: Sequence[Triplet],
-        modules_per_batch: int,
-        docstrings_per_module: int,
-        seed: int,
-        done: Callable[[], int] = lambda: 0,
-    ) -> None:
-        require_one_batch(len(triplets), modules_per_batch, docstrings_per_module)
-        self.triplets, self.modules_per_batch, self.docstrings_per_module, self.seed, self.done = (
-            list(triplets),
-            modules_per_batch,
-            docstrings_per_module,
-            seed,
-            done,
-        )
+    triplets: Sequence[Triplet]
+    modules_per_batch: int
+    docstrings_per_module: int
+    seed: int
+    done: Callable[[], int] = lambda: 0
+
+    def __post_init__(self) -> None:
+        require_one_batch(len(self.triplets), self.modules_per_batch, self.docstrings_per_module)
 
     def __iter__(self) -> Iterator[list[Triplet]]:
         return islice(self._batches(), self.done(), None)
@@ -69,17 +57,20 @@ class TripletStream(IterableDataset[list[Triplet]]):
 
 
 class DocstringDataModule(L.LightningDataModule):
-    """Triplets (summary, rest, another docstring of the module) of the packages that are not held out.
+    """Batches of docstring triplets, in endless shuffled passes.
 
     Args:
-        train_packages: trained on.
-        val_packages: looked at while training runs, and what settings are chosen on.
-        test_packages: scored at the end, and looked at for nothing else.
-        cache_dir: where the parsed docstrings are kept.
-        modules_per_batch, docstrings_per_module: a batch is `modules_per_batch` modules with `docstrings_per_module` triplets each.
-        negatives: M hard negatives an instance.
+        train_packages: to train on.
+        val_packages: for tables and diagnostics while training, and for choosing settings.
+        test_packages: for final scores only; kept apart from the other two here.
+        cache_dir: for parsed docstrings.
+        modules_per_batch, docstrings_per_module: the batch size is their product.
+        negatives: M, hard negatives of a triplet.
         max_text_chars: longest document, cut between words.
         seed: of the order and of the negatives.
+
+    Raises:
+        ValueError: two lists share a package.
     """
 
     def __init__(
@@ -107,19 +98,13 @@ class DocstringDataModule(L.LightningDataModule):
             collect(packages, self.cache_dir)
 
     def triplets(self, packages: Sequence[str], seed: int) -> list[Triplet]:
-        """All triplets of some packages; `seed` draws the negatives."""
+        """Returns all triplets of some packages; `seed` draws the negatives."""
         return make_triplets(collect(packages, self.cache_dir), self.negatives, self.max_text_chars, random.Random(seed))
 
     def train_dataloader(self) -> DataLoader[list[Triplet]]:
-        stream = TripletStream(
-            self.triplets(self.train_packages, self.seed),
-            self.modules_per_batch,
-            self.docstrings_per_module,
-            self.seed,
-            lambda: batches_done(self.trainer),
-        )
-        return load(stream)
+        triplets, shape = self.triplets(self.train_packages, self.seed), (self.modules_per_batch, self.docstrings_per_module)
+        return stream_loader(TripletStream(triplets, *shape, self.seed, lambda: batches_done(self.trainer)))
 
     def fixed_triplets(self, count: int) -> list[Triplet]:
-        """The same validation triplets at every call, for tables and diagnostics."""
+        """Returns the same validation triplets at every call."""
         return random.Random(0).sample(self.triplets(self.val_packages, seed=0), count)

@@ -1,6 +1,6 @@
-"""Docstrings of installed packages as text pairs: the summary line is a query, the rest its document.
+"""Reads docstrings of installed packages as pairs of a query (the summary) and a document (the rest).
 
-Files are parsed with `ast`, never imported, so nothing of a package runs and nothing it needs is needed here.
+Files are parsed with `ast` and never imported, so no code of a package runs.
 """
 
 import ast
@@ -20,12 +20,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from src.utils.atomic import write_atomic
+
 log = logging.getLogger(__name__)
 
 STDLIB = "stdlib"
-"""The name that stands for the standard library in a list of packages."""
+"""Stands for the standard library in a list of packages."""
 
-_FORMAT = 1  # raise when the cleaning below changes, so that older caches are not read
+_FORMAT = 1  # raise when the cleaning below changes, so that older caches are not used
 _SKIPPED_DIRS = {"site-packages", "dist-packages", "tests", "test", "testing", "__pycache__", "idlelib", "lib2to3", "_vendor"}
 _RULE = re.compile(r"^[-=~^*_]{3,}$")
 _SPACE = re.compile(r"\s+")
@@ -37,10 +39,10 @@ class Docstring:
 
     Attributes:
         id: qualified name, `package.module:Class.function`.
-        package: top-level package, or `stdlib`.
-        module: dotted module path.
-        summary: first paragraph on one line, 4 to 25 words, at most 160 characters.
-        body: what follows it on one line, at least 8 words, at most `max_chars` characters, cut between words.
+        package: top-level package, or STDLIB.
+        module: dotted path.
+        summary: first paragraph on one line, 4 to 25 words and at most 160 characters.
+        body: the rest on one line, at least 8 words, cut between words.
     """
 
     id: str
@@ -51,7 +53,7 @@ class Docstring:
 
 
 def package_root(package: str) -> Path:
-    """Folder of an installed package, found without importing it.
+    """Returns the folder of an installed package, without importing it.
 
     Raises:
         ModuleNotFoundError: it is not installed, or is a single file.
@@ -61,33 +63,33 @@ def package_root(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
-            f"package {package!r} is not installed as a folder of modules; remove it from the datamodule's packages or install it"
+            f"package {package!r} is not installed as a folder of modules: install it, or remove it from the datamodule's packages"
         )
     return Path(next(iter(spec.submodule_search_locations)))
 
 
 def package_version(package: str) -> str:
-    """Version of the distribution that owns a package; Python's own for the standard library."""
+    """Returns the version of the distribution that owns a package; for the standard library, Python's."""
     if package == STDLIB:
         return sys.version.split()[0]
     owners = _owners().get(package)
     return importlib.metadata.version(owners[0]) if owners else "unknown"
 
 
-@functools.cache  # it reads the files of every distribution: seconds, where many are installed
+@functools.cache  # reads files of every distribution, which takes seconds
 def _owners() -> Mapping[str, list[str]]:
     return importlib.metadata.packages_distributions()
 
 
 def cut_between_words(text: str, max_chars: int) -> str:
-    """The text, or as many of its whole words as fit."""
+    """Returns the text, or as many of its first words as fit."""
     return text if len(text) <= max_chars else text[:max_chars].rsplit(" ", 1)[0]
 
 
 def split_docstring(text: str, max_chars: int) -> tuple[str, str] | None:
-    """Summary and body of a docstring, or None where either is too short to be a query or a document.
+    """Returns summary and body of a docstring, or None if either is too short (see Docstring) or the summary too long.
 
-    Doctest lines and underlines of headings are dropped: they are layout, not language.
+    Doctest lines and underlines of headings are dropped.
     """
     head, _, rest = text.strip().partition("\n\n")
     lines = (line.strip() for line in rest.splitlines())
@@ -109,10 +111,10 @@ def _named_nodes(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST
 
 
 def read_file(path: Path, package: str, module: str, max_chars: int) -> list[Docstring]:
-    """The usable docstrings of one file; none where Python cannot parse it (templates, other dialects)."""
+    """Returns the usable docstrings of one file; none if Python cannot parse it (a template, an older Python)."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in other people's files
+            warnings.simplefilter("ignore")  # invalid escapes
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError) as error:
         log.debug("skipping %s: %s", path, error)
@@ -127,7 +129,7 @@ def read_file(path: Path, package: str, module: str, max_chars: int) -> list[Doc
 
 
 def read_package(package: str, max_chars: int) -> list[Docstring]:
-    """All usable docstrings of a package, in the order of its sorted file paths."""
+    """Returns all usable docstrings of a package, in the order of its sorted file paths."""
     root = package_root(package)
     found: list[Docstring] = []
     for folder, subfolders, files in os.walk(root):
@@ -142,7 +144,7 @@ def read_package(package: str, max_chars: int) -> list[Docstring]:
 
 
 def without_repeats(docstrings: Iterable[Docstring]) -> list[Docstring]:
-    """The first of those that share a summary or a body: a copy would be a false negative of its twin."""
+    """Keeps the first of docstrings that share a summary or a body: the others would be false negatives."""
     seen: set[str] = set()
     kept = []
     for doc in docstrings:
@@ -154,9 +156,12 @@ def without_repeats(docstrings: Iterable[Docstring]) -> list[Docstring]:
 
 
 def collect(packages: Sequence[str], cache_dir: Path | str, max_chars: int = 600) -> list[Docstring]:
-    """Docstrings of `packages`, without repeats, in a fixed order for fixed package versions.
+    """Returns the docstrings of `packages` without repeats; versions of the packages determine texts and order.
 
-    Parsed once by two processes and kept in `cache_dir` as JSON lines, under a name that changes with the versions.
+    They are parsed once, and kept in `cache_dir` as JSON lines under a name that depends on the versions.
+
+    Args:
+        max_chars: longest body, cut between words.
 
     Raises:
         ModuleNotFoundError: a package is not installed.
@@ -172,8 +177,19 @@ def collect(packages: Sequence[str], cache_dir: Path | str, max_chars: int = 600
     with ProcessPoolExecutor(max_workers=2) as pool:
         found = [doc for docs in pool.map(read_package, packages, [max_chars] * len(packages)) for doc in docs]
     found = without_repeats(found)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    partial = cache.with_suffix(f".{os.getpid()}.tmp")  # written aside: two runs may start at once
-    partial.write_text("".join(json.dumps(asdict(doc)) + "\n" for doc in found), encoding="utf-8")
-    partial.replace(cache)
+    write_atomic(cache, "".join(json.dumps(asdict(doc)) + "\n" for doc in found))
     return found
+
+
+def docstring_sentences(packages: Sequence[str], cache_dir: str, max_text_chars: int = 320) -> str:
+    """Returns the path of a file with the body of a docstring on each line, which serves as unsupervised data.
+
+    Args:
+        packages, cache_dir: see `collect`. The file is kept in `cache_dir`, named by its content.
+        max_text_chars: longest line, cut between words.
+    """
+    lines = "".join(cut_between_words(doc.body, max_text_chars) + "\n" for doc in collect(packages, cache_dir))
+    file = Path(cache_dir) / f"docstring_sentences_{hashlib.sha256(lines.encode()).hexdigest()[:16]}.txt"
+    if not file.exists():
+        write_atomic(file, lines)
+    return str(file)

@@ -1,26 +1,33 @@
-"""Prepared triplets: on disk, mapped into memory, and served in shuffled batches from any position."""
+"""Serves prepared triplets: mapped from disk into memory, in shuffled batches that can start anywhere."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import lightning as L
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
+from src.datamodules.files import find_files
+from src.datamodules.preparation import Report, load_report, prepare
+from src.datamodules.prompt_limit import PromptLimit
+from src.datamodules.reading import Reader
+from src.datamodules.streams import batches_done, stream_loader
 from src.records import Triplet
+
+log = logging.getLogger(__name__)
 
 Places = NDArray[np.int64]
 """[n] indices of triplets among all of a data set."""
 
 
 class PreparedTriplets:
-    """The Arrow files of a prepared folder as one sequence; rows are read from disk when they are asked for.
-
-    Args:
-        folder: what `prepare` returned.
-    """
+    """The Arrow files of a folder that `prepare` made, as one sequence. Rows are read from disk when asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.rows = concatenate_datasets([Dataset.from_file(str(file)) for file in sorted(folder.glob("*.arrow"))])
@@ -29,75 +36,171 @@ class PreparedTriplets:
         return len(self.rows)
 
     def triplets(self, places: Places) -> list[Triplet]:
-        """The triplets at some places, in the order asked for."""
+        """Returns the triplets at some indices, in that order."""
         columns = self.rows[places.tolist()]
         fields = zip(*(columns[name] for name in ("id", "query", "positive", "negatives", "source")), strict=True)
-        return [Triplet(name, query, positive, tuple(negatives), source) for name, query, positive, negatives, source in fields]
+        return [Triplet(id, query, positive, tuple(negatives), source) for id, query, positive, negatives, source in fields]
 
     def by_source(self, places: Places) -> list[Places]:
-        """The places apart by source, sources in the order of their names."""
+        """Splits indices by source, in the order of the sources' names."""
         encoded = pc.dictionary_encode(self.rows.data.column("source")).unify_dictionaries().combine_chunks()
-        names = np.array(encoded.dictionary.to_pylist(), dtype=object)
-        rank = names.argsort().argsort()  # of each name among all
-        own = rank[encoded.indices.to_numpy()[places]]
-        order = own.argsort(kind="stable")
-        return np.split(places[order], np.flatnonzero(np.diff(own[order])) + 1)
+        rank = np.array(encoded.dictionary.to_pylist(), dtype=object).argsort().argsort()  # of each name among all
+        ranks = rank[encoded.indices.to_numpy()[places]]
+        order = ranks.argsort(kind="stable")
+        return np.split(places[order], np.flatnonzero(np.diff(ranks[order])) + 1)
 
 
 def held_out(count: int, share: float, seed: int) -> tuple[Places, Places]:
-    """The places 0 .. count - 1 in two: those to train on, ascending, and a share (at least one) in a random order."""
+    """Splits the indices 0 .. count - 1: those to train on, ascending, and a share (at least one) in random order."""
     order = np.random.default_rng([seed, 0]).permutation(count)
     held = max(1, round(share * count))
     return np.sort(order[held:]), order[:held]
 
 
+@dataclass(eq=False)
 class TripletBatches(IterableDataset[list[Triplet]]):
-    """What is left of a shuffled pass over some triplets, in whole batches; the next pass has another order.
+    """What remains of a shuffled pass over triplets, in batches of equal size. Each pass has another order.
 
-    `done` is asked at every start and says how many batches have been trained on since the beginning, over all passes: so
-    neither a resumed run nor another of the trainer's epochs sees a batch again, and nothing is read to skip one.
+    Each iterator starts after the batches that `done()` counts, over all passes, so that a resumed run and the trainer's next
+    epoch go on with new ones. Skipped batches are not read.
 
-    Args:
+    Attributes:
         prepared: all triplets.
-        groups: places in it, each group [n] int64. A batch is of one group; what a pass leaves over of a group, or a group
-            smaller than a batch, is not in it.
+        groups: indices into it. A batch is drawn from one group; records that do not fill a batch of their group are left out
+            of the pass.
         batch_size: B.
         seed: of the order.
-        done: see above.
 
     Raises:
         ValueError: no group fills a batch.
     """
 
-    def __init__(
-        self,
-        prepared: PreparedTriplets,
-        groups: Sequence[Places],
-        batch_size: int,
-        seed: int,
-        done: Callable[[], int] = lambda: 0,
-    ) -> None:
-        self.prepared, self.groups, self.batch_size, self.seed, self.done = prepared, groups, batch_size, seed, done
-        self.batches_per_pass = sum(len(group) // batch_size for group in groups)
-        if self.batches_per_pass == 0:
+    prepared: PreparedTriplets
+    groups: Sequence[Places]
+    batch_size: int
+    seed: int
+    done: Callable[[], int] = lambda: 0
+
+    def __post_init__(self) -> None:
+        if len(self) == 0:
             raise ValueError(
-                f"{sum(map(len, groups)):,} records in {len(groups)} groups do not fill one batch of {batch_size}; give more data, or "
-                "set datamodule.batch_size lower"
+                f"{sum(map(len, self.groups)):,} records in {len(self.groups)} groups do not fill one batch of {self.batch_size}: give "
+                "more data, or lower datamodule.batch_size"
             )
 
     def __len__(self) -> int:
-        return self.batches_per_pass
+        return sum(len(group) // self.batch_size for group in self.groups)
 
     def __iter__(self) -> Iterator[list[Triplet]]:
-        number, begun = divmod(self.done(), self.batches_per_pass)
+        number, begun = divmod(self.done(), len(self))
         for places in self.order(number)[begun:]:
             yield self.prepared.triplets(places)
 
     def order(self, number: int) -> Places:
-        """[batches_per_pass, B] int64: the places that the batches of a pass are made of."""
+        """[batches of a pass, B] int64: the indices in each batch of a pass."""
         rng = np.random.default_rng([self.seed, number + 1])  # 0 is the split's
         batches = []
         for group in self.groups:
-            whole = len(group) // self.batch_size
-            batches.append(rng.permutation(group)[: whole * self.batch_size].reshape(whole, self.batch_size))
+            full = len(group) // self.batch_size
+            batches.append(rng.permutation(group)[: full * self.batch_size].reshape(full, self.batch_size))
         return rng.permutation(np.concatenate(batches))
+
+
+class PreparedDataModule(L.LightningDataModule):
+    """Shuffled batches of the records of files. An epoch is one pass.
+
+    Args:
+        path, files, revision: see `find_files`.
+        reader: of the files' format.
+        limit: makes the limit on the length of every text; called when the data is prepared.
+        cache_dir: for prepared data.
+        batch_size: B.
+        group_by_source: draw each batch from one source, so that its texts are harder to tell apart.
+        val_fraction: share of the records that is held out, at least one record, chosen by `seed`.
+        on_bad_record: `stop` the run if records are malformed, after all were found, or `skip` them.
+        num_proc: processes that prepare; None for one a core.
+        seed: of the order and of what is held out.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        files: Sequence[str],
+        reader: Reader,
+        limit: Callable[[], PromptLimit],
+        cache_dir: str,
+        batch_size: int = 32,
+        group_by_source: bool = False,
+        val_fraction: float = 0.01,
+        on_bad_record: Literal["stop", "skip"] = "stop",
+        num_proc: int | None = None,
+        revision: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"datamodule.val_fraction={val_fraction}: it is a share between 0 and 1")
+        if on_bad_record not in ("stop", "skip"):
+            raise ValueError(f"datamodule.on_bad_record={on_bad_record!r}: it is stop or skip")
+        for name, value in (("batch_size", batch_size), ("num_proc", num_proc)):
+            if value is not None and value < 1:
+                raise ValueError(f"datamodule.{name}={value}: it must be at least 1")
+        self.path, self.files, self.revision, self.reader, self.limit = str(path), list(files), revision, reader, limit
+        self.cache_dir, self.num_proc, self.on_bad_record = cache_dir, num_proc, on_bad_record
+        self.batch_size, self.group_by_source, self.val_fraction, self.seed = batch_size, group_by_source, val_fraction, seed
+        self._prepared: PreparedTriplets | None = None
+        self.report = Report()
+
+    def prepare_data(self) -> None:
+        """Finds, checks and filters the records, unless that was done before, and sets `report`.
+
+        Raises:
+            FileNotFoundError: there is no such data, or no tokenizer.
+            ValueError: records are malformed and `on_bad_record` is stop, or there is none to train on.
+        """
+        found, limit = find_files(self.path, self.files, self.revision), self.limit()
+        folder = prepare(found, self.reader, limit, self.cache_dir, self.num_proc)
+        self.report = report = load_report(folder)
+        counts = (
+            f"{self.path}: {report.records:,} records, of which {report.kept:,} can be used, {report.too_long:,} have a text whose prompt "
+            f"is longer than module.max_prompt_tokens={limit.max_prompt_tokens}, and {report.bad:,} are malformed"
+        )
+        if report.bad and self.on_bad_record == "stop":
+            raise ValueError(f"{counts}:\n{report.bad_lines()}\ncorrect them, or leave them out with datamodule.on_bad_record=skip")
+        if not report.kept:
+            raise ValueError(f"{counts}: there is nothing to train on")
+        log.info(counts)
+        if report.bad:
+            log.warning("%s malformed records are left out:\n%s", f"{report.bad:,}", report.bad_lines())
+        self._prepared = PreparedTriplets(folder)
+
+    @property
+    def prepared(self) -> PreparedTriplets:
+        """All records that can be used."""
+        if self._prepared is None:
+            self.prepare_data()  # Lightning calls it in one process of a machine; the others find what that one made
+        assert self._prepared is not None
+        return self._prepared
+
+    def split(self) -> tuple[Places, Places]:
+        """Returns the indices of the records to train on, and of those held out."""
+        return held_out(len(self.prepared), self.val_fraction, self.seed)
+
+    def train_dataloader(self) -> DataLoader[list[Triplet]]:
+        train, _ = self.split()
+        groups = self.prepared.by_source(train) if self.group_by_source else [train]
+        small = [len(group) for group in groups if len(group) < self.batch_size]
+        if small and len(small) < len(groups):
+            log.warning(
+                "%d sources have fewer records than a batch of %d and are never trained on, %s records in all: datamodule.group_by_source "
+                "draws each batch from one source",
+                *(len(small), self.batch_size, f"{sum(small):,}"),
+            )
+        return stream_loader(TripletBatches(self.prepared, groups, self.batch_size, self.seed, lambda: batches_done(self.trainer)))
+
+    def fixed_triplets(self, count: int) -> list[Triplet]:
+        """Returns the same held-out records at every call; fewer than `count` if fewer are held out."""
+        return self.prepared.triplets(self.split()[1][:count])

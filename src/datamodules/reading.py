@@ -1,12 +1,14 @@
-"""From lines and rows to checked triplets; what is malformed is named by file and line, and reading goes on."""
+"""Reads files into checked triplets. A malformed record is yielded as a BadRecord with file and line, and reading goes on."""
 
 import codecs
 import gzip
 import json
+import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
@@ -16,31 +18,30 @@ from src.datamodules.files import DataFile
 from src.records import Triplet
 
 MAX_LINE_BYTES = 8 * 2**20
-"""A longer line is not a record, and is not held in memory to find out."""
+"""A longer line is malformed; it is skipped without being held in memory."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a file that is read at one go.
+    """A part of a file that is read at once; by default all of it.
 
     Attributes:
         file: the file.
-        start, end: its first byte, and the one after its last; of a parquet file, row groups; of a .gz, bytes as they are
-            unpacked, and any end beyond its own.
+        start, end: offsets in bytes, of a .gz those of the decompressed text; in a parquet file, numbers of row groups.
         first: number of its first line or row in the file, from 1.
         size: bytes, for progress.
     """
 
     file: DataFile
-    start: int
-    end: int
-    first: int
-    size: int
+    start: int = 0
+    end: int = sys.maxsize
+    first: int = 1
+    size: int = 0
 
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A line or row that is no record: where (file:line, counted from 1), and why."""
+    """A malformed line or row: where it is (file:line, counted from 1), and why it cannot be used."""
 
     where: str
     reason: str
@@ -49,24 +50,25 @@ class BadRecord:
         return f"{self.where}: {self.reason}"
 
 
-Records = Iterator[Triplet | BadRecord]
+Rows = Iterator[tuple[str, Any]]
+"""file:line of each line or row, and its value or a BadRecord."""
 
 
 class Reader(Protocol):
-    """Makes triplets of a file's content. A dataclass, so that its settings stand in its `repr` and name a cache."""
+    """Makes triplets of a file's content. A dataclass: its `repr` is part of the name of a prepared folder."""
 
-    def read(self, chunk: Chunk) -> Records:
-        """The records of a chunk, and in place of a malformed one what is wrong with it."""
+    def read(self, chunk: Chunk) -> Iterator[Triplet | BadRecord]:
+        """Yields the records of a chunk, malformed ones as BadRecord."""
 
 
 @dataclass(frozen=True)
 class TripletReader:
-    """JSON lines or parquet with `query`, `positive`, `negative` (a text or a list of texts) and, if need be, `source`.
+    """Reads JSON lines or parquet with `query`, `positive`, `negative` (a text or a list of texts) and optionally `source`.
 
-    A record without a source has its file's name as one, without suffixes and a shard's number. Blank lines are skipped.
+    A record without a source gets the stem of its file. Blank lines are skipped.
 
     Attributes:
-        negatives: M, how many of a record's negatives are used, the first ones; with 0 it needs none.
+        negatives: M, the number of a record's negatives that are used, the first ones; 0 makes `negative` optional.
     """
 
     negatives: int = 1
@@ -75,22 +77,15 @@ class TripletReader:
         if self.negatives < 0:
             raise ValueError(f"datamodule.reader.negatives={self.negatives}: it must be at least 0")
 
-    def read(self, chunk: Chunk) -> Records:
+    def read(self, chunk: Chunk) -> Iterator[Triplet | BadRecord]:
         rows = parquet_rows(chunk, self.fields()) if chunk.file.path.suffix == ".parquet" else json_rows(chunk)
-        for where, values in rows:
-            yield values if isinstance(values, BadRecord) else self._checked(where, values, chunk.file)
+        return (record for _, record in parsed(rows, partial(self._triplet, chunk.file)))
 
     def fields(self) -> list[str]:
-        """What every record must have."""
+        """The fields that every record must have."""
         return ["query", "positive", *(["negative"] if self.negatives else [])]
 
-    def _checked(self, where: str, values: Any, file: DataFile) -> Triplet | BadRecord:
-        try:
-            return self._triplet(where, values, file)
-        except ValueError as error:
-            return BadRecord(where, str(error))
-
-    def _triplet(self, where: str, values: Any, file: DataFile) -> Triplet:
+    def _triplet(self, file: DataFile, where: str, values: Any) -> Triplet:
         if not isinstance(values, dict):
             raise ValueError(f"a record is a JSON object with {', '.join(self.fields())}, not {_kind(values)}")
         missing = [name for name in self.fields() if name not in values]
@@ -100,33 +95,39 @@ class TripletReader:
         negative = negative if isinstance(negative, list) else [negative]
         if len(negative) < self.negatives:
             raise ValueError(f"negative has {len(negative)} texts, datamodule.reader.negatives={self.negatives} asks for more")
-        texts = [("query", values["query"]), ("positive", values["positive"]), *(("negative", n) for n in negative[: self.negatives])]
-        query, positive, *negatives = (checked_text(field, text) for field, text in texts)
+        query, positive = (checked_text(name, values[name]) for name in ("query", "positive"))
+        negatives = tuple(checked_text("negative", text) for text in negative[: self.negatives])
         source = values.get("source")
-        source = file.stem if source in (None, "", b"") else checked_text("source", source)
-        return Triplet(where, query, positive, tuple(negatives), source)
+        return Triplet(where, query, positive, negatives, file.stem if source in (None, "", b"") else checked_text("source", source))
 
 
 @dataclass(frozen=True)
 class SentenceReader:
-    """One text a line, as instances without supervision: the text is its own query and positive. Blank lines are skipped."""
+    """Reads one text a line, which is its own query and positive (unsupervised). Blank lines are skipped."""
 
-    def read(self, chunk: Chunk) -> Records:
+    def read(self, chunk: Chunk) -> Iterator[Triplet | BadRecord]:
         for where, line in text_lines(chunk):
-            if isinstance(line, BadRecord):
-                yield line
-            else:
-                text = line.strip()
-                yield Triplet(where, text, text, (), chunk.file.stem)
+            yield line if isinstance(line, BadRecord) else Triplet(where, line.strip(), line.strip(), (), chunk.file.stem)
+
+
+def parsed(rows: Rows, parse: Callable[[str, Any], Any]) -> Rows:
+    """Applies `parse(where, value)` to each row; a ValueError makes the row a BadRecord."""
+    for where, value in rows:
+        if not isinstance(value, BadRecord):
+            try:
+                value = parse(where, value)
+            except ValueError as error:
+                value = BadRecord(where, str(error))
+        yield where, value
 
 
 def checked_text(field: str, value: Any) -> str:
-    """A value that is text with something in it.
+    """Returns a value that is a non-empty text; bytes, which parquet gives, are decoded.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is no text, is blank, or holds a NUL, invalid UTF-8 or half of a surrogate pair.
     """
-    if isinstance(value, bytes):  # of a parquet file
+    if isinstance(value, bytes):
         value = _decoded(value, f"{field} is ")
     if not isinstance(value, str):
         raise ValueError(f"{field} must be text, not {_kind(value)}")
@@ -154,64 +155,72 @@ def _decoded(raw: bytes, what: str = "") -> str:
 # ---- lines
 
 
-def json_rows(chunk: Chunk) -> Iterator[tuple[str, Any]]:
-    """Where each line stands and the value in it, or a BadRecord."""
+def json_rows(chunk: Chunk) -> Rows:
+    """Yields the JSON value of each line."""
+    return parsed(text_lines(chunk), _json_value)
+
+
+def _json_value(where: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at character {error.pos + 1})") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested thousands deep
+        raise ValueError(f"not JSON that can be read ({error})") from error
+
+
+def tsv_rows(chunk: Chunk, names: Sequence[str] | None = None) -> Rows:
+    """Yields the fields of each line, a dict of text by column. Fields stand between tabs, and quotes have no meaning.
+
+    Args:
+        names: of the columns; if None, the first line names them.
+    """
     for where, line in text_lines(chunk):
+        fields = [] if isinstance(line, BadRecord) else line.rstrip("\r\n").split("\t")
         if isinstance(line, BadRecord):
             yield where, line
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            value = BadRecord(where, f"not JSON ({error.msg} at character {error.pos + 1})")
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets thousands deep
-            value = BadRecord(where, f"not JSON that can be read ({error})")
-        yield where, value
+        elif names is None:
+            names = fields
+        elif len(fields) != len(names):
+            yield where, BadRecord(where, f"{len(fields)} fields between tabs, and the columns are {', '.join(names)}")
+        else:
+            yield where, dict(zip(names, fields, strict=True))
 
 
-def text_lines(chunk: Chunk) -> Iterator[tuple[str, str | BadRecord]]:
-    """Where each line stands and its text, or a BadRecord; dummy_rollouts lines are left out."""
+def text_lines(chunk: Chunk) -> Rows:
+    """Yields the text of each line that is not blank."""
     with _opened(chunk.file) as file:
         file.seek(chunk.start)
         number = chunk.first
         while file.tell() < chunk.end and (raw := file.readline(MAX_LINE_BYTES + 1)):
             where = f"{chunk.file.name}:{number}"
             try:
-                line = _checked_line(raw, file, first=number == 1)
+                line: str | BadRecord = _checked_line(raw, file, first=number == 1)
             except ValueError as error:
-                yield where, BadRecord(where, str(error))
-            else:
-                if line.strip():
-                    yield where, line
+                line = BadRecord(where, str(error))
+            if isinstance(line, BadRecord) or line.strip():
+                yield where, line
             number += 1
 
 
 @contextmanager
 def _opened(file: DataFile) -> Iterator[BinaryIO]:
-    """The file's bytes, unpacked where it is a .gz.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    if file.path.suffix != ".gz":
-        with file.path.open("rb") as plain:
-            yield plain
-        return
+    """The file's bytes, those of a .gz decompressed. Raises ValueError if it is damaged."""
     try:
-        with gzip.open(file.path) as unpacked:
-            yield unpacked  # type: ignore[misc]  # all of a BinaryIO that is used here
+        with gzip.open(file.path) if file.path.suffix == ".gz" else file.path.open("rb") as content:
+            yield content  # type: ignore[misc]  # all of a BinaryIO that is used here
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file.name} is no gzip file, or damaged ({error})") from error
 
 
 def _checked_line(raw: bytes, file: BinaryIO, first: bool) -> str:
-    """The line that begins with `raw`; the rest of one that is too long is read from `file`."""
+    """The text of the line that begins with `raw`; the rest of a line that is too long is skipped in `file`."""
     if len(raw) > MAX_LINE_BYTES:
         length = len(raw)
         while raw and not raw.endswith(b"\n"):
             raw = file.readline(MAX_LINE_BYTES)
             length += len(raw)
-        raise ValueError(f"a line of {length:,} bytes; the longest that is read has {MAX_LINE_BYTES:,}")
+        raise ValueError(f"a line of {length:,} bytes; the limit is {MAX_LINE_BYTES:,}")
     if first:
         raw = raw.removeprefix(codecs.BOM_UTF8)
     if b"\0" in raw:
@@ -222,53 +231,50 @@ def _checked_line(raw: bytes, file: BinaryIO, first: bool) -> str:
 # ---- parquet
 
 
-def parquet_rows(chunk: Chunk, needed: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each row stands and its values; texts as bytes, so that one that is not UTF-8 spoils no other.
+def parquet_rows(chunk: Chunk, needed: Sequence[str]) -> Rows:
+    """Yields a dict of each row. Texts stay bytes, so that invalid UTF-8 in one makes only its own row malformed.
 
     Raises:
-        ValueError: not a parquet file, or one without a column that is needed.
+        ValueError: it is no parquet file, or lacks a column that is needed.
     """
-    with _named_errors(chunk.file), open_parquet(chunk.file) as file:
-        there = file.schema_arrow.names
-        missing = [name for name in needed if name not in there]
+    with open_parquet(chunk.file) as file:
+        found = file.schema_arrow.names
+        missing = [name for name in needed if name not in found]
         if missing:
-            raise ValueError(f"{chunk.file.name} has no column {', '.join(missing)}; it has {', '.join(there)}")
-        columns = [name for name in ("query", "positive", "negative", "source") if name in there]
+            raise ValueError(f"{chunk.file.name} has no column {', '.join(missing)}; it has {', '.join(found)}")
+        columns = [name for name in ("query", "positive", "negative", "source") if name in found]
         number = chunk.first
         for batch in file.iter_batches(256, row_groups=range(chunk.start, chunk.end), columns=columns, use_threads=False):
-            values = [_undecoded(batch.column(name)).to_pylist() for name in columns]
+            values = [_as_bytes(batch.column(name)).to_pylist() for name in columns]
             for row in zip(*values, strict=True):
                 yield f"{chunk.file.name}:{number}", dict(zip(columns, row, strict=True))
                 number += 1
 
 
-def open_parquet(file: DataFile) -> pq.ParquetFile:
-    """The open file.
+@contextmanager
+def open_parquet(file: DataFile) -> Iterator[pq.ParquetFile]:
+    """Opens a parquet file.
 
     Raises:
-        ValueError: not a parquet file.
+        ValueError: it is none, or damaged; also for what pyarrow finds while it is read.
     """
-    with _named_errors(file):
-        return pq.ParquetFile(file.path)
-
-
-@contextmanager
-def _named_errors(file: DataFile) -> Iterator[None]:
-    """What pyarrow says of bytes that are no parquet, as one line with the file's name."""
     try:
-        yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # its names of columns may be damaged too
+        with pq.ParquetFile(file.path) as parquet:
+            yield parquet
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # names of columns may be damaged too
         raise ValueError(f"{file.name} is not a parquet file, or damaged ({' '.join(str(error).split())})") from error
 
 
-def _undecoded(column: pa.Array) -> pa.Array:
+def _as_bytes(column: pa.Array) -> pa.Array:
     """The same values with bytes in place of texts."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    if _is_text(column.type):
         return column.cast(pa.large_binary())
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        value = column.type.value_type
-        if pa.types.is_string(value) or pa.types.is_large_string(value):
-            return column.cast(pa.large_list(pa.large_binary()))
+    if (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)) and _is_text(column.type.value_type):
+        return column.cast(pa.large_list(pa.large_binary()))
     return column
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)

@@ -17,8 +17,7 @@ from src.callbacks.final_report import FinalReport, columns_of, markdown
 from src.callbacks.mteb_eval import MTEBEvaluation
 from src.callbacks.rationale_table import RationaleTable
 from src.evaluation.run_tasks import EvaluationScores
-from src.evaluation.tasks.offline_sets import OfflineSize
-from src.evaluation.tasks.offline_tasks import offline_tasks
+from src.evaluation.tasks.offline_tasks import OfflineSize, offline_tasks
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.grace import GRACE

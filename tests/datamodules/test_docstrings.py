@@ -1,3 +1,5 @@
+"""Docstrings of installed packages as queries and documents."""
+
 import json
 import tomllib
 from importlib.metadata import packages_distributions, version
@@ -11,6 +13,7 @@ from src.datamodules.docstrings import (
     STDLIB,
     Docstring,
     collect,
+    docstring_sentences,
     package_root,
     package_version,
     read_file,
@@ -64,94 +67,92 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "tablekit"
 
 
-def test_docstrings_are_found_by_their_qualified_names(package: str) -> None:
+BODY = "The body that follows it is long enough to be a document."
+IDS = ["tablekit.io", "tablekit.io:Table", "tablekit.io:Table.total"]
+
+
+def test_file(package: str) -> None:
     found = read_file(package_root(package) / "io.py", package, "tablekit.io", max_chars=600)
-    assert [doc.id for doc in found] == ["tablekit.io", "tablekit.io:Table", "tablekit.io:Table.total"]
+    assert [doc.id for doc in found] == IDS
     assert found[0].summary == "Reads and writes small tables of numbers."
     assert found[1].body.startswith("Rows are kept in the order")
-
-
-def test_doctests_and_underlines_are_left_out(package: str) -> None:
-    total = read_file(package_root(package) / "io.py", package, "tablekit.io", max_chars=600)[-1]
-    assert total.body == "Notes Empty tables sum to zero, which is what most of the callers expect of them. 0"
-
-
-def test_a_file_that_cannot_be_parsed_gives_none(package: str) -> None:
+    # without doctest and underline
+    assert found[2].body == "Notes Empty tables sum to zero, which is what most of the callers expect of them. 0"
     assert read_file(package_root(package) / "broken.py", package, "tablekit.broken", max_chars=600) == []
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    "text",
     [
-        ("Too short.\n\nBut the body that follows it is long enough to be a document.", "summary of two words"),
-        ("A summary that stands alone with nothing after it.", "no body"),
-        ("A summary of enough words.\n\nBody too short.", "body of three words"),
-        ("word " * 26 + "\n\nThe body that follows it is long enough to be a document.", "summary of 26 words"),
-        ("word " * 3 + "x" * 160 + "\n\nThe body that follows it is long enough to be a document.", "summary of 175 characters"),
+        f"Too short.\n\n{BODY}",
+        "A summary that stands alone with nothing after it.",
+        "A summary of enough words.\n\nBody too short.",
+        f"{'word ' * 26}\n\n{BODY}",
+        f"{'word ' * 3}{'x' * 160}\n\n{BODY}",
     ],
+    ids=["summary of two words", "no body", "body of three words", "summary of 26 words", "summary of 175 characters"],
 )
-def test_a_docstring_that_makes_no_pair_is_left_out(text: str, why: str) -> None:
-    assert split_docstring(text, 600) is None, why
+def test_unusable_docstring(text: str) -> None:
+    assert split_docstring(text, 600) is None
 
 
-def test_a_long_body_is_cut_between_words() -> None:
+def test_long_body_is_cut_between_words() -> None:
     parts = split_docstring("A summary of\n  enough words.\n\n" + "alphabet " * 40, max_chars=100)
     assert parts == ("A summary of enough words.", " ".join(["alphabet"] * 11))
 
 
-def test_the_first_of_two_copies_is_kept() -> None:
-    docs = [
-        Docstring("a", "p", "m", "Same summary", "first body"),
-        Docstring("b", "p", "m", "same SUMMARY", "second body"),
-        Docstring("c", "p", "m", "Another summary", "First body"),
-        Docstring("d", "p", "m", "A third summary", "a third body"),
-    ]
-    assert [doc.id for doc in without_repeats(docs)] == ["a", "d"]
+def test_first_of_two_copies_is_kept() -> None:
+    texts = {"a": ("Same summary", "first body"), "b": ("same SUMMARY", "second"), "c": ("Another", "First body"), "d": ("Third", "third")}
+    assert [doc.id for doc in without_repeats(Docstring(id, "p", "m", *text) for id, text in texts.items())] == ["a", "d"]
 
 
-def test_collecting_skips_tests_and_repeats_and_keeps_a_cache(package: str, tmp_path: Path) -> None:
+def test_collect_keeps_a_cache(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
     first = collect([package], cache)
-    assert [doc.id for doc in first] == ["tablekit.io", "tablekit.io:Table", "tablekit.io:Table.total"]
+    assert [doc.id for doc in first] == IDS  # neither tests nor repeats
     (file,) = cache.iterdir()
-    assert [json.loads(line)["id"] for line in file.read_text().splitlines()] == [doc.id for doc in first]
-    (tmp_path / package / "io.py").write_text("")  # what is cached is not read again
+    assert [json.loads(line)["id"] for line in file.read_text().splitlines()] == IDS
+    (tmp_path / package / "io.py").write_text("")
     assert collect([package], cache) == first
-
-
-def test_the_cache_follows_versions_and_lengths(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    collect([package], tmp_path / "cache")
-    collect([package], tmp_path / "cache", max_chars=80)
+    collect([package], cache, max_chars=80)
     monkeypatch.setattr(docstrings, "package_version", lambda package: "another")
-    collect([package], tmp_path / "cache")
-    assert len(list((tmp_path / "cache").iterdir())) == 3
+    collect([package], cache)
+    assert len(list(cache.iterdir())) == 3
 
 
-def test_a_real_package_gives_the_same_clean_pairs_every_time(tmp_path: Path) -> None:
+def test_sentences_are_bodies(package: str, tmp_path: Path) -> None:
+    file = docstring_sentences([package], str(tmp_path / "cache"), max_text_chars=40)
+    assert docstring_sentences([package], str(tmp_path / "cache"), max_text_chars=40) == file
+    lines = Path(file).read_text().splitlines()
+    assert [doc.body.startswith(line) and len(line) <= 40 for doc, line in zip(collect([package], tmp_path), lines, strict=True)] == [
+        True
+    ] * 3
+
+
+def test_real_package(tmp_path: Path) -> None:
     docs = collect(["rich"], tmp_path / "a")
     assert docs == collect(["rich"], tmp_path / "b")
     assert len(docs) > 100
     assert len({doc.summary.lower() for doc in docs}) == len({doc.body.lower() for doc in docs}) == len(docs)
     for doc in docs:
-        assert doc.package == "rich"
-        assert doc.module.split(".")[0] == "rich"
+        assert doc.package == doc.module.split(".")[0] == "rich"
         assert 4 <= len(doc.summary.split()) <= 25
         assert len(doc.summary) <= 160
         assert len(doc.body.split()) >= 8
         assert len(doc.body) <= 600
 
 
-def test_an_absent_package_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModuleNotFoundError, match="package 'nosuchpackage' is not installed"):
+def test_absent_package(tmp_path: Path) -> None:
+    with pytest.raises(ModuleNotFoundError, match="'nosuchpackage' is not installed"):
         collect(["nosuchpackage"], tmp_path)
 
 
-def test_the_standard_library_is_a_package_of_its_own() -> None:
+def test_standard_library() -> None:
     assert (package_root(STDLIB) / "argparse.py").is_file()
     assert package_version(STDLIB).startswith("3.")
 
 
-def test_every_package_of_the_corpus_is_pinned_and_installed_at_its_pin() -> None:
+def test_packages_are_installed_at_their_pins() -> None:
     """Another version is another data set: `pip install .` alone decides what is read."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = dict(line.split("==") for line in project["dependencies"] if "==" in line)

@@ -1,37 +1,35 @@
+"""Which files a path stands for, and which are refused."""
+
+import os
+
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from src.datamodules.files import DataFile, find_files
+from src.datamodules.files import DataFile, find_files, inside
 
 
-def test_a_file_is_itself_whatever_its_suffix(tmp_path):
-    (tmp_path / "mine.data").write_text("x")
-    (found,) = find_files(str(tmp_path / "mine.data"), ["*.jsonl"])
+def folder_of(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    return str(folder)
+
+
+def names_in(path, *patterns):
+    return [file.name for file in find_files(str(path), patterns or ["*.jsonl"])]
+
+
+def test_named_file_needs_no_suffix(tmp_path):
+    (found,) = find_files(f"{folder_of(tmp_path, 'mine.data')}/mine.data", ["*.jsonl"])
     assert (found.path, found.name, found.stem) == (tmp_path / "mine.data", "mine.data", "mine")
 
 
-def test_a_folder_is_its_matching_files_sorted_and_hidden_ones_are_left_out(tmp_path):
-    for name in ("b.jsonl", "sub/a.jsonl", "c.parquet", "notes.txt", ".cache/x.jsonl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x")
-    found = find_files(str(tmp_path), ["*.jsonl", "*.parquet"])
+def test_folder_is_searched(tmp_path):
+    folder = folder_of(tmp_path, "b.jsonl", "sub/a.jsonl", "c.parquet", "notes.txt", ".cache/x.jsonl")
+    found = find_files(folder, ["*.jsonl", "*.parquet"])
     assert [file.name for file in found] == ["b.jsonl", "c.parquet", "sub/a.jsonl"]
     assert found[2].stem == "sub/a"
     assert all(file.path.is_file() for file in found)
-
-
-def test_links_to_folders_are_told_unless_they_are_read_in_their_own_place(tmp_path):
-    data, other = tmp_path / "data", tmp_path / "other"
-    for folder in (data / "sub", other):
-        folder.mkdir(parents=True)
-        (folder / "a.jsonl").write_text("x")
-    (data / "inner").symlink_to(data / "sub")
-    (data / "empty").symlink_to(tmp_path / "nowhere")
-    (data / ".hidden").symlink_to(other)
-    assert [file.name for file in find_files(str(data), ["*.jsonl"])] == ["sub/a.jsonl"]
-    (data / "sub" / "link").symlink_to(other)
-    with pytest.raises(ValueError, match=r"has links to folders that lie elsewhere \(sub/link\): copy them there"):
-        find_files(str(data), ["*.jsonl"])
 
 
 @pytest.mark.parametrize(
@@ -45,75 +43,109 @@ def test_links_to_folders_are_told_unless_they_are_read_in_their_own_place(tmp_p
         ("one-of-a-kind.jsonl", "one-of-a-kind"),
     ],
 )
-def test_the_shards_of_a_set_have_one_stem(tmp_path, name, stem):
+def test_shards_share_a_stem(tmp_path, name, stem):
     assert DataFile(tmp_path / name, name).stem == stem
 
 
-def folder_of(folder, *names):
-    for name in names:
-        (folder / name).write_text("x")
-    return str(folder)
+# ---- compressed files, JSON files
 
 
 @pytest.mark.parametrize("packed", ["b.jsonl.gz", "b.jsonl.zst", "b.parquet.xz"])
-def test_files_that_match_but_for_their_packing_are_not_passed_over(tmp_path, packed):
-    with pytest.raises(ValueError, match=rf"holds {packed}, which \*\.jsonl or \*\.parquet leaves out: unpack them") as caught:
+def test_compressed_file_that_no_pattern_names(tmp_path, packed):
+    with pytest.raises(ValueError, match=rf"holds {packed}, .*datamodule\.files"):
         find_files(folder_of(tmp_path, "a.jsonl", packed), ["*.jsonl", "*.parquet"])
-    assert "\n" not in str(caught.value)
 
 
-def test_gz_files_are_found_where_they_are_named_and_not_beside_what_was_packed(tmp_path):
-    found = find_files(folder_of(tmp_path, "a.jsonl", "b.jsonl.gz"), ["*.jsonl", "*.jsonl.gz"])
-    assert [file.name for file in found] == ["a.jsonl", "b.jsonl.gz"]
-    with pytest.raises(ValueError, match=r"holds a\.jsonl both as they are and packed"):
-        find_files(folder_of(tmp_path, "a.jsonl.gz"), ["*.jsonl", "*.jsonl.gz"])
+def test_gz_that_a_pattern_names(tmp_path):
+    assert names_in(folder_of(tmp_path, "a.jsonl", "b.jsonl.gz"), "*.jsonl", "*.jsonl.gz") == ["a.jsonl", "b.jsonl.gz"]
+    with pytest.raises(ValueError, match=r"holds a\.jsonl both plain and compressed"):
+        names_in(folder_of(tmp_path, "a.jsonl.gz"), "*.jsonl", "*.jsonl.gz")
 
 
-def test_what_was_unpacked_is_read_and_its_origin_left_out(tmp_path):
-    assert [file.name for file in find_files(folder_of(tmp_path, "a.txt", "a.txt.gz", "b.txt"), ["a.txt"])] == ["a.txt"]
+def test_decompressed_file_beside_its_origin(tmp_path):
+    assert names_in(folder_of(tmp_path, "a.txt", "a.txt.gz", "b.txt"), "a.txt") == ["a.txt"]
 
 
-def test_a_named_file_that_is_packed_otherwise_is_told(tmp_path):
-    with pytest.raises(ValueError, match=r"a\.jsonl\.zst' is packed in a way that is not read here"):
-        find_files(f"{folder_of(tmp_path, 'a.jsonl.zst')}/a.jsonl.zst", ["*.jsonl"])
+def test_named_zst_file(tmp_path):
+    with pytest.raises(ValueError, match=r"a\.jsonl\.zst' is compressed"):
+        names_in(f"{folder_of(tmp_path, 'a.jsonl.zst')}/a.jsonl.zst")
 
 
-def test_json_files_beside_json_lines_are_told(tmp_path, caplog):
-    with pytest.raises(FileNotFoundError, match=r"matches \*\.jsonl \(there is b\.json\): give datamodule"):
-        find_files(folder_of(tmp_path, "b.json"), ["*.jsonl"])
-    assert len(find_files(folder_of(tmp_path, "a.jsonl"), ["*.jsonl"])) == 1  # they may be about the records
+def test_json_beside_json_lines(tmp_path, caplog):
+    with pytest.raises(FileNotFoundError, match=r"matches \*\.jsonl \(there is b\.json\)"):
+        names_in(folder_of(tmp_path, "b.json"))
+    assert names_in(folder_of(tmp_path, "a.jsonl")) == ["a.jsonl"]  # b.json may be about the records
     assert "b.json are not read" in caplog.text
 
 
-def test_a_folder_without_such_files_is_told(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"matches \*\.jsonl or \*\.parquet: give datamodule\.path=<local file>"):
-        find_files(str(tmp_path), ["*.jsonl", "*.parquet"])
+def test_folder_without_matching_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"matches \*\.jsonl or \*\.parquet: give datamodule\.path"):
+        names_in(tmp_path, "*.jsonl", "*.parquet")
+
+
+# ---- links, and names that lead elsewhere
+
+
+def test_linked_folders(tmp_path):
+    data, other = tmp_path / "data", tmp_path / "other"
+    folder_of(tmp_path, "data/sub/a.jsonl", "other/a.jsonl")
+    (data / "inner").symlink_to(data / "sub")
+    (data / "empty").symlink_to(tmp_path / "nowhere")
+    (data / ".hidden").symlink_to(other)
+    assert names_in(data) == ["sub/a.jsonl"]
+    (data / "sub" / "link").symlink_to(other)
+    with pytest.raises(ValueError, match=r"link to a folder outside of it \(sub/link\)"):
+        names_in(data)
+
+
+def test_linked_file(tmp_path):
+    folder_of(tmp_path, "key", "data/other.txt")
+    (tmp_path / "data" / "notes.txt").symlink_to(tmp_path / "key")
+    with pytest.raises(ValueError, match=r"'notes\.txt' leads out of"):
+        names_in(tmp_path / "data", "*.txt")
+    assert names_in(tmp_path / "key", "*.txt") == ["key"]
+
+
+@pytest.mark.parametrize("name", ["../secret.jsonl", "/etc/passwd", "a/../../secret.jsonl", "link.jsonl", "folder/secret.jsonl"])
+def test_inside_refuses_outer_names(tmp_path, name):
+    folder_of(tmp_path, "secret.jsonl", "data/own.jsonl")
+    (tmp_path / "data" / "link.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    (tmp_path / "data" / "folder").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=r"leads out of"):
+        inside(tmp_path / "data", name)
+
+
+def test_inside_follows_links_of_the_hub_cache(tmp_path):
+    root, blob = tmp_path / "datasets--a--b" / "snapshots" / "abc", tmp_path / "datasets--a--b" / "blobs" / "123"
+    folder_of(tmp_path / "datasets--a--b", "blobs/123", "snapshots/abc/sub/two.jsonl")
+    (root / "one.jsonl").symlink_to(os.path.relpath(blob, root))
+    (root / "three.jsonl").symlink_to("sub/two.jsonl")
+    assert names_in(root) == ["one.jsonl", "sub/two.jsonl", "three.jsonl"]
+    assert inside(root, "sub/../sub/two.jsonl").read_text() == "x"
+
+
+# ---- the hub
 
 
 @pytest.mark.parametrize("path", ["/no/such/data.jsonl", "no_such.jsonl", "../data/none", "a/b/c"])
-def test_what_is_no_hub_name_is_not_looked_for_there(path, monkeypatch):
+def test_hub_is_not_asked_for_paths(path, monkeypatch):
     monkeypatch.setattr("src.datamodules.files.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
-    with pytest.raises(FileNotFoundError, match="no such file or folder; give datamodule"):
-        find_files(path, ["*.jsonl"])
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder; give datamodule\.path"):
+        names_in(path)
 
 
-def test_a_hub_out_of_reach_is_one_line_that_says_what_to_do():
-    with pytest.raises(FileNotFoundError) as caught:  # the tests run with HF_HUB_OFFLINE=1
-        find_files("nobody/nothing-of-this-name", ["*.txt"])
-    message = str(caught.value)
-    assert message.startswith("no data at 'nobody/nothing-of-this-name'")
-    assert message.endswith("give datamodule.path=<local file or folder>")
-    assert "\n" not in message
+def test_hub_out_of_reach():
+    with pytest.raises(FileNotFoundError, match=r"^no data at 'nobody/nothing'.*give datamodule\.path=<local file or folder>$") as caught:
+        names_in("nobody/nothing")  # the tests run with HF_HUB_OFFLINE=1
     assert isinstance(caught.value.__cause__, LocalEntryNotFoundError)
 
 
-def test_a_data_set_on_the_hub_is_a_folder(tmp_path, monkeypatch):
+def test_hub_data_set_is_a_folder(tmp_path, monkeypatch):
     asked = {}
 
     def download(name, **settings):
         asked.update(settings, name=name)
-        (tmp_path / "text.txt").write_text("x")
-        return str(tmp_path)
+        return folder_of(tmp_path, "text.txt")
 
     monkeypatch.setattr("src.datamodules.files.snapshot_download", download)
     (found,) = find_files("someone/texts", ["text.txt"], revision="abc")

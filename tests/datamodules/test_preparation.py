@@ -1,3 +1,5 @@
+"""Preparation in parallel, its cache, and what killed processes leave."""
+
 import json
 import os
 import signal
@@ -8,37 +10,28 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import pytest
+from filelock import FileLock, Timeout
 
 from src.datamodules import preparation
 from src.datamodules.files import DataFile
 from src.datamodules.preparation import MALFORMED, SHOWN, Report, in_batches, load_report, prepare, scan
-from src.datamodules.prepared import PreparedTriplets
 from src.datamodules.prompt_limit import PromptLimit
 from src.datamodules.reading import BadRecord, Chunk, SentenceReader, TripletReader, json_rows
 from src.modules.prompt.renderer import PromptRenderer
 from src.records import Triplet
 from tests.builders import SENTENCES, small_tokenizer
 from tests.conftest import ROOT
-
-
-def limit(max_prompt_tokens: int = 44, instruction: str = "Name the terms.") -> PromptLimit:
-    return PromptLimit(small_tokenizer(), instruction, max_prompt_tokens)
+from tests.datamodules.builders import all_triplets, limit, write
 
 
 def sentences(folder: Path, count: int, name: str = "text.txt") -> DataFile:
-    """Every tenth is dummy_rollouts, every 7th is not UTF-8, and lengths vary."""
+    """Every tenth line is blank, every 7th is not UTF-8, and lengths vary."""
     lines = [
         b"" if i % 10 == 0 else b"\xff" if i % 7 == 0 else (SENTENCES[i % 5][: 5 + i % 60] + f" {i}").encode() for i in range(1, count + 1)
     ]
     (folder / name).write_bytes(b"\n".join(lines) + b"\n")
     return DataFile(folder / name, name)
-
-
-def rows(folder: Path) -> list[Triplet]:
-    prepared = PreparedTriplets(folder)
-    return prepared.triplets(np.arange(len(prepared)))
 
 
 @pytest.fixture
@@ -47,9 +40,9 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_chunks_cover_a_file_once_and_know_their_lines(tmp_path):
+def test_chunks_cover_a_file_once(tmp_path):
     lines = [json.dumps({"n": i, "fill": "x" * (i * 37 % 300)}) for i in range(1, 200)]
-    lines[50] = json.dumps({"n": 51, "fill": "x" * 5000})  # over several blocks
+    lines[50] = json.dumps({"n": 51, "fill": "x" * 5000})  # longer than a block
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(lines))  # the last line has no end
     digest, chunks = scan(DataFile(path, "data.jsonl"))
@@ -63,71 +56,46 @@ def test_chunks_cover_a_file_once_and_know_their_lines(tmp_path):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_several_processes_prepare_what_one_does(tmp_path):
+def test_processes_prepare_what_one_does(tmp_path):
     file = sentences(tmp_path, 300)
     one, two = (prepare([file], SentenceReader(), limit(), tmp_path / str(n), num_proc=n) for n in (1, 2))
     assert one.name == two.name
     assert len(list(one.glob("*.arrow"))) > 5
-    assert rows(one) == rows(two)
-    assert load_report(one) == load_report(two)
+    assert all_triplets(one) == all_triplets(two)
     report = load_report(one)
-    assert report.records == 270
-    assert report.bad == 38
+    assert report == load_report(two)
+    assert (report.records, report.bad) == (270, 38)
     assert report.kept + report.too_long + report.bad == report.records
     assert min(report.kept, report.too_long) > 50
-    assert len(report.first_bad) == SHOWN
-    assert report.first_bad[:2] == ["text.txt:7: not UTF-8 (byte 1 is 0xff)", "text.txt:14: not UTF-8 (byte 1 is 0xff)"]
-    assert report.bad_lines().endswith(f"\n  and 18 more, see {one / MALFORMED}")
     listed = [f"text.txt:{i}: not UTF-8 (byte 1 is 0xff)" for i in range(7, 301, 7) if i % 10]
     assert (one / MALFORMED).read_text().splitlines() == (two / MALFORMED).read_text().splitlines() == listed
-    assert listed[:SHOWN] == report.first_bad
+    assert report.first_bad == listed[:SHOWN]
+    assert report.bad_lines().endswith(f"\n  and 18 more, see {one / MALFORMED}")
     assert {file.suffix for file in two.iterdir()} == {".arrow", ".json", ".txt"}
 
 
-def test_the_second_time_nothing_is_read_and_whatever_matters_makes_another_folder(tmp_path, monkeypatch):
-    file = sentences(tmp_path, 40)
-    folder = prepare([file], SentenceReader(), limit(), tmp_path / "cache")
+def test_cache_key(tmp_path, monkeypatch):
+    def prepared(file=None, reader=None, num_proc=None, **limits):
+        return prepare([file or text], reader or SentenceReader(), limit(**limits), tmp_path / "cache", num_proc)
+
+    text = sentences(tmp_path, 40)
+    folder = prepared()
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "_prepare_all", lambda *_: pytest.fail("prepared again"))
-        assert prepare([file], SentenceReader(), limit(), tmp_path / "cache") == folder
-        assert prepare([file], SentenceReader(), limit(instruction="Name the terms!"), tmp_path / "cache", num_proc=2) == folder
+        assert prepared(num_proc=2) == prepared(instruction="Name the terms!") == folder
     others = [
-        prepare([file], SentenceReader(), limit(38), tmp_path / "cache"),
-        prepare([file], SentenceReader(), limit(instruction="Name the terms, one by one"), tmp_path / "cache"),
-        prepare([DataFile(file.path, "other.txt")], SentenceReader(), limit(), tmp_path / "cache"),
-        prepare([file], TripletReader(1), limit(), tmp_path / "cache"),
-        prepare([file], TripletReader(2), limit(), tmp_path / "cache"),
-        prepare([sentences(tmp_path, 41)], SentenceReader(), limit(), tmp_path / "cache"),
+        prepared(max_prompt_tokens=38),
+        prepared(instruction="Name the terms, one by one"),
+        prepared(DataFile(text.path, "other.txt")),
+        prepared(reader=TripletReader(1)),
+        prepared(reader=TripletReader(2)),
+        prepared(sentences(tmp_path, 41)),
     ]
     assert len({folder, *others}) == 7
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {path.name for path in (folder, *others)}  # nothing left aside
+    assert {path for path in (tmp_path / "cache").iterdir() if path.is_dir()} == {folder, *others}
 
 
-def test_a_failure_leaves_nothing_behind_and_another_runs_result_is_taken(tmp_path, monkeypatch):
-    file, cache = sentences(tmp_path, 40), tmp_path / "cache"
-
-    def broken(*_):
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(preparation, "_prepare_all", broken)
-        with pytest.raises(OSError, match="disk full"):
-            prepare([file], SentenceReader(), limit(), cache)
-    assert list(cache.iterdir()) == []
-
-    def overtaken(chunks, worker, processes):
-        yield from genuine(chunks, worker, processes)
-        if not other:  # meanwhile, another run prepares the same
-            other.append(None)
-            other[0] = prepare([file], SentenceReader(), limit(), cache)
-
-    genuine, other = preparation._prepare_all, []
-    monkeypatch.setattr(preparation, "_prepare_all", overtaken)
-    assert prepare([file], SentenceReader(), limit(), cache) == other[0]
-    assert list(cache.iterdir()) == other
-
-
-def test_the_limit_is_the_renderers(tmp_path):
+def test_limit_is_the_renderers(tmp_path):
     texts = [SENTENCES[i % 5][:i] + " <|im_end|> " * (i % 3) for i in range(1, 70)]
     lengths = PromptRenderer(small_tokenizer(), "Name the terms.", 1000)(texts).lengths.tolist()
     assert min(lengths) < 50 < max(lengths)
@@ -137,26 +105,25 @@ def test_the_limit_is_the_renderers(tmp_path):
 
 
 @pytest.mark.parametrize("field", ["query", "positive", "negative"])
-def test_every_text_of_an_instance_is_measured(tmp_path, field):
+def test_every_text_is_measured(tmp_path, field):
     record = {"query": "a", "positive": "b", "negative": ["c", "d", "e"]}
     long = "many words " * 30
     too_long = {**record, field: ["c", long, "e"] if field == "negative" else long}
-    (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(too_long) + "\n")
-    file = DataFile(tmp_path / "data.jsonl", "data.jsonl")
+    file = DataFile(write(tmp_path / "data.jsonl", record, too_long), "data.jsonl")
     assert load_report(prepare([file], TripletReader(2), limit(), tmp_path)) == Report(records=2, kept=1, too_long=1)
-    unused = load_report(prepare([file], TripletReader(1), limit(), tmp_path))  # of the negatives only the first is a text of the instance
+    unused = load_report(prepare([file], TripletReader(1), limit(), tmp_path))  # the long negative is the second
     assert unused.too_long == (field != "negative")
 
 
-def test_batches_are_bounded_by_number_and_by_size():
+def test_batches_are_bounded():
     short = [Triplet(str(i), "a", "a") for i in range(1100)]
     assert [len(batch) for batch in in_batches(short)] == [512, 512, 76]
     long = [Triplet(str(i), "a", "b" * 2**21) for i in range(5)]
     assert [len(batch) for batch in in_batches(long)] == [2, 2, 1]
 
 
-def test_a_missing_tokenizer_is_one_clear_line(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer at '.*': give policy\.path"):
+def test_missing_tokenizer(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer at '.*policy\.path"):
         PromptLimit.load(str(tmp_path / "none"), "Name the terms.", 60)
 
 
@@ -170,13 +137,12 @@ class KilledByOne(SentenceReader):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_a_process_that_is_killed_is_one_line_and_leaves_nothing_half_done(tmp_path: Path) -> None:
+def test_killed_process(tmp_path: Path) -> None:
     file = sentences(tmp_path, 300)
-    with pytest.raises(RuntimeError, match=r"^a process that prepares the data was killed.* datamodule.num_proc below 2 ") as caught:
+    with pytest.raises(RuntimeError, match=r"^.*was killed.* datamodule.num_proc below 2$"):
         prepare([file], KilledByOne(), limit(), tmp_path / "cache", num_proc=2)
-    assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").rglob("*.arrow"))
-    assert len(rows(prepare([file], SentenceReader(), limit(), tmp_path / "cache", num_proc=2))) > 0
+    assert len(all_triplets(prepare([file], SentenceReader(), limit(), tmp_path / "cache", num_proc=2))) > 0
 
 
 STUCK = """
@@ -184,7 +150,8 @@ import sys, time
 from pathlib import Path
 from src.datamodules import preparation
 from src.datamodules.files import DataFile
-from tests.datamodules.test_preparation import Stuck, limit
+from tests.datamodules.builders import limit
+from tests.datamodules.test_preparation import Stuck
 preparation._CHUNK_BYTES = 1000
 path = Path(sys.argv[1])
 preparation.prepare([DataFile(path, path.name)], Stuck(), limit(), sys.argv[2], num_proc=2)
@@ -204,7 +171,7 @@ class Stuck(SentenceReader):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_what_a_killed_preparation_has_left_is_removed_by_the_next_and_not_while_it_runs(tmp_path: Path) -> None:
+def test_killed_preparation_is_cleaned_up(tmp_path: Path) -> None:
     file, cache = sentences(tmp_path, 300), tmp_path / "cache"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", STUCK, str(file.path), str(cache)], cwd=ROOT, env=environment) as stuck:
@@ -214,14 +181,10 @@ def test_what_a_killed_preparation_has_left_is_removed_by_the_next_and_not_while
                 assert stuck.poll() is None
                 assert time.monotonic() < until
                 time.sleep(0.05)
-            (left,) = (path for path in cache.iterdir() if path.is_dir())
-            folder = prepare([file], SentenceReader(), limit(), cache)
-            assert left.exists()  # it is being worked in
+            with pytest.raises(Timeout):  # another run would wait
+                FileLock(next(cache.glob("*.lock")), timeout=0.1).acquire()
         finally:
             stuck.kill()
-    folder.rename(tmp_path / "elsewhere")
-    until = time.monotonic() + 30  # its processes end with it, each when it sees that
-    while left.exists() and time.monotonic() < until:
-        folder = prepare([file], SentenceReader(), limit(), cache)
-        folder.rename(tmp_path / f"elsewhere{time.monotonic()}")
-    assert list(cache.iterdir()) == []
+    folder = prepare([file], SentenceReader(), limit(), cache)  # once its processes have ended
+    assert len(all_triplets(folder)) > 0
+    assert [path for path in cache.iterdir() if path.is_dir()] == [folder]

@@ -1,38 +1,40 @@
-"""Splitting, batching and resuming on prepared triplets."""
+"""Splitting, batching and resuming on prepared triplets; from files to batches, as training has it."""
 
+import logging
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import numpy as np
-import pyarrow as pa
 import pytest
+import torch
 
-from src.datamodules.preparation import SCHEMA
-from src.datamodules.prepared import PreparedTriplets, TripletBatches, held_out
-
-
-def make(folder: Path, sources: list[str], per_file: int = 7) -> PreparedTriplets:
-    for start in range(0, len(sources), per_file):
-        part = sources[start : start + per_file]
-        texts = [f"text {start + i}" for i in range(len(part))]
-        columns = {"id": texts, "query": texts, "positive": texts, "negatives": [["n"]] * len(part), "source": part}
-        with pa.OSFile(str(folder / f"{start:06d}.arrow"), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-            writer.write_batch(pa.RecordBatch.from_pydict(columns, SCHEMA))
-    with pa.OSFile(str(folder / "999999.arrow"), "wb") as file, pa.ipc.new_stream(file, SCHEMA):
-        pass  # a part of which nothing was kept
-    return PreparedTriplets(folder)
+from src.datamodules.files import DataFile
+from src.datamodules.preparation import prepare
+from src.datamodules.prepared import PreparedDataModule, PreparedTriplets, TripletBatches, held_out
+from src.datamodules.reading import TripletReader
+from src.records import Triplet
+from tests.datamodules.builders import limit, write
 
 
-def test_rows_come_in_the_order_asked_for(tmp_path):
+def make(folder: Path, sources: list[str]) -> PreparedTriplets:
+    """A prepared folder of several files with a record for each source, and of one with none."""
+    rows = [{"query": f"text {i}", "positive": "p", "negative": "n", "source": source} for i, source in enumerate(sources)]
+    parts = [rows[i : i + 7] for i in range(0, len(rows), 7)] + [[rows[0] | {"positive": "too long " * 50}]]
+    files = [DataFile(write(folder / f"{i}.jsonl", *part), f"{i}.jsonl") for i, part in enumerate(parts)]
+    return PreparedTriplets(prepare(files, TripletReader(), limit(), folder / "cache", num_proc=1))
+
+
+def test_triplets_in_the_order_asked_for(tmp_path):
     prepared = make(tmp_path, ["s"] * 20)
     assert len(prepared) == 20
-    assert [t.id for t in prepared.triplets(np.array([13, 2, 19]))] == ["text 13", "text 2", "text 19"]
-    (one,) = prepared.triplets(np.array([0]))
-    assert one.negatives == ("n",)
+    assert [t.query for t in prepared.triplets(np.array([13, 2, 19]))] == ["text 13", "text 2", "text 19"]
+    assert prepared.triplets(np.array([8])) == [Triplet("1.jsonl:2", "text 8", "p", ("n",), "s")]
 
 
-def test_what_is_held_out_goes_by_the_seed_and_the_rest_is_trained_on():
+def test_held_out_follows_the_seed():
     train, held = held_out(1000, 0.01, seed=3)
     assert len(held) == 10
     assert sorted([*train, *held]) == list(range(1000))
@@ -41,22 +43,22 @@ def test_what_is_held_out_goes_by_the_seed_and_the_rest_is_trained_on():
     assert len(held_out(5, 0.01, seed=0)[1]) == 1
 
 
-def test_a_pass_sees_everything_once_and_the_next_in_another_order(tmp_path):
+def test_pass_sees_everything_once(tmp_path):
     prepared = make(tmp_path, ["s"] * 30)
     done = 0
     stream = TripletBatches(prepared, [np.arange(30)], 6, seed=1, done=lambda: done)
-    first = [t.id for batch in stream for t in batch]
+    first = [t.query for batch in stream for t in batch]
     assert len(stream) == 5
     assert Counter(first) == Counter(f"text {i}" for i in range(30))
-    assert first == [t.id for batch in stream for t in batch]
+    assert first == [t.query for batch in stream for t in batch]
     done = 5
-    second = [t.id for batch in stream for t in batch]
+    second = [t.query for batch in stream for t in batch]
     assert Counter(second) == Counter(first)
     assert second != first
-    assert first != [t.id for batch in TripletBatches(prepared, [np.arange(30)], 6, seed=2) for t in batch]
+    assert first != [t.query for batch in TripletBatches(prepared, [np.arange(30)], 6, seed=2) for t in batch]
 
 
-def test_a_stream_goes_on_anywhere_and_reads_nothing_to_get_there(tmp_path, monkeypatch):
+def test_stream_resumes_anywhere(tmp_path, monkeypatch):
     prepared = make(tmp_path, ["s"] * 31)
 
     def stream(done: int) -> TripletBatches:
@@ -86,12 +88,142 @@ def test_batches_of_one_source(tmp_path):
     assert len(batches) == len(stream) == 4 + 2 + 2
     assert all(len({t.source for t in batch}) == 1 for batch in batches)
     assert len({batch[0].source for batch in batches[:4]}) > 1  # sources are mixed over time
-    assert max(Counter(t.id for batch in batches for t in batch).values()) == 1
+    assert max(Counter(t.query for batch in batches for t in batch).values()) == 1
 
 
-def test_too_little_for_a_batch_is_told(tmp_path):
+def test_no_group_fills_a_batch(tmp_path):
     prepared = make(tmp_path, ["a"] * 5 + ["b"] * 5)
     with pytest.raises(ValueError, match="10 records in 1 groups do not fill one batch of 11"):
         TripletBatches(prepared, [np.arange(10)], 11, seed=0)
     with pytest.raises(ValueError, match="10 records in 2 groups do not fill one batch of 6"):
         TripletBatches(prepared, prepared.by_source(np.arange(10)), 6, seed=0)
+
+
+# ---- the data module
+
+
+def records(folder: Path, count: int, *more: bytes) -> Path:
+    rows = [{"query": f"query {i}", "positive": f"text {i}", "negative": "no"} for i in range(count)]
+    return write(folder / "data.jsonl", *rows, *more)
+
+
+def data(path: Path, **settings: Any) -> PreparedDataModule:
+    settings = {"batch_size": 6, "cache_dir": str(path.parent / "cache"), **settings}
+    return PreparedDataModule(str(path), ["*.jsonl"], TripletReader(), lambda: limit(60), **settings)
+
+
+def test_pass_is_an_epoch_without_held_out(tmp_path):
+    module = data(records(tmp_path, 20), val_fraction=0.1)
+    loader = module.train_dataloader()
+    seen = [triplet.positive for batch in loader for triplet in batch]
+    assert len(loader) == 3
+    assert len(set(seen)) == len(seen) == 18
+    assert not set(seen) & {triplet.positive for triplet in module.fixed_triplets(2)}
+    assert len(module.fixed_triplets(5)) == 2
+    assert module.fixed_triplets(5) == module.fixed_triplets(5) == data(tmp_path / "data.jsonl", val_fraction=0.1).fixed_triplets(5)
+
+
+def test_malformed_records_stop_the_run(tmp_path):
+    path = records(tmp_path, 20, *[b"{"] * 25, b"[]")
+    with pytest.raises(ValueError, match=r"data\.jsonl:21: not JSON") as caught:
+        data(path).prepare_data()
+    message = str(caught.value)
+    assert message.startswith(f"{path}: 46 records, of which 20 can be used, 0 have a text")
+    assert "26 are malformed:\n  data.jsonl:21: not JSON" in message
+    assert "data.jsonl:40: not JSON" in message
+    assert "data.jsonl:41" not in message
+    assert "and 6 more" in message
+    assert message.endswith("datamodule.on_bad_record=skip")
+    with pytest.raises(ValueError, match=r"data\.jsonl:21"):  # also once it is prepared
+        data(path).prepare_data()
+
+
+def test_malformed_records_are_skipped_on_request(tmp_path, caplog):
+    path = records(tmp_path, 20, b"{", b'{"query": "many words %s", "positive": "p", "negative": "n"}' % (b"and more " * 40))
+    for _ in range(2):  # prepared, and found prepared
+        caplog.clear()
+        module = data(path, on_bad_record="skip")
+        with caplog.at_level(logging.INFO):
+            module.prepare_data()
+        assert (module.report.records, module.report.kept, module.report.bad, module.report.too_long) == (22, 20, 1, 1)
+        for said in (
+            "1 malformed records",
+            "data.jsonl:21: not JSON",
+            "1 have a text whose prompt is longer than module.max_prompt_tokens=60",
+        ):
+            assert said in caplog.text
+    assert len(module.prepared) == 20
+
+
+def test_small_sources_are_warned_about(tmp_path, caplog):
+    rows = [{"query": "q", "positive": f"text {i}", "negative": "n", "source": "rare" if i < 3 else "common"} for i in range(23)]
+    loader = data(write(tmp_path / "data.jsonl", *rows), group_by_source=True).train_dataloader()
+    assert {t.source for batch in loader for t in batch} == {"common"}
+    assert "1 sources have fewer records than a batch of 6" in caplog.text
+
+
+def test_no_usable_record(tmp_path):
+    for lines in ([], [b""]):
+        with pytest.raises(ValueError, match=r"data\.jsonl: 0 records.*nothing to train on"):
+            data(write(tmp_path / "data.jsonl", *lines)).prepare_data()
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        data(tmp_path / "nowhere.jsonl").prepare_data()
+
+
+@pytest.mark.parametrize("setting", [{"val_fraction": 0.0}, {"on_bad_record": "ignore"}, {"batch_size": 0}, {"num_proc": 0}], ids=str)
+def test_senseless_settings(tmp_path, setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=rf"datamodule\.{name}={value!r}"):
+        data(tmp_path / "data.jsonl", **setting)
+
+
+class Seen(L.Callback):
+    """Notes the records of every batch; ends training after batch `until` and saves there."""
+
+    def __init__(self, until: int = -1, file: Path | None = None) -> None:
+        self.until, self.file = until, file
+        self.batches: list[list[str]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append([triplet.id for triplet in batch])
+        if len(self.batches) == self.until:
+            trainer.save_checkpoint(self.file)
+            raise RuntimeError("interrupted")
+
+
+class Nothing(L.LightningModule):
+    """Trains one number that does not depend on the batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = torch.nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: list[Triplet], batch_idx: int) -> torch.Tensor:
+        return self.number.square()
+
+    def transfer_batch_to_device(self, batch: list[Triplet], device: torch.device, dataloader_idx: int) -> list[Triplet]:
+        return batch
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("limit_batches", [None, 3], ids=["whole epochs", "short epochs"])
+def test_resumed_run_and_next_epoch_go_on(tmp_path, limit_batches):
+    path = records(tmp_path, 25)  # 24 to train on: 6 batches a pass
+
+    def fit(seen: Seen, epochs: int, ckpt_path: Path | None = None) -> list[list[str]]:
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = L.Trainer(accelerator="cpu", max_epochs=epochs, limit_train_batches=limit_batches, callbacks=[seen], **quiet)
+        trainer.fit(Nothing(), datamodule=data(path, batch_size=4), ckpt_path=ckpt_path)
+        return seen.batches
+
+    epochs = 2 if limit_batches is None else 4
+    whole = fit(Seen(), epochs)
+    assert len(whole) == 12
+    assert {name for batch in whole[:6] for name in batch} == {name for batch in whole[6:] for name in batch}
+    assert whole[:6] != whole[6:]
+    for until in (2, 3, 6, 7, 11):
+        with pytest.raises(RuntimeError, match="interrupted"):
+            fit(Seen(until, tmp_path / "stopped.ckpt"), epochs)
+        assert fit(Seen(), epochs, tmp_path / "stopped.ckpt") == whole[until:], until

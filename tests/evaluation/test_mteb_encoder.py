@@ -13,8 +13,7 @@ from mteb.types import PromptType
 from src.evaluation.fingerprint import revision
 from src.evaluation.mteb_encoder import MTEBEncoder, describe
 from src.evaluation.run_tasks import run_tasks
-from src.evaluation.tasks.offline_sets import OfflineSize
-from src.evaluation.tasks.offline_tasks import offline_tasks
+from src.evaluation.tasks.offline_tasks import OfflineSize, offline_tasks
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy

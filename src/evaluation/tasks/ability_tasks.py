@@ -1,10 +1,8 @@
-"""What a language model can do besides embedding, asked without a hub: lm-eval tasks made of held-out docstrings."""
+"""lm-eval tasks made of held-out docstrings, for what a language model can do besides embedding; they need no hub."""
 
 import hashlib
 import json
-import os
 import random
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,31 +10,30 @@ from typing import Any
 import yaml
 
 from src.datamodules.docstrings import Docstring, collect
+from src.utils.atomic import make_folder_once
 
 OFFLINE_TASKS = ("docstring_choice", "docstring_text")
-"""Which of four summaries belongs to a text (accuracy; 0.25 is chance), and bits per byte of texts (2 to them: perplexity)."""
+"""Which of four summaries belongs to a text (accuracy; chance is 0.25), and bits per byte of texts (the log of perplexity to base 2)."""
 
 _OPTIONS = 4
 
 
 def ability_folder(packages: Sequence[str], cache_dir: Path | str, count: int = 200, seed: int = 0) -> Path:
-    """A folder with both tasks in lm-eval's own YAML and their data beside it, written once.
+    """Returns a folder with both tasks as lm-eval's YAML files and with their data; makes it if it does not exist.
 
     Args:
-        packages: names as in `collect`, none of them trained on.
-        cache_dir: where docstrings and the folder are kept.
-        count: questions, and texts.
-        seed: of the choice of docstrings and of the wrong options.
+        packages: see `collect`; none of them trained on.
+        cache_dir: for docstrings and the folder.
+        count: of questions, and of texts.
+        seed: of the choice of docstrings and of wrong options.
 
     Raises:
         ModuleNotFoundError: a package is not installed.
-        ValueError: fewer docstrings than `count`.
+        ValueError: there are fewer docstrings than `count`.
     """
     docs = collect(packages, cache_dir)
     if len(docs) < max(count, _OPTIONS):
-        raise ValueError(
-            f"{', '.join(packages)} have {len(docs)} docstrings, and {count} are asked for: name more packages, or lower the count"
-        )
+        raise ValueError(f"{', '.join(packages)} have {len(docs)} docstrings of {count} needed: name more packages, or lower the count")
     rng = random.Random(seed)
     chosen = rng.sample(docs, count)
     data = {
@@ -44,13 +41,17 @@ def ability_folder(packages: Sequence[str], cache_dir: Path | str, count: int = 
         "docstring_text": [{"text": f"{doc.summary} {doc.body}"} for doc in chosen],
     }
     folder = Path(cache_dir).absolute() / f"abilities_{hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]}"
-    if not folder.exists():
-        _write(folder, data)
-    return folder
+
+    def write(partial: Path) -> None:
+        for name, config in task_configs(folder).items():
+            (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data[name]), encoding="utf-8")
+            (partial / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+    return make_folder_once(folder, write)
 
 
 def question(doc: Docstring, docs: Sequence[Docstring], rng: random.Random) -> dict[str, Any]:
-    """The body of a docstring, its summary among those of others (of its module, as far as there are any), and which it is."""
+    """Returns the body of a docstring, four summaries (the others of its module if possible), and the index of its own."""
     others = [other for other in docs if other.summary != doc.summary]
     near = [other for other in others if other.module == doc.module]
     wrong = rng.sample(near, min(len(near), _OPTIONS - 1))
@@ -61,37 +62,16 @@ def question(doc: Docstring, docs: Sequence[Docstring], rng: random.Random) -> d
 
 
 def task_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """The two tasks as lm-eval has them in YAML, with the data in `folder`."""
+    """Returns lm-eval's configuration of each task, with the data in `folder`."""
 
-    def task(name: str, metric: str, higher_is_better: bool, **asked: Any) -> dict[str, Any]:
+    def task(name: str, metric: str, aggregation: str, higher_is_better: bool, **settings: Any) -> dict[str, Any]:
         data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}}, "test_split": "test"}
-        aggregation = "mean" if metric == "acc" else metric
-        return {
-            "task": name,
-            **data,
-            **asked,
-            "metric_list": [{"metric": metric, "aggregation": aggregation, "higher_is_better": higher_is_better}],
-        }
+        metrics = [{"metric": metric, "aggregation": aggregation, "higher_is_better": higher_is_better}]
+        return {"task": name, **data, **settings, "metric_list": metrics}
 
     choice = {"doc_to_text": "{{body}}\n\nIn one sentence:", "doc_to_choice": "options", "doc_to_target": "answer"}
+    text = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
     return {
-        "docstring_choice": task("docstring_choice", "acc", True, output_type="multiple_choice", **choice),
-        "docstring_text": task(
-            "docstring_text", "bits_per_byte", False, output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="text"
-        ),
+        "docstring_choice": task("docstring_choice", "acc", "mean", True, output_type="multiple_choice", **choice),
+        "docstring_text": task("docstring_text", "bits_per_byte", "bits_per_byte", False, **text),
     }
-
-
-def _write(folder: Path, data: dict[str, list[dict[str, Any]]]) -> None:
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")  # written aside: two runs may start at once
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, config in task_configs(folder).items():
-        (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data[name]), encoding="utf-8")
-        (partial / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        shutil.rmtree(partial)  # another run was first, with the same content

@@ -1,4 +1,4 @@
-"""Copies of MTEB's data sets in a folder, for machines without a network: `<folder>/<organisation>/<name>/<revision>/`."""
+"""Copies of MTEB's data sets for machines without a network: `<folder>/<organisation>/<name>/<revision>/`."""
 
 import copy
 import logging
@@ -17,33 +17,32 @@ log = logging.getLogger(__name__)
 
 
 def copy_folder(data_dir: Path, name: str, revision: str) -> Path:
-    """Where the copy of a data set lies.
+    """Returns the folder of the copy of a data set.
 
-    It ends in the revision, for `datasets` keeps what it reads under a folder's own name and not its path.
+    It ends in the revision because `datasets` caches what it reads under the name of a folder, not its path.
     """
     return inside(data_dir.absolute(), f"{name}/{revision}")
 
 
-def parts(task: "AbsTask") -> list["AbsTask"]:
-    """The tasks that have data: an aggregate's parts, or the task itself."""
-    return list(task.metadata.tasks) if task.is_aggregate else [task]  # type: ignore[attr-defined]
-
-
 def localised(task: "AbsTask", data_dir: Path) -> "AbsTask":
-    """The task, reading the copy of its data where there is one. The task itself, which MTEB shares, is left alone."""
+    """Returns a copy of a task that reads the local copy of its data, if there is one. MTEB shares the task itself."""
     if task.is_aggregate:
-        own = [localised(part, data_dir) for part in parts(task)]
-        aggregate = _with_metadata(task, tasks=own)
-        aggregate.tasks = own  # type: ignore[attr-defined]
-        aggregate.taskname_to_task = {part.metadata.name: part for part in own}  # type: ignore[attr-defined]
+        parts = [localised(part, data_dir) for part in _parts(task)]
+        aggregate = _with_metadata(task, tasks=parts)
+        aggregate.tasks = parts  # type: ignore[attr-defined]
+        aggregate.taskname_to_task = {part.metadata.name: part for part in parts}  # type: ignore[attr-defined]
         return aggregate
     dataset = task.metadata.dataset
     folder = copy_folder(data_dir, dataset["path"], dataset["revision"])
     return _with_metadata(task, dataset={**dataset, "path": str(folder)}) if folder.is_dir() else copy.copy(task)
 
 
+def _parts(task: "AbsTask") -> list["AbsTask"]:
+    return list(task.metadata.tasks) if task.is_aggregate else [task]  # type: ignore[attr-defined]
+
+
 def _with_metadata(task: "AbsTask", **changes: Any) -> "AbsTask":
-    """A copy with other metadata, which is its class's: an object's own is dropped by MTEB when the data is unloaded."""
+    """Returns a copy of a new class with other metadata: MTEB drops an object's own metadata when it unloads the data."""
     task = copy.copy(task)
     metadata = task.metadata.model_copy(update=changes)
     task.__dict__.pop("metadata", None)
@@ -52,16 +51,13 @@ def _with_metadata(task: "AbsTask", **changes: Any) -> "AbsTask":
 
 
 def download(tasks: Iterable["AbsTask"], data_dir: Path) -> dict[str, str]:
-    """Copies the data of the tasks, whole data sets at the revisions that MTEB names; what is there already stays.
-
-    A copy that was interrupted is gone on with, and counts for nothing before it is whole.
+    """Copies the complete data sets of tasks at MTEB's revisions, unless they are there; resumes interrupted downloads.
 
     Returns:
-        Reason by data set, of those that could not be had. The others are there.
+        The reason for each data set that could not be downloaded.
     """
-    wanted = list(
-        dict.fromkeys((part.metadata.dataset["path"], part.metadata.dataset["revision"]) for task in tasks for part in parts(task))
-    )
+    datasets = [part.metadata.dataset for task in tasks for part in _parts(task)]
+    wanted = list(dict.fromkeys((dataset["path"], dataset["revision"]) for dataset in datasets))
     failures: dict[str, str] = {}
     for number, (name, revision) in enumerate(wanted, 1):
         folder = copy_folder(data_dir, name, revision)
@@ -69,12 +65,12 @@ def download(tasks: Iterable["AbsTask"], data_dir: Path) -> dict[str, str]:
             log.info("%s (%d of %d) is there", name, number, len(wanted))
             continue
         log.info("%s (%d of %d) to %s", name, number, len(wanted), folder)
-        partial = folder.with_name(f"{revision}.partial")
+        partial = folder.with_name(f"{revision}.partial")  # kept between runs, to be resumed
         try:
             snapshot_download(name, repo_type="dataset", revision=revision, local_dir=partial)
-        except OSError as error:  # all that the hub's client raises for what is not there or not in reach
+        except OSError as error:  # all that the hub's client raises for what is absent or out of reach
             failures[name] = " ".join(str(error).split())
-            log.error("%s cannot be had: %s", name, failures[name])
+            log.error("%s cannot be downloaded: %s", name, failures[name])
             continue
         partial.rename(folder)
     return failures

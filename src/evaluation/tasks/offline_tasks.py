@@ -1,66 +1,212 @@
-"""MTEB tasks that need no hub: the library's own task classes and evaluators on sets made of docstrings."""
+"""MTEB tasks that need no hub, made of docstrings of installed packages.
 
-from collections.abc import Sequence
+One choice of queries (summaries) and documents (bodies) serves all of them, so that each text is embedded once.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from src.evaluation.tasks.offline_sets import SIZES, OfflineSize, offline_sets
-from src.evaluation.tasks.task_folders import TaskSpec, make_tasks
+from src.datamodules.docstrings import Docstring, collect
+from src.evaluation.tasks.task_folders import Row, TaskSpec, make_tasks, search_set, write_sets
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
-DESCRIPTIONS = {
-    "DocstringRetrieval": "Finds the body of a docstring by its summary.",
-    "DocstringReranking": "Orders bodies of the same module and subpackage by a summary.",
-    "DocstringClassification": "Tells from which subpackage the body of a docstring comes.",
-    "DocstringClustering": "Groups summaries of docstrings by subpackage.",
-    "DocstringPairs": "Tells whether a summary and a body of one module belong together.",
+_WORD = re.compile(r"[a-z]{4,}")
+_MAX_OVERLAP = 0.75  # of a query's words with its document; above it, matching words finds the document
+_MIN_SIBLINGS = 4  # docstrings of a module, so that every query has near misses
+
+
+@dataclass(frozen=True)
+class OfflineSize:
+    """Numbers of texts.
+
+    Attributes:
+        documents: of the corpus.
+        queries: each with one document that answers it.
+        per_module: most documents of one module.
+        candidates: documents to rerank for a query, including the right one.
+        per_label: fewest documents of a subpackage that is a label in classification; half as many queries in clustering.
+    """
+
+    documents: int
+    queries: int
+    per_module: int
+    candidates: int
+    per_label: int
+
+
+SIZES = {
+    "mini": OfflineSize(documents=200, queries=80, per_module=6, candidates=10, per_label=10),  # while training, if texts are expensive
+    "small": OfflineSize(documents=400, queries=150, per_module=6, candidates=10, per_label=10),  # while training
+    "large": OfflineSize(documents=1000, queries=400, per_module=8, candidates=20, per_label=12),  # after training
 }
-"""Name and purpose of each task, in the order in which they are run."""
 
 
 def offline_tasks(
     packages: Sequence[str], cache_dir: Path | str, size: str | OfflineSize = "small", seed: int = 0, load: bool = True
 ) -> list["AbsTask"]:
-    """Five MTEB tasks on the docstrings of `packages`: retrieval, reranking, classification, clustering, pairs.
-
-    Every text is a query or a document of the retrieval task. Random states are left as they were (MTEB seeds them when a task is made).
+    """Returns five MTEB tasks: retrieval, whose queries and documents are the texts of all of them, reranking, classification,
+    clustering and pair classification. Random states stay as they were.
 
     Args:
-        packages: names as in `collect`.
-        cache_dir: where the docstrings and the sets are kept.
-        size: `mini`, `small`, `large`, or one's own.
+        packages, cache_dir: see `collect`. The sets are kept in `cache_dir` too.
+        size: `mini`, `small`, `large` or an OfflineSize.
         seed: of the choice of texts.
-        load: reads their data now, so that evaluating them again and again reads no file; else MTEB does when it needs it.
+        load: read the data now, so that repeated evaluation reads no file.
 
     Raises:
         ModuleNotFoundError: a package is not installed.
-        ValueError: no such size, or too few docstrings for it.
+        ValueError: there is no such size, or too few docstrings for it.
     """
     if isinstance(size, str):
         if size not in SIZES:
             raise ValueError(f"offline tasks of size {size!r} do not exist; sizes are {', '.join(SIZES)}")
         size = SIZES[size]
     folders = offline_sets(packages, cache_dir, size, seed)
-    return make_tasks(_specs(size), folders, ["Programming", "Written"], "not specified", load)
+    return make_tasks(_specs(size), folders, load, domains=["Programming", "Written"], license="not specified")
 
 
 def _specs(size: OfflineSize) -> list[TaskSpec]:
+    clustering = {"max_fraction_of_documents_to_embed": None, "max_documents_per_cluster": size.queries}  # all, not 4 % of them
+    classification = {"n_experiments": 5}  # half of MTEB's: fits take most of the time
     return [
-        TaskSpec("DocstringRetrieval", "Retrieval", "retrieval", "ndcg_at_10", DESCRIPTIONS["DocstringRetrieval"]),
-        TaskSpec("DocstringReranking", "Reranking", "reranking", "map_at_1000", DESCRIPTIONS["DocstringReranking"]),
+        TaskSpec("DocstringRetrieval", "Retrieval", "retrieval", "ndcg_at_10", "Finds the body of a docstring by its summary."),
         TaskSpec(
-            *("DocstringClassification", "Classification", "classification", "accuracy", DESCRIPTIONS["DocstringClassification"]),
-            {"n_experiments": 5},  # fits take most of the time; half as many as MTEB's usual
+            *("DocstringReranking", "Reranking", "reranking", "map_at_1000"),
+            "Orders bodies of the same module and subpackage by a summary.",
         ),
         TaskSpec(
-            *("DocstringClustering", "Clustering", "clustering", "v_measure", DESCRIPTIONS["DocstringClustering"]),
-            {
-                "max_fraction_of_documents_to_embed": None,  # all of a small set, in place of 4%
-                "max_documents_per_cluster": size.queries,  # drawn with replacement for each of the 10 clusterings
-            },
+            *("DocstringClassification", "Classification", "classification", "accuracy"),
+            "Tells from which subpackage the body of a docstring comes.",
+            classification,
         ),
-        # the measure that the rewards use, not the best of five as in `max_ap`
-        TaskSpec("DocstringPairs", "PairClassification", "pairs", "cosine_ap", DESCRIPTIONS["DocstringPairs"]),
+        TaskSpec(
+            *("DocstringClustering", "Clustering", "clustering", "v_measure"), "Groups summaries of docstrings by subpackage.", clustering
+        ),
+        TaskSpec(
+            *("DocstringPairs", "PairClassification", "pairs", "cosine_ap"),  # the similarity of the rewards; max_ap is the best of five
+            "Tells whether a summary and a body of one module belong together.",
+        ),
     ]
+
+
+def offline_sets(packages: Sequence[str], cache_dir: Path | str, size: OfflineSize, seed: int = 0) -> dict[str, Path]:
+    """Returns the folder of each set; arguments and errors as for `offline_tasks`."""
+    chosen = choose(collect(packages, cache_dir), size, seed)
+    rng = random.Random(seed)
+    search = search_set(((doc.id, doc.body) for doc in chosen.documents), ((doc.summary, doc.id) for doc in chosen.queries))
+    sets = {
+        "retrieval": search,
+        "reranking": search | {"top_ranked": candidates(chosen, size.candidates, rng)},
+        "classification": classification_rows(chosen, size.per_label, rng),
+        "clustering": clustering_rows(chosen, size.per_label // 2),
+        "pairs": pair_rows(chosen, rng),
+    }
+    return write_sets("offline", sets, cache_dir)
+
+
+class Chosen(NamedTuple):
+    """The docstrings of a corpus, and those of them whose summaries are queries."""
+
+    documents: list[Docstring]
+    queries: list[Docstring]
+
+
+def choose(docs: Sequence[Docstring], size: OfflineSize, seed: int) -> Chosen:
+    """Chooses documents module by module, and queries among them that do not share most of their words with their answer.
+
+    Raises:
+        ValueError: there are too few docstrings for the size.
+    """
+    by_module: dict[str, list[Docstring]] = {}
+    for doc in docs:
+        by_module.setdefault(doc.module, []).append(doc)
+    rng = random.Random(seed)
+    modules = [name for name in sorted(by_module) if len(by_module[name]) >= _MIN_SIBLINGS]
+    rng.shuffle(modules)
+    documents = [doc for name in modules for doc in rng.sample(by_module[name], min(size.per_module, len(by_module[name])))]
+    documents = documents[: size.documents]
+    askable = [doc for doc in documents if overlap(doc) <= _MAX_OVERLAP]
+    if len(documents) < size.documents or len(askable) < size.queries:
+        raise ValueError(
+            f"the packages give {len(documents)} documents and {len(askable)} queries, but the offline tasks need {size.documents} and "
+            f"{size.queries}: name more packages or a smaller size"
+        )
+    return Chosen(documents, rng.sample(askable, size.queries))
+
+
+def overlap(doc: Docstring) -> float:
+    """Returns the share of the summary's words (of four letters or more) that are in its body; 1 if it has no such word."""
+    words = set(_WORD.findall(doc.summary.lower()))
+    return len(words & set(_WORD.findall(doc.body.lower()))) / len(words) if words else 1.0
+
+
+def subpackage(doc: Docstring) -> str:
+    """Returns the first two parts of the module: `scipy.linalg` of `scipy.linalg._decomp_qr`."""
+    return ".".join(doc.module.split(".")[:2])
+
+
+def candidates(chosen: Chosen, count: int, rng: random.Random) -> list[Row]:
+    """Returns for each query its answer and the nearest other documents: of its module, its subpackage, its package."""
+    rows = []
+    for query in chosen.queries:
+        others = [doc for doc in chosen.documents if doc.id != query.id]
+        rng.shuffle(others)
+        others.sort(key=partial(_distance, query))
+        ids = [query.id, *(doc.id for doc in others[: count - 1])]
+        rng.shuffle(ids)  # an encoder that gives equal scores must not win by the order
+        rows.append({"query-id": f"q:{query.id}", "corpus-ids": ids})
+    return rows
+
+
+def _distance(query: Docstring, doc: Docstring) -> tuple[bool, bool, bool]:
+    return doc.module != query.module, subpackage(doc) != subpackage(query), doc.package != query.package
+
+
+def labels_of(docs: Iterable[Docstring], least: int) -> dict[str, int]:
+    """Numbers the subpackages that at least `least` docstrings come from.
+
+    Raises:
+        ValueError: there are fewer than two.
+    """
+    counts = Counter(subpackage(doc) for doc in docs)
+    names = sorted(name for name, count in counts.items() if count >= least)
+    if len(names) < 2:
+        raise ValueError(f"{len(names)} subpackages have {least} texts or more, and labels need two: name larger packages or a larger size")
+    return {name: i for i, name in enumerate(names)}
+
+
+def classification_rows(chosen: Chosen, least: int, rng: random.Random) -> dict[str, list[Row]]:
+    """Returns bodies labelled by subpackage; half of each label's to train on, half to test on."""
+    rows: dict[str, list[Row]] = {"train": [], "test": []}
+    for name, number in labels_of(chosen.documents, least).items():
+        texts = [doc.body for doc in chosen.documents if subpackage(doc) == name]
+        rng.shuffle(texts)
+        for split, part in (("train", texts[::2]), ("test", texts[1::2])):
+            rows[split] += [{"text": text, "label": number} for text in part]
+    return rows
+
+
+def clustering_rows(chosen: Chosen, least: int) -> dict[str, list[Row]]:
+    """Returns summaries labelled by subpackage."""
+    numbers = labels_of(chosen.queries, least)
+    labelled = [(doc.summary, numbers[subpackage(doc)]) for doc in chosen.queries if subpackage(doc) in numbers]
+    return {"test": [{"sentences": text, "labels": label} for text, label in labelled]}
+
+
+def pair_rows(chosen: Chosen, rng: random.Random) -> dict[str, list[Row]]:
+    """Returns each summary with its own body (label 1), and with another body of its module (0)."""
+    rows = []
+    for query in chosen.queries:
+        siblings = [doc for doc in chosen.documents if doc.module == query.module and doc.id != query.id]
+        rows.append({"sentence1": query.summary, "sentence2": query.body, "labels": 1})
+        if siblings:
+            rows.append({"sentence1": query.summary, "sentence2": rng.choice(siblings).body, "labels": 0})
+    return {"test": rows}

@@ -1,21 +1,187 @@
-"""One function a type of task: from its checked files to the data sets that MTEB's task classes expect."""
+"""Data of a user's own tasks: files of JSON lines or tab-separated values, checked row by row, as MTEB's task classes expect it.
+
+There is one function a task type. Each takes `columns` (see `read_rows`) and the task's files, and raises ValueError with file and
+line if a row is malformed.
+"""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from src.evaluation.tasks.own_rows import Columns, Line, Row, read_lines
+from pydantic import AliasChoices, BeforeValidator, Field, FiniteFloat, ValidationError, ValidationInfo, create_model
 
-Files = Mapping[str, Path]
+from src.datamodules.files import DataFile
+from src.datamodules.reading import BadRecord, Chunk, checked_text, json_rows, tsv_rows
+
+Row = dict[str, Any]
+Columns = Sequence[str] | Mapping[str, str] | None
 
 
-def _split(rows: list[Row], file: Path, least: int = 2) -> Any:
-    """A `datasets.Dataset`.
+def _text(value: Any, info: ValidationInfo) -> str:
+    return checked_text(str(info.field_name), value)
+
+
+def _text_or_blank(value: Any, info: ValidationInfo) -> str:
+    return "" if value is None or (isinstance(value, str) and not value.strip()) else _text(value, info)
+
+
+def _name(value: Any, info: ValidationInfo) -> str:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(value, info)
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+TextOrBlank = Annotated[str, BeforeValidator(_text_or_blank)]
+Name = Annotated[str, BeforeValidator(_name)]  # an id or a label, given as text or as a whole number
+Id = Annotated[Name, Field(validation_alias=AliasChoices("_id", "id"))]
+Binary = Annotated[int, Field(ge=0, le=1)]  # 1: the texts belong together, or the document answers the query
+
+
+def read_rows(file: Path, columns: Columns, **fields: Any) -> Iterator[tuple[str, Row]]:
+    """Yields file:line and the fields of each line of a .jsonl file (an object a line) or a .tsv file (nothing is quoted).
+
+    Args:
+        columns: a list names the columns of a tsv file without a header; a mapping gives the file's name of some fields.
+        fields: the types of the fields, as pydantic's `create_model` takes them. Others are left out.
 
     Raises:
-        ValueError: fewer rows than there must be.
+        FileNotFoundError: there is no such file.
+        ValueError: it is another kind of file, or a line is malformed.
     """
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}")
+    if file.suffix not in (".jsonl", ".tsv"):
+        raise ValueError(f"{file}: data of your own tasks is read from .jsonl and .tsv files")
+    model: Any = create_model("Row", **fields)
+    renamed = {theirs: ours for ours, theirs in columns.items()} if isinstance(columns, Mapping) else {}
+    chunk, names = Chunk(DataFile(file, str(file))), None if isinstance(columns, Mapping) else columns
+    for where, values in json_rows(chunk) if file.suffix == ".jsonl" else tsv_rows(chunk, names):
+        if isinstance(values, BadRecord):
+            raise ValueError(str(values))
+        if not isinstance(values, dict):
+            raise ValueError(f"{where}: a row is a JSON object")
+        # a column whose name another one is given is left out
+        found = {str(renamed.get(name, name)): value for name, value in values.items() if name in renamed or name not in renamed.values()}
+        try:
+            row: Row = model.model_validate(found).model_dump()
+        except ValidationError as error:
+            raise ValueError(f"{where}: {problems(error)}; the fields are {', '.join(found)}") from error
+        yield where, row
+
+
+def problems(error: ValidationError) -> str:
+    """Returns on one line what pydantic found."""
+
+    def line(problem: Any) -> str:
+        if problem["type"] == "value_error":
+            return str(problem["ctx"]["error"])
+        given = "" if problem["type"] in ("missing", "extra_forbidden") else f", not {reprlib.repr(problem['input'])}"
+        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}{given}"
+
+    return "; ".join(map(line, error.errors(include_url=False)))
+
+
+def sts(columns: Columns, data: Path) -> Any:
+    """sentence1, sentence2, score."""
+    rows = [row for _, row in read_rows(data, columns, sentence1=Text, sentence2=Text, score=FiniteFloat)]
+    if len({row["score"] for row in rows}) < 2:
+        raise ValueError(f"{data}: all scores are equal, so nothing can correlate with them")
+    return _splits(test=_dataset(rows, data))
+
+
+def pair_classification(columns: Columns, data: Path) -> Any:
+    """sentence1, sentence2, label (0 or 1)."""
+    rows = [row for _, row in read_rows(data, columns, sentence1=Text, sentence2=Text, label=Binary)]
+    if len({row["label"] for row in rows}) < 2:
+        raise ValueError(f"{data}: all labels are equal, so there is nothing to tell apart")
+    return _splits(test=_dataset(rows, data).rename_column("label", "labels"))
+
+
+def classification(columns: Columns, train: Path, data: Path) -> Any:
+    """text, label; a file to train on, and one to test on."""
+    labelled = {file: _labelled(file, columns) for file in (train, data)}
+    numbers = _numbered(labelled[train], train)
+    unseen = sorted({row["label"] for row in labelled[data]} - set(numbers))
+    if unseen:
+        raise ValueError(f"{data}: no text of {train} has the label {unseen[0]!r}, so it cannot be learned")
+    splits = {file: _dataset([row | {"label": numbers[row["label"]]} for row in rows], file) for file, rows in labelled.items()}
+    return _splits(train=splits[train], test=splits[data])
+
+
+def clustering(columns: Columns, data: Path) -> Any:
+    """text, label."""
+    rows = _labelled(data, columns)
+    numbers = _numbered(rows, data)
+    return _splits(test=_dataset([{"sentences": row["text"], "labels": numbers[row["label"]]} for row in rows], data))
+
+
+def retrieval(columns: Columns, corpus: Path, queries: Path, qrels: Path) -> Any:
+    """BEIR's form: corpus (_id or id, text, title unless there is none), queries (_id or id, text), qrels (query-id, corpus-id, score).
+
+    A document may have a title alone. Scores are whole numbers, for MTEB's evaluators need grades.
+    """
+    documents = []
+    for where, row in read_rows(corpus, columns, id=Id, title=(TextOrBlank, ""), text=TextOrBlank):
+        if not row["title"] and not row["text"]:
+            raise ValueError(f"{where}: text is empty, and there is no title")
+        documents.append(row)
+    asked = [row for _, row in read_rows(queries, columns, id=Id, text=Text)]
+    ids = {file: _unique([row["id"] for row in rows], file) for file, rows in ((corpus, documents), (queries, asked))}
+    relevant: dict[str, dict[str, int]] = {}
+    query_id, corpus_id = (Annotated[Name, Field(validation_alias=name)] for name in ("query-id", "corpus-id"))
+    for where, row in read_rows(qrels, columns, query=query_id, document=corpus_id, score=int):
+        for file, name in ((queries, row["query"]), (corpus, row["document"])):
+            if name not in ids[file]:
+                raise ValueError(f"{where}: {name!r} is not in {file}")
+        relevant.setdefault(row["query"], {})[row["document"]] = row["score"]
+    answered = [row for row in asked if any(score > 0 for score in relevant.get(row["id"], {}).values())]
+    return _search(_dataset(documents, corpus), _dataset(answered, queries, 1), relevant, None)
+
+
+def reranking(columns: Columns, data: Path) -> Any:
+    """query, positive and negative (lists of texts); or a row a candidate: query, document, label (0 or 1)."""
+    candidates: dict[str, dict[str, int]] = {}  # label of each document, by query
+    texts, optional = (list[Text] | None, None), {"document": (Text | None, None), "label": (Binary | None, None)}
+    for where, row in read_rows(data, columns, query=Text, positive=texts, negative=texts, **optional):
+        labels = candidates.setdefault(row["query"], {})
+        if None not in (row["document"], row["label"]):
+            labels[row["document"]] = row["label"]
+        elif None not in (row["positive"], row["negative"]):
+            labels |= dict.fromkeys(row["negative"], 0) | dict.fromkeys(row["positive"], 1)
+        else:
+            raise ValueError(f"{where}: a row has a query, and either positive and negative or document and label")
+    documents = sorted({text for labels in candidates.values() for text in labels})
+    names = {text: hashlib.sha256(text.encode()).hexdigest()[:32] for text in documents}
+    corpus = [{"id": name, "title": "", "text": text} for text, name in names.items()]
+    ranked = {query: labels for query, labels in candidates.items() if set(labels.values()) == {0, 1}}  # others have nothing to rank
+    queries = [{"id": f"q{i}", "text": query} for i, query in enumerate(ranked)]
+    relevant = {f"q{i}": {names[text]: label for text, label in labels.items()} for i, labels in enumerate(ranked.values())}
+    order = {query: sorted(labels) for query, labels in relevant.items()}  # by digest, so that equal scores do not win by the order
+    return _search(_dataset(corpus, data), _dataset(queries, data, 1), relevant, order)
+
+
+def _labelled(file: Path, columns: Columns) -> list[Row]:
+    return [row for _, row in read_rows(file, columns, text=Text, label=Name)]
+
+
+def _numbered(rows: Sequence[Row], file: Path) -> dict[str, int]:
+    numbers = {label: i for i, label in enumerate(sorted({row["label"] for row in rows}))}
+    if len(numbers) < 2:
+        raise ValueError(f"{file}: one label alone, so there is nothing to tell apart")
+    return numbers
+
+
+def _unique(ids: list[str], file: Path) -> set[str]:
+    seen: set[str] = set()
+    for name in ids:
+        if name in seen:
+            raise ValueError(f"{file}: the id {name!r} is there twice")
+        seen.add(name)
+    return seen
+
+
+def _dataset(rows: list[Row], file: Path, least: int = 2) -> Any:
     from datasets import Dataset
 
     if len(rows) < least:
@@ -23,146 +189,12 @@ def _split(rows: list[Row], file: Path, least: int = 2) -> Any:
     return Dataset.from_list(rows)
 
 
-def _pairs(line: Line) -> Row:
-    return {side: line.text(side) for side in ("sentence1", "sentence2")}
-
-
-def sts(files: Files, columns: Columns) -> Any:
-    """sentence1, sentence2, score (a number)."""
+def _splits(**splits: Any) -> Any:
     from datasets import DatasetDict
 
-    rows = [_pairs(line) | {"score": line.number("score")} for line in read_lines(files["data"], columns)]
-    if len({row["score"] for row in rows}) < 2:
-        raise ValueError(f"{files['data']}: all scores are equal, so nothing can go with them")
-    return DatasetDict(test=_split(rows, files["data"]))
+    return DatasetDict(splits)
 
 
-def pair_classification(files: Files, columns: Columns) -> Any:
-    """sentence1, sentence2, label (1: they belong together, 0: they do not)."""
-    from datasets import DatasetDict
-
-    rows = []
-    for line in read_lines(files["data"], columns):
-        label = line.number("label")
-        if label not in (0, 1):
-            raise ValueError(f"{line.where}: label must be 0 or 1, not {line.value('label')!r}")
-        rows.append(_pairs(line) | {"labels": int(label)})
-    if len({row["labels"] for row in rows}) < 2:
-        raise ValueError(f"{files['data']}: all labels are equal, so there is nothing to tell apart")
-    return DatasetDict(test=_split(rows, files["data"]))
-
-
-def _labelled(file: Path, columns: Columns) -> list[tuple[str, str]]:
-    return [(line.text("text"), line.name("label")) for line in read_lines(file, columns)]
-
-
-def classification(files: Files, columns: Columns) -> Any:
-    """text, label (any name or number); one file to train on, one to test on."""
-    from datasets import DatasetDict
-
-    parts = {split: _labelled(files[role], columns) for split, role in (("train", "train"), ("test", "data"))}
-    numbers = {label: i for i, label in enumerate(sorted({label for _, label in parts["train"]}))}
-    unseen = sorted({label for _, label in parts["test"]} - set(numbers))
-    if unseen:
-        raise ValueError(f"{files['data']}: no text of {files['train']} has the label {unseen[0]!r}, so it cannot be learned")
-    if len(numbers) < 2:
-        raise ValueError(f"{files['train']}: one label alone, so there is nothing to tell apart")
-    rows = {split: [{"text": text, "label": numbers[label]} for text, label in part] for split, part in parts.items()}
-    return DatasetDict({split: _split(rows[split], files[role]) for split, role in (("train", "train"), ("test", "data"))})
-
-
-def clustering(files: Files, columns: Columns) -> Any:
-    """text, label (any name or number): texts of one label should fall together."""
-    from datasets import DatasetDict
-
-    labelled = _labelled(files["data"], columns)
-    numbers = {label: i for i, label in enumerate(sorted({label for _, label in labelled}))}
-    if len(numbers) < 2:
-        raise ValueError(f"{files['data']}: one label alone, so there are no groups to find")
-    rows = [{"sentences": text, "labels": numbers[label]} for text, label in labelled]
-    return DatasetDict(test=_split(rows, files["data"]))
-
-
-def retrieval(files: Files, columns: Columns) -> Any:
-    """BEIR's form: corpus (id or _id, title if there is one, text), queries (id or _id, text), qrels (query-id, corpus-id, score).
-
-    A title may stand without a text. Scores are whole numbers, for so MTEB's evaluators grade relevance.
-    """
-    corpus = [{"id": line.name("_id", "id")} | _document(line) for line in read_lines(files["corpus"], columns)]
-    queries = [{"id": line.name("_id", "id"), "text": line.text("text")} for line in read_lines(files["queries"], columns)]
-    ids = {role: _unique([row["id"] for row in rows], files[role]) for role, rows in (("corpus", corpus), ("queries", queries))}
-    relevant: dict[str, dict[str, int]] = {}
-    for line in read_lines(files["qrels"], columns):
-        query, document = line.name("query-id"), line.name("corpus-id")
-        for role, name in (("queries", query), ("corpus", document)):
-            if name not in ids[role]:
-                raise ValueError(f"{line.where}: {name!r} is not in {files[role]}")
-        relevant.setdefault(query, {})[document] = _grade(line)
-    asked = [row for row in queries if any(score > 0 for score in relevant.get(row["id"], {}).values())]
-    return _searched(_split(corpus, files["corpus"]), _split(asked, files["queries"], 1), relevant, None)
-
-
-def _document(line: Line) -> Row:
-    title, text = line.values.get("title"), line.value("text")
-    title = line.text("title") if isinstance(title, str) and title.strip() else str(title or "").strip()
-    no_text = text is None or (isinstance(text, str) and not text.strip())
-    return {"title": title, "text": "" if no_text and title else line.text("text")}
-
-
-def _grade(line: Line) -> int:
-    score = line.number("score")
-    if not score.is_integer():
-        raise ValueError(f"{line.where}: score must be a whole number, not {line.value('score')!r}: grade 0.5 and 1 as 1 and 2")
-    return int(score)
-
-
-def _unique(ids: list[str], file: Path) -> set[str]:
-    seen: set[str] = set()
-    for name in ids:
-        if name in seen:
-            raise ValueError(f"{file}: the id {name!r} stands there twice")
-        seen.add(name)
-    return seen
-
-
-def reranking(files: Files, columns: Columns) -> Any:
-    """query, positive and negative (lists of texts); or a row a candidate: query, document, label (1: it answers the query)."""
-    candidates: dict[str, dict[str, int]] = {}
-    for line in read_lines(files["data"], columns):
-        own = candidates.setdefault(line.text("query"), {})
-        own.update(_candidates(line))
-    documents = sorted({text for own in candidates.values() for text in own})
-    names = {text: hashlib.sha256(text.encode()).hexdigest()[:32] for text in documents}
-    corpus = [{"id": names[text], "title": "", "text": text} for text in documents]
-    answered = {query: own for query, own in candidates.items() if set(own.values()) == {0, 1}}  # others tell nothing
-    queries = [{"id": f"q{i}", "text": query} for i, query in enumerate(answered)]
-    relevant = {f"q{i}": {names[text]: label for text, label in own.items()} for i, own in enumerate(answered.values())}
-    ranked = {query: sorted(own) for query, own in relevant.items()}  # by digest: an encoder that ties everything wins nothing
-    return _searched(_split(corpus, files["data"]), _split(queries, files["data"], 1), relevant, ranked)
-
-
-def _candidates(line: Line) -> Iterator[tuple[str, int]]:
-    if "document" in line.values:
-        label = line.number("label")
-        if label not in (0, 1):
-            raise ValueError(f"{line.where}: label must be 0 or 1, not {line.value('label')!r}")
-        yield line.text("document"), int(label)
-        return
-    for field, label in (("negative", 0), ("positive", 1)):
-        yield from ((text, label) for text in line.texts(field))
-
-
-def _searched(corpus: Any, queries: Any, relevant: dict[str, dict[str, int]], ranked: dict[str, list[str]] | None) -> Any:
+def _search(corpus: Any, queries: Any, relevant: dict[str, dict[str, int]], ranked: dict[str, list[str]] | None) -> Any:
     split = {"corpus": corpus, "queries": queries, "relevant_docs": {i: relevant[i] for i in queries["id"]}, "top_ranked": ranked}
     return {"default": {"test": split}}
-
-
-DATASETS: dict[str, Callable[[Files, Columns], Any]] = {
-    "STS": sts,
-    "PairClassification": pair_classification,
-    "Retrieval": retrieval,
-    "Reranking": reranking,
-    "Classification": classification,
-    "Clustering": clustering,
-}
-"""By type of task."""

@@ -1,79 +1,79 @@
-"""Tasks of one's own: a small YAML beside jsonl or tsv files describes an MTEB task, and MTEB's own evaluators score it."""
+"""A user's own tasks: a YAML file beside files of data describes a task for MTEB's evaluators."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+import hashlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from src.datamodules.files import inside
-from src.evaluation.tasks.own_data import DATASETS
-from src.evaluation.tasks.own_rows import content_digest
+from src.evaluation.tasks import own_data
+from src.evaluation.tasks.task_folders import make_task
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A type of task.
+class Kind(NamedTuple):
+    """A task type: the function that reads its data, the files that a description names for it, and MTEB's usual main score."""
 
-    Attributes:
-        base: MTEB's class, by name.
-        files: what names its files in a description.
-        main_score: MTEB's usual one.
-        attributes: of the class, that depart from MTEB's: a set of one's own is small, and embedded whole.
-    """
-
-    base: str
+    dataset: Callable[..., Any]
     files: tuple[str, ...]
     main_score: str
-    attributes: Mapping[str, Any]
 
 
 KINDS = {
-    "STS": Kind("AbsTaskSTS", ("data",), "cosine_spearman", {}),
-    "PairClassification": Kind("AbsTaskPairClassification", ("data",), "max_ap", {}),
-    "Retrieval": Kind("AbsTaskRetrieval", ("corpus", "queries", "qrels"), "ndcg_at_10", {}),
-    "Reranking": Kind("AbsTaskRetrieval", ("data",), "map_at_1000", {}),
-    "Classification": Kind("AbsTaskClassification", ("train", "data"), "accuracy", {}),
-    "Clustering": Kind("AbsTaskClustering", ("data",), "v_measure", {"max_fraction_of_documents_to_embed": None}),
+    "STS": Kind(own_data.sts, ("data",), "cosine_spearman"),
+    "PairClassification": Kind(own_data.pair_classification, ("data",), "max_ap"),
+    "Retrieval": Kind(own_data.retrieval, ("corpus", "queries", "qrels"), "ndcg_at_10"),
+    "Reranking": Kind(own_data.reranking, ("data",), "map_at_1000"),
+    "Classification": Kind(own_data.classification, ("train", "data"), "accuracy"),
+    "Clustering": Kind(own_data.clustering, ("data",), "v_measure"),
 }
 
 
-@dataclass(frozen=True)
-class Description:
+class Description(BaseModel, extra="forbid"):
     """What a YAML file says.
 
     Attributes:
         name: of the task and of its result file; letters, digits, `-`, `_` and `.`.
-        type: STS, PairClassification, Retrieval, Reranking, Classification or Clustering.
-        data, train, corpus, queries, qrels: files beside it, those that its type asks for.
-        columns: see src/evaluation/tasks/own_rows.py.
-        description: one line on what is asked.
+        type: a name in KINDS.
+        data, train, corpus, queries, qrels: files beside the YAML file; the type decides which are needed.
+        columns: see `own_data.read_rows`.
+        description: one line.
         language: ISO 639-3 and script.
-        main_score: any of the scores of MTEB's evaluator; None: its usual one.
+        main_score: one of the scores of MTEB's evaluator; None for its usual one.
     """
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[\w.-]*[^\W_][\w.-]*$")]
     type: str
     data: str | None = None
     train: str | None = None
     corpus: str | None = None
     queries: str | None = None
     qrels: str | None = None
-    columns: Any = None
+    columns: Annotated[list[str], Field(min_length=1)] | Annotated[dict[str, str], Field(min_length=1)] | None = None
     description: str = "A task of one's own."
     language: str = "eng-Latn"
     main_score: str | None = None
 
+    @model_validator(mode="after")
+    def _files_of_type(self) -> "Description":
+        if self.type not in KINDS:
+            raise ValueError(f"type {self.type!r} is none of {', '.join(KINDS)}")
+        missing = [role for role in KINDS[self.type].files if getattr(self, role) is None]
+        if missing:
+            raise ValueError(f"a task of type {self.type} needs {', '.join(missing)}")
+        return self
+
 
 def find_own_tasks(data_dir: Path | str) -> dict[str, Path]:
-    """YAML files by the name of the task that each describes: those of the folder and of the folders in it, sorted.
+    """Returns the YAML files of a folder and the folders in it, by the name of the task that each describes.
 
     Raises:
-        ValueError: a malformed one, or two of one name.
+        ValueError: a file is malformed, or two describe tasks of one name.
     """
     found: dict[str, Path] = {}
     for file in sorted(path for pattern in ("*.y*ml", "*/*.y*ml") for path in Path(data_dir).glob(pattern)):
@@ -85,11 +85,11 @@ def find_own_tasks(data_dir: Path | str) -> dict[str, Path]:
 
 
 def read_description(file: Path) -> Description:
-    """What the file says.
+    """Returns what a YAML file says.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is no YAML, or lacks a setting, or has one that is not known.
+        FileNotFoundError: there is no such file.
+        ValueError: it is malformed.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no description of a task at {file}")
@@ -99,92 +99,44 @@ def read_description(file: Path) -> Description:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} describes no task: it needs name, type and files")
-    problem = _problem(values)
-    if problem:
-        raise ValueError(f"{file}: {problem}")
-    return Description(**values)
-
-
-def _problem(values: Mapping[Any, Any]) -> str | None:
-    """What is wrong with a description, if anything is."""
-    known = [field.name for field in fields(Description)]
-    unknown = [str(key) for key in values if key not in known]
-    if unknown:
-        return f"{', '.join(unknown)} is not known; there are {', '.join(known)}"
-    kind = KINDS.get(str(values.get("type")))
-    if kind is None:
-        return f"type {values.get('type')!r} is none of {', '.join(KINDS)}"
-    missing = [key for key in ("name", *kind.files) if not isinstance(values.get(key), str)]
-    if missing:
-        return f"a task of type {values['type']} needs {', '.join(missing)}"
-    if not values["name"].replace("-", "").replace("_", "").replace(".", "").isalnum():
-        return f"name {values['name']!r} has other characters than letters, digits, '-', '_' and '.'"
-    columns = values.get("columns")
-    names = list(columns.values()) if isinstance(columns, dict) else columns
-    if columns is not None and not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
-        return "columns is a list of names, or a mapping of fields to names"
-    return None
+    try:
+        return Description.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{file}: {own_data.problems(error)}; settings are {', '.join(Description.model_fields)}") from error
 
 
 def own_task(file: Path) -> "AbsTask":
-    """The task that a YAML file describes. Its data is read and checked now, and again whenever MTEB asks for it.
+    """Returns the task that a YAML file describes. Its data is read and checked now, and read again when MTEB loads it.
 
     Raises:
-        FileNotFoundError: the file, or one that it names, is not there.
-        ValueError: a malformed description, or data that is, by file and line.
+        FileNotFoundError: the file, or one that it names, is absent.
+        ValueError: the description is malformed, or the data, by file and line.
     """
-    import mteb.abstasks
-
     file = file.absolute()
-    told = read_description(file)
-    kind = KINDS[told.type]
-    files = _files(file, told, kind)
+    task = read_description(file)
+    kind = KINDS[task.type]
 
-    def dataset() -> Any:
-        return DATASETS[told.type](files, told.columns)
-
-    size = _check(file, dataset)
-    attributes = {**kind.attributes, **({"max_documents_per_cluster": min(size, 16_384)} if told.type == "Clustering" else {})}
-    revision = content_digest(list(files.values()), repr(sorted(asdict(told).items())))
-    members = {"metadata": _metadata(told, kind, file.parent, revision), "load_data": _loader(dataset), **attributes}
-    made: AbsTask = type(told.name, (getattr(mteb.abstasks, kind.base),), members)()
-    return made
-
-
-def _files(file: Path, told: Description, kind: Kind) -> dict[str, Path]:
-    try:
-        return {role: inside(file.parent, getattr(told, role)) for role in kind.files}
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def _check(file: Path, dataset: Callable[[], Any]) -> int:
-    """Reads the data once; rows of its test split."""
-    try:
-        test = dataset()
-        return len(test["test"]) if "test" in test else 0
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{file}: {error}") from error
-
-
-def _loader(dataset: Callable[[], Any]) -> Callable[..., None]:
     def load_data(self: "AbsTask", num_proc: int | None = None, **kwargs: Any) -> None:
         if not self.data_loaded:
-            self.dataset, self.data_loaded = dataset(), True
+            self.dataset, self.data_loaded = kind.dataset(task.columns, **files), True
 
-    return load_data
+    try:
+        files = {role: inside(file.parent, getattr(task, role)) for role in kind.files}
+        dataset = kind.dataset(task.columns, **files)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{file}: {error}") from error
+    members: dict[str, Any] = {"load_data": load_data}
+    if task.type == "Clustering":  # small, so all of it is embedded
+        members |= {"max_fraction_of_documents_to_embed": None, "max_documents_per_cluster": min(len(dataset["test"]), 16_384)}
+    revision = content_digest(list(files.values()), repr(sorted(task.model_dump().items())))
+    metadata = {"description": task.description, "main_score": task.main_score or kind.main_score, "language": task.language}
+    return make_task(task.name, task.type, members, dataset={"path": str(file.parent), "revision": revision}, **metadata)
 
 
-def _metadata(told: Description, kind: Kind, folder: Path, revision: str) -> Any:
-    from mteb.abstasks.task_metadata import TaskMetadata
-
-    return TaskMetadata(
-        name=told.name,
-        description=told.description,
-        dataset={"path": str(folder), "revision": revision},
-        type=told.type,  # type: ignore[arg-type]
-        category="t2c" if told.type in ("Classification", "Clustering") else "t2t",
-        eval_splits=["test"],
-        eval_langs=[told.language],
-        main_score=told.main_score or kind.main_score,
-    )
+def content_digest(files: Sequence[Path], settings: str) -> str:
+    """Returns 16 hexadecimal digits that depend on the files' content and the settings."""
+    digest = hashlib.sha256(settings.encode())
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

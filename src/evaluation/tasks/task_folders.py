@@ -1,9 +1,7 @@
-"""Evaluation sets as dataset folders, and MTEB tasks on them that need no hub."""
+"""Evaluation sets as data set folders, and MTEB tasks made of them."""
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,117 +9,113 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from src.evaluation.tasks.own_tasks import KINDS
+from src.utils.atomic import make_folder_once
 from src.utils.quiet import quiet_mteb
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
-    from mteb.abstasks.task_metadata import TaskDomain, TaskType
 
 Row = dict[str, Any]
-
-
-def write_sets(name: str, sets: Mapping[str, Mapping[str, list[Row]]], cache_dir: Path | str) -> dict[str, Path]:
-    """The folder of each set, written once.
-
-    Names end in a digest of the content: `datasets` keeps what it reads under the name of the folder and not its path,
-    and MTEB keeps results under the revision of the data, so that sets that differ must not share a name.
-
-    Args:
-        name: that the folder of all of them begins with.
-        sets: by name; a set is rows by split, or by part (corpus, queries, default, top_ranked).
-        cache_dir: where the folder is made.
-    """
-    digest = hashlib.sha256(json.dumps(sets).encode()).hexdigest()[:16]
-    folder = Path(cache_dir).absolute() / f"{name}_{digest}"
-    if not folder.exists():
-        _write_aside(folder, sets, digest)
-    return {part: folder / f"{part}_{digest}" for part in sets}
-
-
-def _write_aside(folder: Path, sets: Mapping[str, Mapping[str, list[Row]]], digest: str) -> None:
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")  # written aside: two runs may start at once
-    shutil.rmtree(partial, ignore_errors=True)
-    for name, rows in sets.items():
-        _write_folder(partial / f"{name}_{digest}", rows, as_configs="corpus" in rows)
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        shutil.rmtree(partial)  # another run was first, with the same content
-
-
-def _write_folder(folder: Path, rows: Mapping[str, list[Row]], as_configs: bool) -> None:
-    """JSON lines, and the README.md whose header tells `datasets` what they are: configs of a data set, or splits of one."""
-    folder.mkdir(parents=True)
-    header = ["---", "configs:"] + ([] if as_configs else ["- config_name: default", "  data_files:"])
-    for name, values in rows.items():
-        text = "".join(json.dumps(row) + "\n" for row in values)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        split = "test" if as_configs else name
-        header += [f"- config_name: {name}", "  data_files:"] if as_configs else []
-        header += [f"  - split: {split}", f"    path: {name}.jsonl"]
-    (folder / "README.md").write_text("\n".join([*header, "---", ""]), encoding="utf-8")
+Set = Mapping[str, list[Row]]
+"""Rows by split; of a search task by part: corpus, queries, default (relevance) and, to rerank, top_ranked."""
 
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What MTEB has to know of a task.
+    """What MTEB needs to know of a task.
 
     Attributes:
         name: of the task.
-        kind: MTEB's type, which decides on its class.
-        data: name of its set.
-        main_score: one of those of the type.
-        description: one line on what is asked.
-        attributes: of the class, that depart from MTEB's.
+        kind: MTEB's task type, which decides on the class.
+        data: name of its set in `write_sets`.
+        main_score: one of the scores of the type.
+        description: one line.
+        attributes: of the class, where they differ from MTEB's.
     """
 
     name: str
-    kind: "TaskType"
+    kind: str
     data: str
     main_score: str
     description: str
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
-def make_tasks(
-    specs: Iterable[TaskSpec], folders: Mapping[str, Path], domains: list["TaskDomain"], licence: str, load: bool
-) -> list["AbsTask"]:
-    """The tasks on sets that `write_sets` wrote. Random states are left as they were (MTEB seeds them when a task is made).
+def search_set(documents: Iterable[tuple[str, str]], queries: Iterable[tuple[str, str]]) -> dict[str, list[Row]]:
+    """Returns the set of a retrieval task from (id, text) of documents and (text, id of its one answer) of queries."""
+    rows = [(f"q:{answer}", text, answer) for text, answer in queries]
+    return {
+        "corpus": [{"_id": id, "title": "", "text": text} for id, text in documents],
+        "queries": [{"_id": id, "text": text} for id, text, _ in rows],
+        "default": [{"query-id": id, "corpus-id": answer, "score": 1} for id, _, answer in rows],
+    }
+
+
+def write_sets(name: str, sets: Mapping[str, Set], cache_dir: Path | str) -> dict[str, Path]:
+    """Returns the folder of each set; writes all of them if that was not done before.
+
+    Folder names end in a digest of the content: `datasets` caches what it reads under the name of a folder, not its path,
+    and MTEB stores results under the revision of the data, so different sets must not share a name.
+
+    Args:
+        name: beginning of the name of the folder in `cache_dir` with all of them.
+    """
+    digest = hashlib.sha256(json.dumps(sets).encode()).hexdigest()[:16]
+    folder = Path(cache_dir).absolute() / f"{name}_{digest}"
+
+    def write(partial: Path) -> None:
+        for part, rows in sets.items():
+            _write_folder(partial / f"{part}_{digest}", rows)
+
+    make_folder_once(folder, write)
+    return {part: folder / f"{part}_{digest}" for part in sets}
+
+
+def _write_folder(folder: Path, rows: Set) -> None:
+    """Writes JSON lines, and a README.md whose header tells `datasets` the splits of one config, or for search tasks the configs."""
+    folder.mkdir()
+    by_config = "corpus" in rows
+    header = ["---", "configs:"] + ([] if by_config else ["- config_name: default", "  data_files:"])
+    for name, values in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values), encoding="utf-8")
+        header += [f"- config_name: {name}", "  data_files:"] if by_config else []
+        header += [f"  - split: {'test' if by_config else name}", f"    path: {name}.jsonl"]
+    (folder / "README.md").write_text("\n".join([*header, "---", ""]), encoding="utf-8")
+
+
+def make_tasks(specs: Iterable[TaskSpec], folders: Mapping[str, Path], load: bool, **metadata: Any) -> list["AbsTask"]:
+    """Returns English tasks on sets that `write_sets` wrote. Random states stay as they were, though MTEB seeds them.
 
     Args:
         folders: by the name of the set.
-        domains: MTEB's, of all of their texts.
-        licence: of the texts, as MTEB names it.
-        load: reads their data now, so that evaluating them again and again reads no file; else MTEB does when it needs it.
+        load: read the data now, so that repeated evaluation reads no file.
+        metadata: of all of them, as MTEB's TaskMetadata names it.
     """
+    metadata |= {"annotations_creators": "derived", "sample_creation": "found"}
+    tasks = []
     with isolate_rng(), quiet_mteb():
-        tasks = [_task(spec, folders[spec.data], domains, licence) for spec in specs]
-        for task in tasks if load else []:
-            task.load_data()
+        for spec in specs:
+            folder = folders[spec.data]
+            dataset = {"path": str(folder), "revision": folder.name.rpartition("_")[2]}
+            of_task: dict[str, Any] = {"description": spec.description, "main_score": spec.main_score, "dataset": dataset}
+            tasks.append(make_task(spec.name, spec.kind, spec.attributes, **of_task, **metadata))
+            if load:
+                tasks[-1].load_data()
     return tasks
 
 
-def _task(spec: TaskSpec, data: Path, domains: list["TaskDomain"], licence: str) -> "AbsTask":
+def make_task(name: str, kind: str, members: Mapping[str, Any], language: str = "eng-Latn", **metadata: Any) -> "AbsTask":
+    """Returns a task of a new class below MTEB's class for the type.
+
+    Args:
+        members: of the new class.
+        metadata: as MTEB's TaskMetadata names it.
+    """
     import mteb.abstasks
     from mteb.abstasks.task_metadata import TaskMetadata
 
-    metadata = TaskMetadata(
-        name=spec.name,
-        description=spec.description,
-        dataset={"path": str(data), "revision": data.name.rpartition("_")[2]},
-        type=spec.kind,
-        category="t2c" if spec.kind in ("Classification", "Clustering") else "t2t",
-        eval_splits=["test"],
-        eval_langs=["eng-Latn"],
-        main_score=spec.main_score,
-        domains=domains,
-        annotations_creators="derived",
-        sample_creation="found",
-        license=licence,
-    )
-    base = getattr(mteb.abstasks, KINDS[str(spec.kind)].base)
-    made: AbsTask = type(spec.name, (base,), {"metadata": metadata, **spec.attributes})()
-    return made
+    category = "t2c" if kind in ("Classification", "Clustering") else "t2t"
+    metadata |= {"name": name, "type": kind, "category": category, "eval_splits": ["test"], "eval_langs": [language]}
+    base = getattr(mteb.abstasks, "AbsTaskRetrieval" if kind == "Reranking" else f"AbsTask{kind}")
+    task: AbsTask = type(name, (base,), {"metadata": TaskMetadata(**metadata), **members})()
+    return task

@@ -1,4 +1,4 @@
-"""Copies of MTEB's data sets: made by the documented command from a hub on this machine, read without one."""
+"""Copies of MTEB's data sets: made by mteb_data.py from a local hub, and read without one."""
 
 import json
 import os
@@ -24,39 +24,46 @@ from tests.hub_server import Hub, Repositories, local_hub
 from tests.own_files import LABELS, SCORED, TEXTS, write_own_tasks
 
 BIOSSES = mteb.get_task("BIOSSES").metadata.dataset
-ROWS = "".join(json.dumps({"sentence1": TEXTS[a], "sentence2": TEXTS[b], "score": score}) + "\n" for score, a, b in SCORED)
 NFCORPUS = mteb.get_task("NFCorpus").metadata.dataset
 
 
+def rows_of(*rows: dict[str, object]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
 def card(**configs: tuple[str, str]) -> bytes:
-    """The README.md of a data set: by config its split and file."""
+    """The README.md of a data set, from the split and file of each config."""
     lines = [f"- config_name: {name}\n  data_files:\n  - split: {split}\n    path: {file}\n" for name, (split, file) in configs.items()]
     return f"---\nconfigs:\n{''.join(lines)}---\n".encode()
 
 
 def retrieval_files() -> dict[str, bytes]:
-    """The retrieval set of tests/own_files.py as MTEB's are on the hub, with a query that has no answer."""
+    """The retrieval set of tests/own_files.py in the form that MTEB's have on the hub, with a query that has no answer."""
     with TemporaryDirectory() as folder:
         own = write_own_tasks(Path(folder))
         queries, documents = (own / "queries.jsonl").read_bytes(), (own / "corpus.jsonl").read_bytes()
         answers = [line.split("\t") for line in (own / "qrels.tsv").read_text().splitlines()[1:]]
-    rows = [{"query-id": query, "corpus-id": document, "score": int(score)} for query, document, score in answers]
     return {
         "README.md": card(default=("test", "qrels/test.jsonl"), corpus=("corpus", "corpus.jsonl"), queries=("queries", "queries.jsonl")),
         "corpus.jsonl": documents,
-        "queries.jsonl": queries + b'{"_id": "q9", "text": "unanswered"}\n',
-        "qrels/test.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
+        "queries.jsonl": queries + rows_of({"_id": "q9", "text": "unanswered"}),
+        "qrels/test.jsonl": rows_of(
+            *({"query-id": query, "corpus-id": document, "score": int(score)} for query, document, score in answers)
+        ),
     }
 
 
 REPOSITORIES: Repositories = {
-    (BIOSSES["path"], BIOSSES["revision"]): {"README.md": card(default=("test", "test.jsonl")), "test.jsonl": ROWS.encode()},
+    (BIOSSES["path"], BIOSSES["revision"]): {
+        "README.md": card(default=("test", "test.jsonl")),
+        "test.jsonl": rows_of(*({"sentence1": TEXTS[a], "sentence2": TEXTS[b], "score": score} for score, a, b in SCORED)),
+    },
     (NFCORPUS["path"], NFCORPUS["revision"]): retrieval_files(),
 }
 
 
 def command(hub: Hub, benchmark: str, folder: Path) -> subprocess.Popen[str]:
-    """`mteb_data.py`, as a process of its own."""
+    """`mteb_data.py` in its own process."""
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home")}
     settings = [f"benchmark={benchmark}", f"data_dir={folder}/data", f"paths.output_root={folder}/outputs"]
     return subprocess.Popen(
@@ -65,8 +72,8 @@ def command(hub: Hub, benchmark: str, folder: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.timeout(1800)
-def test_what_was_copied_is_evaluated_without_a_network(tiny_policy: Policy, tmp_path: Path) -> None:
-    """The first copy is killed while a file is on its way; the second goes on with it."""
+def test_downloaded_data_is_evaluated_offline(tiny_policy: Policy, tmp_path: Path) -> None:
+    """The first download is killed within a file; the second one resumes it."""
     folder = copy_folder(tmp_path / "data", BIOSSES["path"], BIOSSES["revision"])
     with local_hub(REPOSITORIES, held={"test.jsonl"}) as hub:
         with command(hub, "[BIOSSES]", tmp_path) as killed:
@@ -80,7 +87,7 @@ def test_what_was_copied_is_evaluated_without_a_network(tiny_policy: Policy, tmp
         with command(hub, "[BIOSSES,NFCorpus,STS12]", tmp_path) as again:
             _, errors = again.communicate(timeout=600)
         assert again.returncode == 1
-        assert "mteb_data.py: 1 data sets cannot be had; the others are in" in errors
+        assert "mteb_data.py: 1 data sets cannot be downloaded" in errors
         assert "\n  mteb/sts12-sts: " in errors
     assert {file.name for file in folder.iterdir() if file.is_file()} == {"README.md", "test.jsonl"}
     assert not list(folder.parent.glob("*.partial"))
@@ -95,20 +102,19 @@ def test_what_was_copied_is_evaluated_without_a_network(tiny_policy: Policy, tmp
     assert scores.tasks["NFCorpus"] == pytest.approx(scores.tasks["MyRetrieval"], abs=1e-5)
 
 
-def test_what_is_there_is_not_asked_for_again(tmp_path: Path) -> None:
+def test_present_data_is_not_downloaded(tmp_path: Path) -> None:
     copy_folder(tmp_path, BIOSSES["path"], BIOSSES["revision"]).mkdir(parents=True)
-    assert download([mteb.get_task("BIOSSES")], tmp_path) == {}  # HF_HUB_OFFLINE=1: asking would fail
+    assert download([mteb.get_task("BIOSSES")], tmp_path) == {}  # HF_HUB_OFFLINE=1: a request would fail
     assert list(download([mteb.get_task("STS12")], tmp_path)) == ["mteb/sts12-sts"]
 
 
-def test_a_copy_is_read_again_after_mteb_has_dropped_it(tmp_path: Path) -> None:
-    """As for the second of several encoders."""
+def test_copy_is_read_again_after_unloading(tmp_path: Path) -> None:
     folder = copy_folder(tmp_path, NFCORPUS["path"], NFCORPUS["revision"])
     for name, content in REPOSITORIES[NFCORPUS["path"], NFCORPUS["revision"]].items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     task = localised(mteb.get_task("NFCorpus"), tmp_path)
-    for _ in range(2):
+    for _ in range(2):  # as for the second of several encoders
         task.load_data()
         split = task.dataset["default"]["test"]
         assert [f"{row['title']} {row['text']}" for row in split["corpus"]] == [f"{a} {b}" for a, b in zip(LABELS, TEXTS, strict=True)]
@@ -117,14 +123,14 @@ def test_a_copy_is_read_again_after_mteb_has_dropped_it(tmp_path: Path) -> None:
         task.unload_data()
 
 
-def test_the_parts_of_an_aggregate_read_their_copies_and_mtebs_own_task_stays(tmp_path: Path) -> None:
+def test_parts_of_an_aggregate(tmp_path: Path) -> None:
     task = mteb.get_task("CQADupstackRetrieval")
     part = task.metadata.tasks[3]
-    dataset = part.metadata.dataset
+    dataset = dict(part.metadata.dataset)
     copied = copy_folder(tmp_path, dataset["path"], dataset["revision"])
     copied.mkdir(parents=True)
     own = localised(task, tmp_path)
     assert own.metadata.tasks[3].metadata.dataset == {**dataset, "path": str(copied)}
     assert own.taskname_to_task[part.metadata.name] is own.metadata.tasks[3] is own.tasks[3]
     assert own.metadata.tasks[2].metadata.dataset == task.metadata.tasks[2].metadata.dataset
-    assert part.metadata.dataset == dataset
+    assert part.metadata.dataset == dataset  # MTEB's own task stays

@@ -1,6 +1,10 @@
+"""Tasks that need no hub: of docstrings, and of WordNet's glosses."""
+
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,12 +12,29 @@ import torch
 from omegaconf import OmegaConf
 
 from src.datamodules.docstrings import Docstring, collect
-from src.evaluation.tasks.offline_sets import SIZES, OfflineSize, choose, labels_of, offline_sets, overlap, reranking_rows, subpackage
-from src.evaluation.tasks.offline_tasks import DESCRIPTIONS, offline_tasks
+from src.evaluation.run_tasks import run_tasks
+from src.evaluation.tasks.offline_tasks import (
+    SIZES,
+    OfflineSize,
+    candidates,
+    choose,
+    labels_of,
+    offline_sets,
+    offline_tasks,
+    overlap,
+    subpackage,
+)
+from src.evaluation.tasks.wordnet_tasks import SPECS, read_rows, wordnet_sets, wordnet_tasks
+from src.modules.encoder.encoder import RationaleEncoder
+from src.modules.encoder.settings import EncoderSettings
+from src.modules.policy.model import Policy
+from src.modules.rollouts.hf import HFEngine
 from tests.conftest import ROOT
 
 PACKAGES = ["networkx", "rich"]
 SIZE = OfflineSize(documents=80, queries=30, per_module=5, candidates=6, per_label=8)
+WORDNET = ROOT / "experiments" / "everyday_english" / "data"
+WORDNET_TEXTS = {"small": 210, "large": 1469}
 
 
 @pytest.fixture(scope="module")
@@ -26,120 +47,200 @@ def docs(cache_dir: Path) -> list[Docstring]:
     return collect(PACKAGES, cache_dir)
 
 
-def lines(file: Path) -> list[dict[str, object]]:
+def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_the_choice_is_the_same_every_time_and_follows_the_seed(docs: list[Docstring]) -> None:
+# ---- both
+
+
+def docstrings_of(cache_dir: Path, size: Any = SIZE, load: bool = True) -> list[Any]:
+    return offline_tasks(PACKAGES, cache_dir, size, load=load)
+
+
+def glosses_of(cache_dir: Path, size: Any = "small", load: bool = True) -> list[Any]:
+    return wordnet_tasks(WORDNET, cache_dir, size, load=load)
+
+
+BOTH = pytest.mark.parametrize("make", [docstrings_of, glosses_of])
+EXPECTED = {
+    docstrings_of: {
+        "DocstringRetrieval": ("Retrieval", "ndcg_at_10"),
+        "DocstringReranking": ("Reranking", "map_at_1000"),
+        "DocstringClassification": ("Classification", "accuracy"),
+        "DocstringClustering": ("Clustering", "v_measure"),
+        "DocstringPairs": ("PairClassification", "cosine_ap"),
+    },
+    glosses_of: {
+        "WordNetRetrieval": ("Retrieval", "ndcg_at_10"),
+        "WordNetSimilarity": ("STS", "cosine_spearman"),
+        "WordNetClassification": ("Classification", "accuracy"),
+        "WordNetPairs": ("PairClassification", "cosine_ap"),
+    },
+}
+
+
+@BOTH
+def test_tasks_of_each_kind(make: Callable[..., list[Any]], cache_dir: Path) -> None:
+    tasks = make(cache_dir)
+    assert {task.metadata.name: (task.metadata.type, task.metadata.main_score) for task in tasks} == EXPECTED[make]
+    assert all(task.data_loaded for task in tasks)
+    assert len({task.metadata.dataset["revision"] for task in tasks}) == 1
+    assert not any(task.data_loaded for task in make(cache_dir, load=False))
+
+
+@BOTH
+def test_random_states_are_left_alone(make: Callable[..., list[Any]], cache_dir: Path) -> None:
+    drawn = []
+    for step in (lambda: None, lambda: make(cache_dir)):
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(5)
+        step()
+        drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+    assert drawn[0] == drawn[1]
+
+
+@BOTH
+def test_unknown_size(make: Callable[..., list[Any]], cache_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"size 'huge'.*mini, small, large"):
+        make(cache_dir, "huge")
+
+
+# ---- docstrings
+
+
+def test_choice_follows_the_seed(docs: list[Docstring]) -> None:
     assert choose(docs, SIZE, seed=0) == choose(docs, SIZE, seed=0)
     assert choose(docs, SIZE, seed=0) != choose(docs, SIZE, seed=1)
 
 
-def test_queries_need_more_than_shared_words_and_meet_near_misses(docs: list[Docstring]) -> None:
+def test_queries_have_near_misses(docs: list[Docstring]) -> None:
     chosen = choose(docs, SIZE, seed=0)
     assert (len(chosen.documents), len(chosen.queries)) == (SIZE.documents, SIZE.queries)
     assert all(overlap(query) <= 0.75 and query.summary not in query.body for query in chosen.queries)
     modules = [doc.module for doc in chosen.documents]
-    alone = [query for query in chosen.queries if modules.count(query.module) < 4 and query.module != modules[-1]]
-    assert alone == []  # but for the last module, which the size may cut
+    assert all(modules.count(query.module) >= 4 for query in chosen.queries if query.module != modules[-1])  # the size may cut the last
 
 
-def test_candidates_hold_the_answer_and_the_nearest_others(docs: list[Docstring]) -> None:
+def test_candidates_are_the_nearest(docs: list[Docstring]) -> None:
     chosen = choose(docs, SIZE, seed=0)
     by_id = {doc.id: doc for doc in chosen.documents}
-    for query, row in zip(chosen.queries, reranking_rows(chosen, SIZE.candidates, random.Random(0))["top_ranked"], strict=True):
-        candidates = [by_id[i] for i in row["corpus-ids"]]
-        assert len(candidates) == SIZE.candidates
-        assert query in candidates
-        siblings = {doc.id for doc in chosen.documents if doc.module == query.module}
-        assert siblings <= set(row["corpus-ids"])  # at most five a module, so all of them fit
-        if any(doc.package != query.package for doc in candidates):
-            assert {doc.id for doc in chosen.documents if subpackage(doc) == subpackage(query)} <= set(row["corpus-ids"])
+    for query, row in zip(chosen.queries, candidates(chosen, SIZE.candidates, random.Random(0)), strict=True):
+        found = [by_id[id] for id in row["corpus-ids"]]
+        assert len(found) == SIZE.candidates
+        assert query in found
+        assert all(doc in found for doc in chosen.documents if doc.module == query.module)  # at most five a module, so all of them fit
+        if any(doc.package != query.package for doc in found):
+            assert all(doc in found for doc in chosen.documents if subpackage(doc) == subpackage(query))
 
 
-def test_too_few_docstrings_are_counted(docs: list[Docstring]) -> None:
-    with pytest.raises(ValueError, match=r"the packages give \d+ documents and \d+ queries, but .* ask for 99999 and 30"):
+def test_too_few_docstrings_or_labels(docs: list[Docstring]) -> None:
+    with pytest.raises(ValueError, match=r"give \d+ documents and \d+ queries.* 99999 and 30"):
         choose(docs, OfflineSize(99_999, 30, 5, 6, 8), seed=0)
-
-
-def test_packages_without_subpackages_give_no_labels(docs: list[Docstring]) -> None:
     flat = [doc for doc in docs if doc.package == "rich"]
-    with pytest.raises(ValueError, match=r"[01] subpackages have 8 texts or more, and labels need two"):
+    with pytest.raises(ValueError, match=r"[01] subpackages have 8 texts"):
         labels_of(choose(flat, OfflineSize(30, 10, 5, 6, 8), seed=0).documents, least=8)
 
 
-def test_all_sets_share_their_texts(cache_dir: Path) -> None:
+def test_docstring_sets_share_texts(cache_dir: Path) -> None:
     folders = offline_sets(PACKAGES, cache_dir, SIZE)
-    retrieval = folders["retrieval"]
-    texts = {row["text"] for name in ("corpus", "queries") for row in lines(retrieval / f"{name}.jsonl")}
+    texts = {row["text"] for name in ("corpus", "queries") for row in lines(folders["retrieval"] / f"{name}.jsonl")}
     assert len(texts) == SIZE.documents + SIZE.queries
-    used = {row["text"] for split in ("train", "test") for row in lines(folders["classification"] / f"{split}.jsonl")}
-    used |= {row["sentences"] for row in lines(folders["clustering"] / "test.jsonl")}
+    train, test = (
+        {row["text"]: row["label"] for row in lines(folders["classification"] / f"{split}.jsonl")} for split in ("train", "test")
+    )
+    assert not train.keys() & test.keys()
+    assert len(set(train.values())) > 1
+    assert set(train.values()) == set(test.values())
+    used = train.keys() | test.keys() | {row["sentences"] for row in lines(folders["clustering"] / "test.jsonl")}
     used |= {row[side] for row in lines(folders["pairs"] / "test.jsonl") for side in ("sentence1", "sentence2")}
     assert used <= texts
 
 
-def test_train_and_test_of_the_classification_are_apart(cache_dir: Path) -> None:
-    folder = offline_sets(PACKAGES, cache_dir, SIZE)["classification"]
-    train, test = ({row["text"]: row["label"] for row in lines(folder / f"{split}.jsonl")} for split in ("train", "test"))
-    assert not train.keys() & test.keys()
-    assert set(train.values()) == set(test.values())
-    assert len(set(test.values())) > 1
-
-
-def test_sets_are_written_once_and_other_content_has_other_names(cache_dir: Path) -> None:
+def test_sets_are_written_once(cache_dir: Path) -> None:
     first = offline_sets(PACKAGES, cache_dir, SIZE)
     written = (first["pairs"] / "test.jsonl").stat().st_mtime_ns
     assert offline_sets(PACKAGES, cache_dir, SIZE) == first
     assert (first["pairs"] / "test.jsonl").stat().st_mtime_ns == written
     other = offline_sets(PACKAGES, cache_dir, SIZE, seed=1)
     assert not {path.name for path in first.values()} & {path.name for path in other.values()}
-    assert not list(cache_dir.glob("*.tmp"))
 
 
 def test_mteb_reads_each_folder_as_itself(cache_dir: Path) -> None:
-    """`datasets` keeps what it reads under a folder's own name: folders that shared names would be read as one."""
-    one, other = (offline_tasks(PACKAGES, cache_dir, SIZE, seed=seed) for seed in (0, 1))
-    queries = [set(tasks[0].dataset["default"]["test"]["queries"]["text"]) for tasks in (one, other)]  # type: ignore[index]
-    for seed, read in enumerate(queries):
+    """`datasets` caches what it reads under the name of a folder: folders of one name would be read as one."""
+    for seed in (0, 1):
+        retrieval, reranking, *_ = offline_tasks(PACKAGES, cache_dir, SIZE, seed=seed)
+        found = retrieval.dataset["default"]["test"]  # type: ignore[index]
         folder = offline_sets(PACKAGES, cache_dir, SIZE, seed=seed)["retrieval"]
-        assert read == {row["text"] for row in lines(folder / "queries.jsonl")}
-    assert queries[0] != queries[1]
-
-
-def test_there_is_one_task_of_each_kind_with_its_data(cache_dir: Path) -> None:
-    tasks = offline_tasks(PACKAGES, cache_dir, SIZE)
-    assert [task.metadata.name for task in tasks] == list(DESCRIPTIONS)
-    assert [task.metadata.type for task in tasks] == ["Retrieval", "Reranking", "Classification", "Clustering", "PairClassification"]
-    assert all(task.data_loaded for task in tasks)
-    assert tasks[0].dataset["default"]["test"]["top_ranked"] is None  # type: ignore[index]
-    assert len(tasks[1].dataset["default"]["test"]["top_ranked"]) == SIZE.queries  # type: ignore[index]
-    assert len({task.metadata.dataset["revision"] for task in tasks}) == 1
+        assert set(found["queries"]["text"]) == {row["text"] for row in lines(folder / "queries.jsonl")}
+        assert found["top_ranked"] is None
+        assert len(reranking.dataset["default"]["test"]["top_ranked"]) == SIZE.queries  # type: ignore[index]
 
 
 @pytest.mark.parametrize("part", ["test", "validation"])
-def test_held_out_packages_give_the_smallest_size(part: str) -> None:
+def test_held_out_packages_suffice(part: str) -> None:
     packages = list(OmegaConf.load(ROOT / "configs" / "packages" / "docstrings.yaml")[part])
     folders = offline_sets(packages, ROOT / "data" / "cache", SIZES["mini"])
     assert len(lines(folders["retrieval"] / "corpus.jsonl")) == 200
     assert len(lines(folders["retrieval"] / "queries.jsonl")) == 80
-    assert {len(row["corpus-ids"]) for row in lines(folders["reranking"] / "top_ranked.jsonl")} == {10}  # type: ignore[arg-type]
+    assert {len(row["corpus-ids"]) for row in lines(folders["reranking"] / "top_ranked.jsonl")} == {10}
     assert len({row["labels"] for row in lines(folders["clustering"] / "test.jsonl")}) >= 5
 
 
-def test_making_tasks_leaves_random_states_alone(cache_dir: Path) -> None:
-    def draw() -> tuple[float, float, float]:
-        return random.random(), float(np.random.rand()), float(torch.rand(()))
-
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(5)
-    expected = draw()
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(5)
-    offline_tasks(PACKAGES, cache_dir, SIZE)
-    assert draw() == expected
+# ---- WordNet
 
 
-def test_an_unknown_size_is_named(cache_dir: Path) -> None:
-    with pytest.raises(ValueError, match=r"size 'huge' do not exist; sizes are mini, small, large"):
-        offline_tasks(PACKAGES, cache_dir, "huge")
+class Counting(RationaleEncoder):
+    """Keeps the texts that it embeds."""
+
+    def encode(self, texts: list[str], prompt_type: str | None = None) -> np.ndarray:  # type: ignore[override]
+        self.seen = [*getattr(self, "seen", []), *texts]
+        return super().encode(texts, prompt_type)
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_wordnet_sets(size: str) -> None:
+    rows = read_rows(WORDNET, size)
+    sets = wordnet_sets(rows)
+    fields = ("text", "sentence1", "sentence2")
+    texts = {name: {row[key] for part in own.values() for row in part for key in fields if key in row} for name, own in sets.items()}
+    assert all(found <= texts["retrieval"] for found in texts.values())
+    assert len(texts["retrieval"]) == WORDNET_TEXTS[size]
+    assert max(map(len, texts["retrieval"])) <= 160
+    train, test = ({row["text"]: row["label"] for row in sets["classification"][split]} for split in ("train", "test"))
+    assert not train.keys() & test.keys()
+    for labels in (train, test):
+        counts = np.bincount(list(labels.values()))
+        assert len(counts) == 15
+        assert len(set(counts)) == 1
+    ids = {doc["id"] for doc in rows["documents"]}
+    for row in rows["queries"] + rows["pairs"]:
+        one, other = (row[name] for name in (("answer", "rival") if "answer" in row else ("one", "other")))
+        assert {one, other} <= ids
+        assert one != other
+    assert [row["labels"] for row in sets["pairs"]["test"]] == [1, 0] * len(rows["queries"])
+
+
+def test_wordnet_sizes_are_nested() -> None:
+    small, large = read_rows(WORDNET, "small"), read_rows(WORDNET, "large")
+    assert read_rows(WORDNET, "mini") == small
+    assert all([row for row in large[name] if row["small"]] == rows for name, rows in small.items())
+    assert all(0 < len(rows) < len(large[name]) for name, rows in small.items())
+
+
+def test_wordnet_texts_are_embedded_once(tiny_policy: Policy, tmp_path: Path) -> None:
+    settings = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, max_new_tokens=4)
+    encoder = Counting(tiny_policy, settings, HFEngine(4), rationale=False)
+    scores = run_tasks(encoder, wordnet_tasks(WORDNET, tmp_path / "cache"), tmp_path / "results", "tiny")
+    assert scores.failures == {}
+    assert list(scores.tasks) == [spec.name for spec in SPECS]
+    assert list(scores.categories) == [spec.kind for spec in SPECS]
+    assert len(encoder.seen) == len(set(encoder.seen)) == WORDNET_TEXTS["small"]
+    again = run_tasks(Counting(tiny_policy, settings, HFEngine(4), rationale=False), wordnet_tasks(WORDNET, tmp_path), None, "tiny")
+    assert again == scores
+
+
+def test_missing_wordnet_file(tmp_path: Path) -> None:
+    (tmp_path / "documents.jsonl").write_text(json.dumps({"small": True}) + "\n")
+    with pytest.raises(FileNotFoundError, match=r"queries.jsonl"):
+        wordnet_tasks(tmp_path, tmp_path)
