@@ -14,7 +14,7 @@ TESTED := .venv/installed-$(if $(GPU),dev,$(if $(filter Linux-x86_64,$(shell una
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test test-slow mteb-data vllm lint format ui clean
+.PHONY: help train test test-fast test-slow mteb-data vllm lint format ui clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -28,6 +28,12 @@ PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --ma
 
 test: $(TESTED) ## Run the tests that need neither a GPU nor a network
 	$(PYTEST) -m "not slow and not gpu and not hub" $(ARGS)
+
+# Pure functions on tensors and what stands near them; a minute of one core.
+FAST := $(addprefix tests/modules/,objectives training prompt policy)
+
+test-fast: .venv/installed-dev ## Run the tests of the tensor code, in under a minute
+	$(PYTEST) -m "not slow and not gpu and not hub" $(FAST) $(ARGS)
 
 test-slow: $(TESTED) ## Run the long tests as well
 	$(PYTEST) -m "not gpu and not hub" $(ARGS)
