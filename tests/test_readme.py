@@ -1,5 +1,6 @@
 """The commands of README.md, CONTRIBUTING.md and docs/, each run or composed as far as a small machine without a network goes."""
 
+import importlib
 import importlib.util
 import json
 import re
@@ -27,6 +28,8 @@ from tests.conftest import ROOT, Compose
 from train import train
 
 PAGES = {page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))}
+
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 SMALL = [
     *("logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=1", "datamodule.seed=0"),
@@ -146,6 +149,12 @@ def test_modules_that_are_run_have_help(command: str, monkeypatch: pytest.Monkey
     with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_module(command.split()[2], run_name="__main__")
     assert "usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", re.findall(r"^\| `[\w.]+` \| `((?:src|experiments)\.[\w.]+)` \|$", CHANGELOG, flags=re.MULTILINE))
+def test_import_paths_of_the_changelog(path: str) -> None:
+    module, name = path.rsplit(".", 1)
+    assert hasattr(importlib.import_module(module), name)
 
 
 def test_extras_exist() -> None:
