@@ -34,10 +34,10 @@ CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 SMALL = [
     *("logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=1", "datamodule.seed=0"),
     *("rollout.max_new_tokens=4", "module.num_generations=2"),
-    "callbacks.reward_diagnostics.figure_path=null",  # drawing takes longer than the rest; tests/test_train.py draws
+    "callbacks.metrics.figure_path=null",  # drawing takes longer than the rest; tests/test_train.py draws
 ]
 
-ONLY_GRACE = ("module.num_generations", "callbacks.reward_diagnostics", "datamodule.seed")
+ONLY_GRACE = ("module.num_generations", "datamodule.seed")
 """Settings above that a baseline does not have or need."""
 
 SETTINGS = {"abilities", "algorithm", "callbacks", "datamodule", "embeddings", "module", "paths", "policy", "reward", "rollout", "trainer"}
