@@ -13,7 +13,7 @@ from src.evaluation.abilities import AbilityScore
 from src.evaluation.starting_policy import starting_policy
 from src.modules.encoder.export import load_policy
 from src.modules.encoder.settings import EncoderSettings
-from src.modules.policy.files import policy_files
+from src.modules.policy.loading import policy_files
 from src.modules.policy.model import Policy
 from src.utils.checkpoint_io import FolderCheckpoints
 from tests.builders import small_policy

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from src.modules.distributed.fsdp import whole
-from src.modules.encoder.encoder import evaluation_mode
 from src.modules.grace import GRACE
 from src.modules.objectives.rewards import Embeddings
 from src.modules.objectives.roles import texts_of
+from src.modules.policy.model import evaluation_mode
 from src.modules.policy_module import PolicyModule
 from src.modules.training.scoring import encode_others, negatives_an_instance
 from src.modules.types import Rollouts

@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from src.modules.encoder.encoder import RolloutEngine
 from src.modules.objectives.info_nce import info_nce
 from src.modules.objectives.pairs import PAIRS, Pairs
-from src.modules.policy.dropout import has_dropout
+from src.modules.policy.loading import has_dropout
 from src.modules.policy.model import Policy
 from src.modules.policy_module import PolicyModule
+from src.modules.rollouts.engine import RolloutEngine
 from src.modules.training.contrastive_report import contrastive_report
 from src.modules.training.grad_cache import cached_gradient, parts_by_length
 from src.modules.training.non_finite import NonFiniteError

@@ -12,7 +12,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from src.modules.distributed.fsdp import gradient_exchange, shard, whole
-from src.modules.encoder.encoder import RolloutEngine
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.judging import Judged, RoleReward, by_token, judge
 from src.modules.objectives.rewards import RewardFunction, without_autocast
@@ -21,6 +20,7 @@ from src.modules.policy.model import Policy
 from src.modules.policy.reference import Reference
 from src.modules.policy_module import PolicyModule
 from src.modules.rollouts.checks import require_readable
+from src.modules.rollouts.engine import RolloutEngine
 from src.modules.training.dynamic_sampling import GroupBuffer, shared_out
 from src.modules.training.experience import Experience, concatenate, interleaving
 from src.modules.training.logprob_mismatch import LogprobMismatch

@@ -1,30 +1,40 @@
-"""Models and tokenizers from a folder or the hub: no code of theirs runs and no pickle is read, unless asked for by name."""
+"""Models and tokenizers from a folder or the hub, and a policy's small files for a checkpoint.
+
+None of a model's Python code runs unless `trust_remote_code` is set, and no pickle is read.
+"""
 
 import logging
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from src.modules.policy.packaged import local_path
+from src.modules.types import Rollouts
+
+if TYPE_CHECKING:
+    from src.modules.policy.model import Policy
 
 log = logging.getLogger(__name__)
 
-_TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _PICKLES = ("pytorch_model*.bin", "adapter_model*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle")
+_files: "WeakKeyDictionary[Policy, dict[str, Tensor]]" = WeakKeyDictionary()
 
 
 def load_tokenizer(path: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or of a model on the hub.
-
-    Args:
-        trust_remote_code: lets Python files that come with it run.
+    """Loads the tokenizer of a folder or of a model on the hub.
 
     Raises:
         OSError: there is none.
-        ValueError: it brings code, and that was not asked for.
+        ValueError: it brings Python code, without `trust_remote_code`.
     """
     try:
         return AutoTokenizer.from_pretrained(local_path(path), revision=revision, trust_remote_code=trust_remote_code)
@@ -39,14 +49,11 @@ def load_model(
     attn_implementation: str | None = None,
     subfolder: str = "",
 ) -> PreTrainedModel:
-    """The causal language model of a folder or of the hub, in float32, from safetensors alone; arguments and errors as above.
-
-    Args:
-        subfolder: where it lies in there.
+    """Loads the causal language model of a folder or of the hub, in float32, from safetensors alone.
 
     Raises:
         OSError: there is none, or its weights are not in safetensors.
-        ValueError: it brings code, and that was not asked for; or its weights cannot be read.
+        ValueError: it brings Python code, without `trust_remote_code`; or its weights cannot be read.
     """
     settings: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "trust_remote_code": trust_remote_code}
     settings |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -56,43 +63,33 @@ def load_model(
         raise _plain(error, path) from error
     except SafetensorError as error:
         raise ValueError(f"the weights at {str(path)!r} are no safetensors, or cut off ({error}): copy the folder again") from error
-    _make_savable(model, path)
-    return model
-
-
-def _make_savable(model: PreTrainedModel, path: Path | str) -> None:
-    """Some folders ask for a temperature and not for sampling: transformers reads that, and would not write it into a checkpoint."""
     generation = model.generation_config
     try:
         generation.validate(strict=True)
-    except ValueError:
+    except ValueError:  # a temperature without sampling: transformers reads that, and would not write it into a checkpoint
         log.warning("%s: its generation_config.json contradicts itself; what it says of sampling is left out of what is saved", path)
         kept = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model.generation_config = GenerationConfig(**kept)
+    return model
 
 
 def require_files(path: str) -> None:
-    """Refuses a local folder without a config, a tokenizer (transformers would make an empty one in silence) or safetensors.
+    """Checks a local folder before transformers reads it: it would make an empty tokenizer without an error.
 
     Raises:
-        FileNotFoundError: it lacks one.
+        FileNotFoundError: no config, no tokenizer, or weights in a pickle alone.
     """
     folder = Path(path)
     if not folder.is_dir():
         return
-    for needed in (["config.json"], _TOKENIZER_FILES):
+    for needed in (("config.json",), _TOKENIZER_FILES):
         if not any((folder / name).is_file() for name in needed):
             raise FileNotFoundError(f"no policy at {path!r}: the folder has no {needed[0]}; save model and tokenizer into the same folder")
-    _refuse_pickles(folder)
-
-
-def _refuse_pickles(folder: Path) -> None:
-    """Where a folder has both, transformers reads the safetensors."""
-    for kind in ("adapter_model", ""):
+    for kind in ("adapter_model", ""):  # where a folder has both, transformers reads the safetensors
         pickles = sorted(file.name for pattern in _PICKLES if pattern.startswith(kind) for file in folder.glob(pattern))
         if pickles and not any(folder.glob(f"{kind}*.safetensors")):
             raise FileNotFoundError(
-                f"no policy at {str(folder)!r}: its weights are a pickle ({pickles[0]}), which can run code when it is read; where you "
+                f"no policy at {path!r}: its weights are a pickle ({pickles[0]}), which can run code when it is read; where you "
                 "trust it, load it with transformers once and save_pretrained() it, which writes safetensors"
             )
 
@@ -104,3 +101,47 @@ def _plain(error: ValueError, path: Path | str) -> ValueError:
         f"the model at {str(path)!r} brings Python code of its own, which would run here: read that code, and if you trust it set "
         "trust_remote_code=true (policy.trust_remote_code=true in training)"
     )
+
+
+def policy_files(policy: "Policy") -> dict[str, Tensor]:
+    """Returns a policy's config, generation config and tokenizer as files by name, for a checkpoint.
+
+    Each is [bytes] uint8, which weights-only loading reads. They are made once a policy, as they never change.
+    """
+    if policy not in _files:
+        with TemporaryDirectory() as folder:
+            for part in (policy.tokenizer, policy.model.config, policy.model.generation_config):
+                if part is not None:
+                    part.save_pretrained(folder)
+            files = [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+            contents = [torch.from_numpy(np.fromfile(file, dtype=np.uint8)) for file in files]
+            _files[policy] = {str(file.relative_to(folder)): content for file, content in zip(files, contents, strict=True)}
+    return _files[policy]
+
+
+def set_attention_dropout(model: nn.Module, share: float) -> None:
+    """Sets the share of attention weights that is dropped in training; the model's config, and so an export, keeps its own.
+
+    Raises:
+        ValueError: `share` is not in [0, 1), or no layer of the model has such a setting.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"policy.attention_dropout={share}: it is a share, 0 or above and below 1")
+    layers = [module for module in model.modules() if hasattr(module, "attention_dropout")]
+    if not layers:
+        raise ValueError(f"policy.attention_dropout={share}: {type(model).__name__} has no attention_dropout to set; use a model that has")
+    for layer in layers:
+        layer.attention_dropout = share  # type: ignore[assignment]
+
+
+def has_dropout(policy: "Policy", rollouts: Rollouts) -> bool:
+    """Returns whether two passes over the same sequences differ in training, now or (adapters begin as zeros) later."""
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.model.modules()):
+        return True
+    modes = [(module, module.training) for module in policy.modules()]
+    policy.train()
+    with isolate_rng(), torch.no_grad():
+        first, second = policy.embed(rollouts), policy.embed(rollouts)
+    for module, training in modes:
+        module.training = training
+    return not torch.allclose(first, second, rtol=1e-5, atol=1e-6)

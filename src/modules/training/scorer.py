@@ -9,16 +9,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from src.modules.distributed.ranks import Ranks
-from src.modules.encoder.encoder import RolloutEngine
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.judging import Greedy
 from src.modules.objectives.rewards import Embeddings
 from src.modules.objectives.roles import CONTEXT_ROLES, Role, ids_of, texts_of
 from src.modules.policy.model import Policy
-from src.modules.policy.reference import Reference
+from src.modules.policy.reference import GroupEncoding, Reference
 from src.modules.prompt.renderer import PromptRenderer
+from src.modules.rollouts.engine import RolloutEngine
 from src.modules.training.scoring import (
-    GroupEncoding,
     Scored,
     ScoredSide,
     encode_groups,

@@ -1,16 +1,17 @@
 """From rollouts to embeddings and log-probs of the sampling policy: what an engine did not give, a pass computes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from src.modules.objectives.rewards import Embeddings
 from src.modules.objectives.roles import Role
+from src.modules.policy.attention.shared_prompt import micro_batches
 from src.modules.policy.model import Policy
 from src.modules.policy.pooling import pool, pool_prefixes
+from src.modules.policy.reference import GroupEncoding
 from src.modules.types import Rollouts
 from src.records import Triplet
 
@@ -56,15 +57,6 @@ class Scored:
     @property
     def positive(self) -> ScoredSide:
         return self.sides["positive"]
-
-
-@dataclass(frozen=True)
-class GroupEncoding:
-    """How groups are passed through the policy: K rollouts each, so many tokens at a time, at the sampling temperature."""
-
-    num_generations: int
-    micro_batch_tokens: int
-    temperature: float
 
 
 @dataclass(frozen=True)
@@ -136,29 +128,3 @@ def unrelated_similarity(positive: Tensor) -> float:
     means = positive.mean(dim=1)  # the mean of all cross similarities is that of the means
     # the sum of all products as the square of the sum, which autocast leaves in float32
     return float((means.sum(dim=0).square().sum() - means.square().sum()) / (b * (b - 1)))
-
-
-def micro_batches(rollouts: Rollouts, rows: Tensor, k: int, tokens: int) -> Iterator[Tensor]:
-    """Cuts rows, [n] int64 ascending with K to an instance, into parts of at most `tokens` tokens; [n_i] int64 each.
-
-    A prompt counts once in a part. Instances stay whole where they fit, as a prompt is computed again in every part that
-    has rationales of it. A rollout that alone is longer stands alone.
-    """
-    prompts, own = rollouts.prompt_lengths.tolist(), rollouts.rationale_lengths.tolist()
-    part: list[int] = []
-    used = 0
-    for _, members in groupby(rows.tolist(), lambda row: row // k):
-        instance = list(members)
-        prompt, whole = prompts[instance[0]], sum(own[row] for row in instance)
-        if part and used + prompt + whole > tokens:
-            yield torch.tensor(part)
-            part, used = [], 0
-        used += prompt
-        for row in instance:
-            if part and used + own[row] > tokens:
-                yield torch.tensor(part)
-                part, used = [], prompt
-            part.append(row)
-            used += own[row]
-    if part:
-        yield torch.tensor(part)

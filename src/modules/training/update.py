@@ -12,12 +12,12 @@ from src.modules.distributed.fsdp import global_dot
 from src.modules.distributed.ranks import Ranks
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.kl import k3
+from src.modules.policy.attention.shared_prompt import micro_batches
 from src.modules.policy.model import Policy
 from src.modules.training.experience import Experience
 from src.modules.training.logprob_mismatch import LogprobMismatch
 from src.modules.training.non_finite import require_finite
 from src.modules.training.pathwise import Companions, pathwise_loss
-from src.modules.training.scoring import micro_batches
 from src.modules.types import dummy_rollouts
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from src.modules.encoder.encoder import RationaleEncoder, evaluation_mode
+from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.export import export
 from src.modules.encoder.settings import EncoderSettings
-from src.modules.policy.model import Policy
+from src.modules.policy.model import Policy, evaluation_mode
 from src.modules.prompt.renderer import PromptRenderer, Prompts
 from src.modules.rollouts.hf import HFEngine
 from src.modules.types import Rollouts

@@ -12,10 +12,10 @@ from src.modules.grace import GRACE, Algorithm
 from src.modules.objectives.advantages import grpo
 from src.modules.objectives.losses import ppo_clip
 from src.modules.objectives.rewards import paper
-from src.modules.policy.files import policy_of
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import PromptRenderer
-from src.modules.rollouts.hf import HFEngine, end_tokens
+from src.modules.rollouts.engine import end_tokens
+from src.modules.rollouts.hf import HFEngine
 from src.utils.checkpoint_io import FolderCheckpoints
 
 SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=64, max_new_tokens=5)
@@ -146,10 +146,11 @@ def test_weights_of_another_policy_are_refused(tiny_policy: Policy, tmp_path: Pa
         load_policy(checkpoint_of(module, tmp_path / "last.ckpt"))
 
 
-def test_a_file_name_that_leads_out_of_the_checkpoint_is_refused(tiny_policy: Policy) -> None:
+def test_file_name_leading_out_of_checkpoint(tmp_path: Path) -> None:
     files = {"../escaped": torch.zeros(1, dtype=torch.uint8)}
+    torch.save({"state_dict": {}, "grace": {"policy_files": files, "settings": {}}}, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="leads out of its folder"):
-        policy_of(files, {}, "", "live", "mean", -1, None)
+        load_policy(tmp_path / "last.ckpt")
 
 
 def test_a_checkpoint_may_be_named_as_the_folder_that_it_is(tiny_policy_folder: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from src.modules.encoder.export import export
 from src.modules.encoder.settings import EncoderSettings
-from src.modules.policy.dropout import has_dropout, set_attention_dropout
+from src.modules.policy.loading import has_dropout, set_attention_dropout
 from src.modules.policy.model import Policy
 from tests.builders import some_rollouts
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from src.datamodules.prompt_limit import PromptLimit
 from src.modules.encoder.export import export, load_policy
-from src.modules.policy.files import policy_files
+from src.modules.policy.loading import policy_files
 from src.modules.policy.model import ENCODER_FOLDER, Policy
 from src.utils.checkpoint_io import CheckpointError
 from tests.conftest import Compose

@@ -5,9 +5,8 @@ import torch
 from peft import LoraConfig
 
 from src.modules.policy.model import Policy
-from src.modules.policy.reference import Reference
+from src.modules.policy.reference import GroupEncoding, Reference
 from src.modules.rollouts.hf import HFEngine
-from src.modules.training.scoring import GroupEncoding
 from tests.modules.rollouts.test_rollout_hf import prompts_of
 
 HOW = GroupEncoding(num_generations=2, micro_batch_tokens=100, temperature=0.8)

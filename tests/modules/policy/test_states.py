@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from src.modules.policy.states import states_at
+from src.modules.policy.pooling import states_at
 from tests.builders import small_policy, some_rollouts
 
 

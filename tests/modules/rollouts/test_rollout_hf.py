@@ -8,7 +8,8 @@ from src.modules.policy.model import Policy
 from src.modules.policy.pooling import pool_prefixes
 from src.modules.prompt.renderer import PromptRenderer, Prompts
 from src.modules.rollouts import hf as rollout_hf
-from src.modules.rollouts.hf import HFEngine, batches, choose, end_tokens
+from src.modules.rollouts.engine import end_tokens
+from src.modules.rollouts.hf import HFEngine, batches, choose
 from src.modules.types import join
 from tests.builders import SENTENCES, small_policy, small_tokenizer
 

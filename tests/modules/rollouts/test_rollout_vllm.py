@@ -14,8 +14,9 @@ from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.lora import add_lora
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import Prompts
-from src.modules.rollouts import vllm_engine, vllm_weights
-from src.modules.rollouts.hf import HFEngine, end_tokens
+from src.modules.rollouts import vllm_engine
+from src.modules.rollouts.engine import end_tokens
+from src.modules.rollouts.hf import HFEngine
 from src.modules.types import Rollouts
 from tests.vllm_builders import KINDS, NEEDS_VLLM, TEXTS, engine, largest_gap, policy_of, prompts_of, step
 
@@ -95,7 +96,7 @@ def test_a_stale_copy_shows_in_the_log_probs(left_out: str, monkeypatch: pytest.
         if left_out == "push":
             patch.setattr(vllm_engine, "push", lambda llm, model: None)
         elif left_out == "head":
-            patch.setattr(vllm_weights, "_repack_head", lambda model: None)
+            patch.setattr(vllm_engine, "_repack_head", lambda model: None)
         else:
             llm = vllm_engine.start(engine()._spec(policy)).llm
             patch.setattr(llm, "reset_prefix_cache", lambda: True)

@@ -7,7 +7,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from src.modules.policy.lora import add_lora, without_lora
-from src.modules.rollouts.vllm_weights import named_weights
+from src.modules.rollouts.vllm_engine import named_weights
 from tests.builders import small_policy, some_rollouts
 
 

@@ -163,6 +163,6 @@ def test_the_models_own_attention_is_back_after_a_pass_and_after_a_failed_one() 
     policy.hidden_states(rollouts, groups)
     assert policy.model.config._attn_implementation == "sdpa"
     policy.model.base_model.layers[1].self_attn.sliding_window = 4
-    with pytest.raises(ValueError, match=r"cannot be computed together by this model: .* sliding_window"):
+    with pytest.raises(ValueError, match="sliding_window"):
         policy.hidden_states(rollouts, groups)
     assert policy.model.config._attn_implementation == "sdpa"
