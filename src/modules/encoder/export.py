@@ -138,9 +138,9 @@ def _load_checkpoint(file: Path, trust_remote_code: bool) -> tuple[Policy, Encod
         origin = grace["policy_path"] if trust_remote_code else folder  # a model's Python files are not in the checkpoint
         tokenizer = load_tokenizer(origin, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(origin, trust_remote_code=trust_remote_code)
-        how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa", "trust_remote_code": trust_remote_code}
         with no_init_weights():  # all are loaded below
-            model = AutoModelForCausalLM.from_config(config, **how)
+            model = AutoModelForCausalLM.from_config(config, **options)
         if Path(folder, "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()

@@ -67,7 +67,7 @@ def load_model(
     try:
         generation.validate(strict=True)
     except ValueError:  # a temperature without sampling: transformers reads that, and would not write it into a checkpoint
-        log.warning("%s: its generation_config.json contradicts itself; what it says of sampling is left out of what is saved", path)
+        log.warning("%s: its generation_config.json contradicts itself; its sampling settings are not saved", path)
         kept = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model.generation_config = GenerationConfig(**kept)
     return model
@@ -138,10 +138,10 @@ def has_dropout(policy: "Policy", rollouts: Rollouts) -> bool:
     """Returns whether two passes over the same sequences differ in training, now or (adapters begin as zeros) later."""
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.model.modules()):
         return True
-    modes = [(module, module.training) for module in policy.modules()]
+    modes = {module: module.training for module in policy.modules()}
     policy.train()
     with isolate_rng(), torch.no_grad():
         first, second = policy.embed(rollouts), policy.embed(rollouts)
-    for module, training in modes:
+    for module, training in modes.items():
         module.training = training
     return not torch.allclose(first, second, rtol=1e-5, atol=1e-6)

@@ -76,7 +76,7 @@ def selected_logprobs(
         return (hidden.new_zeros(0, dtype=torch.float32),) * 2
     device = hidden.device.type
     hidden = hidden / temperature  # [n, D] in place of the logits' [n, V]
-    if torch.is_autocast_enabled(device):  # does not reach into a function with a backward pass of its own
+    if torch.is_autocast_enabled(device):  # it has no effect inside an autograd.Function
         hidden = hidden.to(torch.get_autocast_dtype(device))
     chunk = chunk_tokens or tokens_at_a_time(len(weight), device)
     return _SelectedLogprobs.apply(hidden, weight, targets, chunk, torch.is_grad_enabled())

@@ -171,18 +171,18 @@ class Policy(nn.Module):
         logprobs: bool = True,
         embeddings: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Computes what an update needs of rollouts, in one pass of the live model.
+        """Computes log-probs and embeddings of rollouts for an update, in one pass of the live model.
 
         Updates go through this one call: sharded weights are gathered around it.
 
         Args:
             groups: see `hidden_states`.
             temperature: of the log-probs.
-            logprobs, embeddings: what is asked for.
+            logprobs, embeddings: whether to compute them.
 
         Returns:
             Log-probs and entropies of the rationales' tokens, [N, T] each, see `logprobs`; [N, D] float32 embeddings, not
-            normalised, as from `embed`. None in place of what was not asked for.
+            normalised, as from `embed`. None for those that are not computed.
         """
         # read from the packed row itself: as [N, T, D], states would grow with K copies of a prompt
         last, states, packed = _states(self.model.base_model, rollouts, groups, self.layer)
@@ -242,13 +242,14 @@ class Policy(nn.Module):
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Sets eval mode without gradients; at the end every submodule is back in its own mode (a frozen one stays frozen)."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    modes = {part: part.training for part in module.modules()}
+    for part in modes:
+        part.training = False
     try:
         with torch.no_grad():
             yield
     finally:
-        for part, training in modes:
+        for part, training in modes.items():
             part.training = training
 
 

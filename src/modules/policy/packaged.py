@@ -80,15 +80,12 @@ def _packaged_file() -> Path:
         package = metadata.distribution(_PACKAGE)
     except metadata.PackageNotFoundError as error:
         raise FileNotFoundError(f"{SMOLLM2}: the package {_PACKAGE} is not installed; {_INSTALL}") from error
-    if package.version != _VERSION:
-        raise FileNotFoundError(f"{SMOLLM2}: {_PACKAGE} is installed in version {package.version}, and {_VERSION} is needed; {_INSTALL}")
     file = Path(str(package.locate_file(_FILE)))
-    if not file.is_file():
-        raise FileNotFoundError(f"{SMOLLM2}: the package {_PACKAGE} has no file {_FILE}; {_INSTALL} --force-reinstall")
-    with file.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
+    found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "no file"
     if found != _SHA256:
-        raise FileNotFoundError(f"{SMOLLM2}: {file} has the SHA-256 {found}, not {_SHA256}; it is damaged: {_INSTALL} --force-reinstall")
+        raise FileNotFoundError(
+            f"{SMOLLM2}: {_PACKAGE} {package.version} has {found} at {_FILE}, not the SHA-256 {_SHA256}; {_INSTALL} --force-reinstall"
+        )
     return file
 
 
@@ -96,7 +93,7 @@ def _read_model(file: Path) -> LlamaForCausalLM:
     """Reads the model with dequantised float32 weights."""
     read = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
     config = read.config.to_dict()
-    # what transformers read counts as quantised and cannot be saved: its weights go into a plain model
+    # transformers marks the model as quantised and would not save it: its weights go into a plain model
     for key in ("quantization_config", "_name_or_path", "architectures", "model_type"):
         config.pop(key, None)
     with no_init_weights():

@@ -1,6 +1,6 @@
-"""Pooling of hidden states into text embeddings: of whole texts, or token by token while a rationale is written.
+"""Pooling of hidden states into text embeddings: of complete texts, or token by token while a rationale is written.
 
-A mask selects what is pooled, so either padding side will do. GRACE selects the text, the template's tokens after it, and
+A mask selects the pooled tokens, so either padding side will do. GRACE selects the text, the template's tokens after it, and
 the rationale; `eos` takes the last of these: EOS, or the last token of a truncated rationale.
 """
 
@@ -97,7 +97,7 @@ def pool(hidden: Tensor, mask: Tensor, pooling: PoolingName = "mean") -> Tensor:
 
 
 def pool_prefixes(hidden: Tensor, rollouts: Rollouts, steps: int, pooling: PoolingName = "mean") -> Tensor:
-    """Returns what `pool` gives if each rationale is cut after t tokens, t = 0 .. steps.
+    """Returns the embeddings of each rationale cut after t tokens, t = 0 .. steps.
 
     Args:
         hidden: [N, T, D].

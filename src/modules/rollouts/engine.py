@@ -13,8 +13,8 @@ from src.modules.types import Rollouts
 class RolloutEngine(Protocol):
     """Writes `n` rationales of at most `max_new_tokens` for each prompt: greedy at temperature 0, equal for equal seeds.
 
-    The seed is one for all prompts, or [N] int64, one for each: what a prompt draws then depends on no other prompt. An engine
-    that copies the weights may have `holding(policy)`, a context in which it copies them once for all calls.
+    The seed is one for all prompts, or [N] int64, one for each: a prompt's rationales then depend on no other prompt. An
+    engine that copies the weights may have `holding(policy)`, a context in which it copies them once for all calls.
     """
 
     max_new_tokens: int

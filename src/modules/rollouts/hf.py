@@ -22,13 +22,13 @@ from src.modules.types import Rollouts, join
 
 @dataclass(frozen=True)
 class _Written:
-    """N rationales while they are written; all tensors on the policy's device.
+    """N rationales while they are written, on the policy's device.
 
     Attributes:
         ids, logprobs: [N, R] int64 and float32.
         lengths, finished: [N] int64 and bool.
         pooled, prompt_pooled: [N, D] float32 of text and rationale so far, and of the prompt alone (see `Pooling.begin`).
-        prefix_pooled: [N, R + 1, D] float32, `pooled` after every token; R + 1 = 0 if not asked for.
+        prefix_pooled: [N, R + 1, D] float32 on the CPU, `pooled` after every token; R + 1 = 0 if not asked for.
     """
 
     ids: Tensor
@@ -87,7 +87,7 @@ class HFEngine:
             finished=torch.zeros(total, dtype=torch.bool, device=device),
             pooled=torch.empty(total, width, device=device),
             prompt_pooled=torch.empty(total, width, device=device),
-            prefix_pooled=torch.empty(total, limit + 1 if prefixes else 0, width, device=device),
+            prefix_pooled=torch.empty(total, limit + 1 if prefixes else 0, width),
         )
         with evaluation_mode(policy), attention_set_to(policy.model, SAMPLING_ATTENTION):
             for chunk in batches(prompts.lengths, n * limit, self.batch_tokens):
@@ -105,8 +105,8 @@ class HFEngine:
         # one entry a row from here on
         hidden, positions, every = last[cache.groups], lengths[cache.groups], rows
         out.pooled[rows] = out.prompt_pooled[rows] = pooled[cache.groups]
-        if out.prefix_pooled.shape[1]:
-            out.prefix_pooled[rows, 0] = out.pooled[rows]
+        prefix_pooled = out.pooled.new_empty(len(rows), *out.prefix_pooled.shape[1:])
+        prefix_pooled[:, :1] = out.pooled[rows].unsqueeze(1)
         done = torch.zeros_like(rows, dtype=torch.bool)  # rows that wait to leave
         for step in range(self.max_new_tokens):
             ids, logprobs = choose(hidden, head, draws[rows, step], temperature)
@@ -123,8 +123,8 @@ class HFEngine:
             )
             hidden, before = last[:, 0], out.pooled[rows]
             out.pooled[rows] = torch.where(done.unsqueeze(1), before, pooling.extend(before, states[:, 0].float()))
-            if out.prefix_pooled.shape[1]:  # of those that have ended too: past a rationale's end stands its last value
-                out.prefix_pooled[every, step + 1] = out.pooled[every]
+            # of all rows: past a rationale's end its last value is repeated
+            prefix_pooled[:, step + 1 : step + 2] = out.pooled[every].unsqueeze(1)
             ended = torch.isin(ids, ends) & ~done
             out.lengths[rows[ended]] = step + 1
             out.finished[rows[ended]] = True
@@ -133,14 +133,15 @@ class HFEngine:
             if done.sum() * 5 >= len(rows):
                 alive = (~done).nonzero().flatten()
                 if len(alive) == 0:
-                    out.prefix_pooled[every, step + 2 :] = out.pooled[every].unsqueeze(1)
                     break
                 cache.keep(alive)
                 rows, hidden, positions, done = rows[alive], hidden[alive], positions[alive], done[alive]
+        prefix_pooled[:, step + 2 :] = out.pooled[every].unsqueeze(1)
+        out.prefix_pooled[every.cpu()] = prefix_pooled.cpu()
 
 
 def _read_prompts(policy: Policy, prompts: Prompts, cache: SharedPromptCache) -> tuple[Tensor, Tensor]:
-    """Fills the cache with the prompts; returns the last states [G, D], and what they pool to so far, [G, D] float32."""
+    """Fills the cache with the prompts; returns their last states and their pooled states, [G, D] each."""
     ids = torch.nn.utils.rnn.pad_sequence(list(prompts.ids), batch_first=True, padding_value=policy.pad_id).to(policy.device)
     positions, ends = torch.arange(ids.shape[1], device=policy.device), cache.prompt_lengths
     inputs = {"input_ids": ids, "position_ids": positions.unsqueeze(0), "past_key_values": cache, "use_cache": True, "rollout_cache": cache}
@@ -150,21 +151,23 @@ def _read_prompts(policy: Policy, prompts: Prompts, cache: SharedPromptCache) ->
 
 
 def _rollouts(policy: Policy, prompts: Prompts, written: _Written) -> Rollouts:
-    """Joins prompts, one a rationale, and what was written; pooled states of the live model become embeddings."""
+    """Joins prompts, one a rationale, with the rationales; pooled states of the live model become embeddings."""
     lengths, ids, logprobs = written.lengths.cpu(), written.ids.cpu(), written.logprobs.cpu()
     own = lengths.tolist()
     rationales, own_logprobs = ([row[:length] for row, length in zip(rows, own, strict=True)] for rows in (ids, logprobs))
     rollouts = join(prompts, rationales, written.finished.cpu(), policy.pad_id, own_logprobs).to(policy.device)
     if policy.frozen_encoder is not None:
         return rollouts
-    pooling, prompt_counts = POOLINGS[policy.pooling], rollouts.prompt_lengths - rollouts.text_starts
+    pooling, counts = POOLINGS[policy.pooling], prompts.lengths - prompts.text_starts
     columns = written.prefix_pooled.shape[1]
-    tokens = torch.arange(columns, device=policy.device).minimum(written.lengths.unsqueeze(1))  # [N, R + 1]
+    tokens = torch.arange(columns).minimum(lengths.unsqueeze(1))  # [N, R + 1]
+    prefix_embeddings = pooling.finish(written.prefix_pooled, counts.unsqueeze(1) + tokens).to(policy.device) if columns else None
+    counts = counts.to(policy.device)
     return replace(
         rollouts,
-        embeddings=pooling.finish(written.pooled, prompt_counts + written.lengths),
-        prefix_embeddings=pooling.finish(written.prefix_pooled, prompt_counts.unsqueeze(1) + tokens) if columns else None,
-        prompt_embeddings=pooling.finish(written.prompt_pooled, prompt_counts),
+        embeddings=pooling.finish(written.pooled, counts + written.lengths),
+        prefix_embeddings=prefix_embeddings,
+        prompt_embeddings=pooling.finish(written.prompt_pooled, counts),
     )
 
 

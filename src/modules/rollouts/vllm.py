@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import Prompts
 from src.modules.rollouts.engine import end_tokens
-from src.modules.rollouts.vllm_engine import EngineError, EngineSpec, one_line, require_vllm, start
+from src.modules.rollouts.vllm_engine import Engine, EngineError, one_line, require_vllm, start
 from src.modules.types import Rollouts, join
 
 
@@ -25,7 +25,7 @@ class VLLMEngine:
 
     Args:
         max_new_tokens: longest rationale, EOS included.
-        max_prompt_tokens: longest prompt; the two decide how much an engine must hold.
+        max_prompt_tokens: longest prompt; the engine holds both.
         dtype: of the engine's weights and arithmetic: `auto` is bfloat16 on a GPU and float32 on a CPU.
         gpu_memory_utilization: share of the GPU that the engine may take beside the trainer.
         cpu_kv_cache_gib: on a CPU, memory for keys and values, in GiB.
@@ -57,6 +57,7 @@ class VLLMEngine:
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError(f"rollout.gpu_memory_utilization={gpu_memory_utilization}: it is a share, above 0 and at most 1")
         require_vllm()
+        # public names: the embedding cache's key reads them
         self.max_new_tokens, self.max_prompt_tokens, self.dtype = max_new_tokens, max_prompt_tokens, dtype
         self.gpu_memory_utilization, self.cpu_kv_cache_gib, self.sleep = gpu_memory_utilization, cpu_kv_cache_gib, sleep
         self.tensor_parallel, self.extra = tensor_parallel, dict(extra or {})
@@ -67,7 +68,7 @@ class VLLMEngine:
         """Keeps the engine awake with the policy's present weights: for many calls between which these do not change."""
         with isolate_rng(), ExitStack() as stack:
             with torch.autocast(policy.device.type, enabled=False), _plain_errors():
-                self._held = stack.enter_context(start(self._spec(policy)).loaded(policy.model))
+                self._held = stack.enter_context(self.started(policy).loaded(policy.model))
             try:
                 yield
             finally:
@@ -97,16 +98,15 @@ class VLLMEngine:
         if temperature == 0:
             seed = seed if isinstance(seed, int) else seed.repeat_interleave(n)
             prompts, n = prompts.repeat(n), 1
-        spec = self._spec(policy)
-        longest = int(prompts.lengths.max())
-        if longest >= spec.max_model_len:
+        longest, limit = int(prompts.lengths.max()), self._limit(policy)
+        if longest >= limit:
             raise ValueError(
-                f"a prompt of {longest} tokens leaves no room for a rationale: vLLM was set up for {spec.max_model_len} tokens of both. "
+                f"a prompt of {longest} tokens leaves no room for a rationale: vLLM was set up for {limit} tokens of both. "
                 "Raise rollout.max_prompt_tokens if the policy's context is longer, or lower module.max_prompt_tokens"
             )
-        loaded = nullcontext(self._held) if self._held is not None else start(spec).loaded(policy.model)
+        loaded = nullcontext(self._held) if self._held is not None else self.started(policy).loaded(policy.model)
         with isolate_rng(), torch.autocast(policy.device.type, enabled=False), _plain_errors(), loaded as llm:
-            outputs = self._run(llm, self._requests(policy, prompts, n, temperature, seed, spec.max_model_len))
+            outputs = self._run(llm, self._requests(policy, prompts, n, temperature, seed))
         written = [completion for output in outputs for completion in output.outputs]
         return join(
             prompts.repeat(n),
@@ -116,13 +116,13 @@ class VLLMEngine:
             [torch.tensor(completion.logprobs.logprobs) for completion in written],
         ).to(policy.device)
 
-    def _spec(self, policy: Policy) -> EngineSpec:
+    def started(self, policy: Policy) -> Engine:
+        """Returns the running engine of policies like this one."""
         config = copy.deepcopy(policy.model.config)
         config.architectures, config.name_or_path = [type(policy.model).__name__], ""
-        wanted = self.max_prompt_tokens + self.max_new_tokens
-        return EngineSpec(
+        return start(
             config=config.to_json_string(),
-            max_model_len=min(wanted, policy.context or wanted),
+            max_model_len=self._limit(policy),
             dtype=self.dtype,
             gpu_memory_utilization=self.gpu_memory_utilization,
             cpu_kv_cache_gib=self.cpu_kv_cache_gib,
@@ -132,9 +132,12 @@ class VLLMEngine:
             local_rank=policy.device.index or 0,
         )
 
-    def _requests(
-        self, policy: Policy, prompts: Prompts, n: int, temperature: float, seed: int | Tensor, limit: int
-    ) -> list[tuple[Any, Any]]:
+    def _limit(self, policy: Policy) -> int:
+        """Returns the most tokens of a prompt and its rationale together."""
+        wanted = self.max_prompt_tokens + self.max_new_tokens
+        return min(wanted, policy.context or wanted)
+
+    def _requests(self, policy: Policy, prompts: Prompts, n: int, temperature: float, seed: int | Tensor) -> list[tuple[Any, Any]]:
         """Returns a prompt and its sampling parameters each; rollout k of a prompt draws from the prompt's seed plus k."""
         from vllm import SamplingParams
 
@@ -142,7 +145,7 @@ class VLLMEngine:
             seed = torch.randint(2**62, (len(prompts),), generator=torch.Generator().manual_seed(seed))
         common: dict[str, Any] = {"n": n, "temperature": temperature, "stop_token_ids": end_tokens(policy).tolist()}
         common |= {"logprobs": 0, "flat_logprobs": True, "detokenize": False}  # log-probs of the sampled token alone
-        rooms = (limit - prompts.lengths).clamp(max=self.max_new_tokens)
+        rooms = (self._limit(policy) - prompts.lengths).clamp(max=self.max_new_tokens)
         return [
             ({"prompt_token_ids": ids.tolist()}, SamplingParams(seed=own, max_tokens=room, **common))
             for ids, own, room in zip(prompts.ids, seed.tolist(), rooms.tolist(), strict=True)
@@ -166,7 +169,7 @@ class VLLMEngine:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Turns what stops the engine into one line that says what to lower; the next call starts a new engine."""
+    """Turns the engine's errors into one line that says which setting to lower; the next call starts a new engine."""
     from vllm.exceptions import VLLMServerError
 
     try:

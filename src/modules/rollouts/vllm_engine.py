@@ -10,7 +10,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class EngineError(RuntimeError):
-    """vLLM did not start, or died; the message says what to lower."""
-
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """The settings of an engine; policies with equal specs share one.
-
-    Attributes:
-        config: the model's config as JSON, its architecture included.
-        max_model_len: tokens of the longest prompt and its rationale together.
-        dtype, gpu_memory_utilization, cpu_kv_cache_gib, sleep, tensor_parallel: see VLLMEngine.
-        extra: further arguments of `vllm.LLM`, as JSON.
-        local_rank: the GPU of this process on its machine.
-    """
-
-    config: str
-    max_model_len: int
-    dtype: str
-    gpu_memory_utilization: float
-    cpu_kv_cache_gib: float
-    sleep: bool
-    tensor_parallel: int
-    extra: str
-    local_rank: int
+    """vLLM did not start, or died; the message says which setting to lower."""
 
 
 class Engine:
@@ -91,55 +67,68 @@ def require_vllm() -> None:
 
 
 @functools.cache
-def start(spec: EngineSpec) -> Engine:
-    """Starts the engine of a spec, once a process: vLLM gives all memory back only when its process ends.
+def start(
+    config: str,
+    max_model_len: int,
+    dtype: str,
+    gpu_memory_utilization: float,
+    cpu_kv_cache_gib: float,
+    sleep: bool,
+    tensor_parallel: int,
+    extra: str,
+    local_rank: int,
+) -> Engine:
+    """Starts an engine, once a process for the same arguments: vLLM gives all memory back only when its process ends.
+
+    Args:
+        config: the model's config as JSON, its architecture included.
+        max_model_len: tokens of the longest prompt and its rationale together.
+        dtype, gpu_memory_utilization, cpu_kv_cache_gib, sleep, tensor_parallel: see VLLMEngine.
+        extra: further arguments of `vllm.LLM`, as JSON.
+        local_rank: the GPU of this process on its machine.
 
     Raises:
         EngineError: it does not fit into memory, or vLLM rejects the settings.
     """
     log.info("starting vLLM, which takes up to a minute")
-    with tempfile.TemporaryDirectory() as folder, _undisturbed_process(spec.local_rank):
-        Path(folder, "config.json").write_text(spec.config, encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder, _undisturbed_process(local_rank):
+        Path(folder, "config.json").write_text(config, encoding="utf-8")
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it reads that only after its imports have logged
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)  # a whole batch, when a step fails
+        logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)  # it dumps the batch when a step fails
         on_cpu = current_platform.is_cpu()
+        arguments: dict[str, Any] = {
+            "load_format": "dummy",  # the weights come from the trainer
+            "skip_tokenizer_init": True,  # ids go in, ids come out
+            "generation_config": "vllm",  # no top-p or the like that a model's folder asks for
+            "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from, temperature included
+            "max_model_len": max_model_len,
+            "dtype": {"auto": "float32" if on_cpu else "bfloat16"}.get(dtype, dtype),
+            "tensor_parallel_size": tensor_parallel,
+        }
+        if on_cpu:
+            arguments |= {
+                "enforce_eager": True,
+                "kv_cache_memory_bytes": int(cpu_kv_cache_gib * 2**30),
+                "block_size": 32,  # the least that its attention takes: only full blocks of a prompt are shared by its rollouts
+                # a seeded request whose prompt is read in parts fails on the CPU ("CPU Generator does not use offset")
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(4096, max_model_len),
+            }
+        else:
+            arguments |= {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": sleep}
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            arguments["distributed_executor_backend"] = "external_launcher"
         try:
-            llm = LLM(folder, **_arguments(spec, on_cpu))
+            llm = LLM(folder, **(arguments | json.loads(extra)))
         except (ValueError, torch.OutOfMemoryError) as error:
             raise EngineError(
                 f"vLLM cannot start ({one_line(error)}). If memory is short, lower rollout.max_new_tokens or module.max_prompt_tokens, "
                 "or change rollout.gpu_memory_utilization, on a CPU rollout.cpu_kv_cache_gib"
             ) from error
-    return Engine(llm, on_cpu, spec.sleep and not on_cpu)
-
-
-def _arguments(spec: EngineSpec, on_cpu: bool) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "load_format": "dummy",  # the weights come from the trainer
-        "skip_tokenizer_init": True,  # ids go in, ids come out
-        "generation_config": "vllm",  # no top-p or the like that a model's folder asks for
-        "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from, temperature included
-        "max_model_len": spec.max_model_len,
-        "dtype": {"auto": "float32" if on_cpu else "bfloat16"}.get(spec.dtype, spec.dtype),
-        "tensor_parallel_size": spec.tensor_parallel,
-    }
-    if on_cpu:
-        arguments |= {
-            "enforce_eager": True,
-            "kv_cache_memory_bytes": int(spec.cpu_kv_cache_gib * 2**30),
-            "block_size": 32,  # the least that its attention takes: only full blocks of a prompt are shared by its rollouts
-            # a seeded request whose prompt is read in parts fails on the CPU ("CPU Generator does not use offset")
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(4096, spec.max_model_len),
-        }
-    else:
-        arguments |= {"gpu_memory_utilization": spec.gpu_memory_utilization, "enable_sleep_mode": spec.sleep}
-    if distributed.is_initialized() and distributed.get_world_size() > 1:
-        arguments["distributed_executor_backend"] = "external_launcher"
-    return arguments | json.loads(spec.extra)
+    return Engine(llm, on_cpu, sleep and not on_cpu)
 
 
 def one_line(error: BaseException, limit: int = 400) -> str:
@@ -150,7 +139,7 @@ def one_line(error: BaseException, limit: int = 400) -> str:
 
 @contextmanager
 def _undisturbed_process(local_rank: int) -> Iterator[None]:
-    """Restores random states, threads and environment, which vLLM changes for the whole process.
+    """Restores random states, threads and environment, which vLLM changes for the process.
 
     It seeds every generator, sets torch to one thread (on a CPU it replaces `torch.set_num_threads`), and makes every child
     process preload its libraries.
@@ -194,7 +183,7 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def push(llm: Any, model: nn.Module) -> None:
-    """Copies the weights of a model into a `vllm.LLM`, without the disk, and drops what was computed with the old ones.
+    """Copies the weights of a model into a `vllm.LLM`, without the disk, and drops the keys and values of the old ones.
 
     Raises:
         RuntimeError: a request is still running, so its keys and values cannot be dropped.

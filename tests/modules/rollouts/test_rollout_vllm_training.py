@@ -17,7 +17,6 @@ from src.modules.objectives.losses import ppo_clip
 from src.modules.objectives.rewards import listwise
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import Prompts
-from src.modules.rollouts import vllm_engine
 from src.modules.rollouts.hf import HFEngine
 from src.modules.rollouts.vllm_engine import EngineError
 from src.modules.types import Rollouts
@@ -104,7 +103,7 @@ def test_run_resumes_after_the_engine_died(tmp_path: Path, monkeypatch: pytest.M
 
     class DyingInTheSecondBatch(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-            llm = vllm_engine.start(pl_module.engine._spec(pl_module.policy)).llm
+            llm = pl_module.engine.started(pl_module.policy).llm
             monkeypatch.setattr(llm.llm_engine, "step", die)
 
     def die() -> None:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from src.modules.rollouts import vllm_engine
 from src.modules.rollouts.vllm_engine import EngineError
 from tests.vllm_builders import NEEDS_VLLM, engine, largest_gap, policy_of, prompts_of
 
@@ -49,7 +48,7 @@ def test_dead_engine_is_one_line_and_replaced(name: str, monkeypatch: pytest.Mon
 
     error = {"dead": EngineDeadError(), "memory": torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")}[name]
     policy, dying = policy_of(), engine(cpu_kv_cache_gib=0.06)
-    llm = vllm_engine.start(dying._spec(policy)).llm
+    llm = dying.started(policy).llm
 
     def fail() -> None:
         raise error

@@ -36,7 +36,7 @@ class SharedPromptCache:
         self.prompt_bias = torch.empty(0)  # [G, 1, 1, P], -inf on padding
         places = torch.arange(len(prompt_lengths) * n, device=prompt_lengths.device)
         self.groups = places // n  # [N], the prompt of each row
-        self.slot_of_row, self.row_of_slot = places, places  # [N], [G * S]; in a slot that no row takes stands any row
+        self.slot_of_row, self.row_of_slot = places, places  # [N], [G * S]; an empty slot has any row
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Returns 0: transformers asks, but positions are always given."""
@@ -91,10 +91,8 @@ def sampling_attention(
 ) -> tuple[Tensor, None]:
     """Attention in the form that transformers calls: [N, heads, tokens, d] queries -> [N, tokens, heads, d].
 
-    Prompts are read as they are; after that one new token a row attends to its prompt and to its own tokens so far.
-
-    Raises:
-        ValueError: a layer with a sliding window, sinks or a soft cap.
+    While prompts are read, attention is causal; later one new token a row attends to its prompt and its tokens so far.
+    Raises ValueError for a sliding window, sinks or a soft cap.
     """
     cache = rollout_cache
     if cache.step < 0:

@@ -3,9 +3,9 @@
     tokens   p p p p | a a a | b b | q q q | c c c c | d
     sees             | p + a | p+b |       | q + c   | q + d
 
-All tokens stand in one row, so what treats them one by one (all but attention) wastes nothing. A group costs P + sum R
-tokens in place of K (P + R). Positions are those that each sequence would have alone, so hidden states and gradients
-are those of separate rows, but for rounding.
+All tokens are in one row, so the layers that treat tokens one by one (all but attention) compute no padding. A group costs
+P + sum R tokens in place of K (P + R). Each sequence keeps its positions, so hidden states and gradients are those of
+separate rows, but for rounding.
 """
 
 import functools
@@ -30,7 +30,7 @@ PACKED_ATTENTION = "grace_packed"
 
 @contextmanager
 def attention_set_to(model: nn.Module, name: str) -> Iterator[None]:
-    """Sets the attention of a transformers model to what `AttentionInterface` knows as `name`, and back at the end."""
+    """Sets the attention of a transformers model to the one named `name` in `AttentionInterface`, and back at the end."""
     config: Any = model.config
     config = config.get_text_config()
     before = config._attn_implementation
@@ -61,14 +61,14 @@ def require_supported(kwargs: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt of P tokens and its K rationales, R the longest of them, in the packed row.
+    """A prompt of P tokens and its K rationales, the longest of R tokens, in the packed row.
 
     Attributes:
         prompt: P.
         rationales: tokens of all its rationales together.
         padded: [K * R] int64, the place of each rationale's tokens among them; any place on padding.
         real: [rationales] int64, the entries of `padded` that are no padding.
-        visible: [R, P + R] bool, what a rationale's tokens see of its prompt and of itself.
+        visible: [R, P + R] bool, the attention mask of a rationale over its prompt and itself.
     """
 
     prompt: int
@@ -105,7 +105,7 @@ def pack(rollouts: Rollouts, groups: Tensor) -> PackedRollouts:
 
     prompts, rationales = rollouts.prompt_lengths, rollouts.rationale_lengths
     brought = rationales + leads * prompts
-    start = brought.cumsum(0) - brought  # where what a row brings begins
+    start = brought.cumsum(0) - brought  # the place of a row's first token
     positions = torch.arange(rollouts.input_ids.shape[1], device=device).expand_as(rollouts.input_ids)
     in_prompt = positions < prompts.unsqueeze(1)
     source = torch.where(in_prompt, start[first].unsqueeze(1), (start - ~leads * prompts).unsqueeze(1)) + positions
@@ -170,11 +170,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention in the form that transformers calls: [1, heads, L, d] queries -> [1, L, heads, d].
 
-    Group by group, prompt and rationales apart: one masked call for the whole row would compute every pair of its
-    tokens, and on a CPU took twice as long.
-
-    Raises:
-        ValueError: a layer with a sliding window, sinks or a soft cap.
+    Prompt and rationales of each group have a call each: one masked call for all would compute every pair of tokens in the
+    row, and on a CPU took twice as long. Raises ValueError for a sliding window, sinks or a soft cap.
     """
     require_supported(kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation has made float32 of these two
