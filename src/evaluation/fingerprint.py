@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.policy.lora import lora_settings
 from src.modules.policy.model import Policy
-from src.modules.rollouts.hf import end_tokens
+from src.modules.rollouts.engine import end_tokens
 
 _MOVE_NOTHING = ("batch_tokens", "gpu_memory_utilization", "cpu_kv_cache_gib", "sleep", "tensor_parallel")  # settings of engines
 _NAMES_ONLY = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}  # of configs: where from, not what

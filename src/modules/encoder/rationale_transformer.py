@@ -66,8 +66,7 @@ class RationaleTransformer(InputModule):
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
         """Returns the token ids of the chats, right-padded; `prompt` replaces the instruction (the system message).
 
-        Raises:
-            TypeError: an input that is no text.
+        Raises TypeError if an input is no text.
         """
         for text in inputs:
             if not isinstance(text, str):

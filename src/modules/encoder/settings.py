@@ -75,8 +75,7 @@ class EncoderSettings:
     def load(cls, folder: Path | str) -> "EncoderSettings":
         """Reads the settings of a folder or of a model on the hub; without a file (any instruct model) they are the paper's.
 
-        Raises:
-            ValueError: the file is no JSON object, or has unknown keys.
+        Raises ValueError if the file is no JSON object, or has unknown keys.
         """
         file = cached_file(str(folder), SETTINGS_FILE, _raise_exceptions_for_missing_entries=False)
         if file is None:

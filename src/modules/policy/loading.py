@@ -76,8 +76,7 @@ def load_model(
 def require_files(path: str) -> None:
     """Checks a local folder before transformers reads it: it would make an empty tokenizer without an error.
 
-    Raises:
-        FileNotFoundError: no config, no tokenizer, or weights in a pickle alone.
+    Raises FileNotFoundError if it has no config, no tokenizer, or weights in a pickle alone.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -122,8 +121,7 @@ def policy_files(policy: "Policy") -> dict[str, Tensor]:
 def set_attention_dropout(model: nn.Module, share: float) -> None:
     """Sets the share of attention weights that is dropped in training; the model's config, and so an export, keeps its own.
 
-    Raises:
-        ValueError: `share` is not in [0, 1), or no layer of the model has such a setting.
+    Raises ValueError if `share` is not in [0, 1), or no layer of the model has such a setting.
     """
     if not 0 <= share < 1:
         raise ValueError(f"policy.attention_dropout={share}: it is a share, 0 or above and below 1")

@@ -45,8 +45,7 @@ class PlainText:
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of each text, without the white space around it.
 
-        Raises:
-            ValueError: a text with half of a surrogate pair, or a single character that the tokenizer makes a control token.
+        Raises ValueError if a text has half of a surrogate pair, or a character that the tokenizer makes a control token.
         """
         stripped = [text.strip() for text in texts]
         for text in stripped:

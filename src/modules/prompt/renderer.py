@@ -128,8 +128,7 @@ class PromptRenderer:
     def __call__(self, texts: Sequence[str]) -> Prompts:
         """Returns the chats of `texts` as token ids; an empty text gives the frame alone.
 
-        Raises:
-            ValueError: no texts, or one with half of a surrogate pair.
+        Raises ValueError if there are no texts, or one has half of a surrogate pair.
         """
         if not texts:
             raise ValueError("no texts to render")

@@ -17,8 +17,7 @@ _PROMPTS, _RATIONALES = (7, 4), (3, 1, 2, 2)  # lengths; positions start anew wi
 def require_readable(policy: Policy) -> None:
     """Compares log-probs of random tokens by a plain pass, by one that shares a prompt, and by the engine token by token.
 
-    Raises:
-        ValueError: they differ, or the backbone cannot be called so: training would compute wrong gradients.
+    Raises ValueError if they differ, or if the backbone cannot be called so: training would compute wrong gradients.
     """
     name = type(policy.model).__name__
     advice = "its rollouts could not be computed rightly here; use a model whose layers call transformers' AttentionInterface (Llama, Qwen)"

@@ -185,8 +185,7 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def push(llm: Any, model: nn.Module) -> None:
     """Copies the weights of a model into a `vllm.LLM`, without the disk, and drops the keys and values of the old ones.
 
-    Raises:
-        RuntimeError: a request is still running, so its keys and values cannot be dropped.
+    Raises RuntimeError if a request is still running, so that its keys and values cannot be dropped.
     """
     # vLLM's own loader takes checkpoint names, fuses and shards as the engine needs, and casts on copy; without an iterator
     # it would read the weights from disk
