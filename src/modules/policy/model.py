@@ -19,6 +19,7 @@ from src.modules.policy.attention.shared_prompt import (
     checkpoint_contexts,
     pack,
     pool_packed,
+    unpack,
 )
 from src.modules.policy.loading import load_model, load_tokenizer, require_files, set_attention_dropout
 from src.modules.policy.logprobs import selected_logprobs
@@ -264,6 +265,6 @@ def _states(backbone: nn.Module, rollouts: Rollouts, groups: Tensor | None, laye
 
 
 def _unpacked(backbone: nn.Module, rollouts: Rollouts, groups: Tensor | None, layer: int) -> Tensor:
-    """Returns the [N, T, D] states of `layer`; of a packed row, anything on padding."""
+    """Returns the [N, T, D] states of `layer`; with groups, undefined on padding."""
     _, states, packed = _states(backbone, rollouts, groups, layer)
-    return states if packed is None else states[0][packed.source]
+    return states if packed is None else unpack(states, packed)

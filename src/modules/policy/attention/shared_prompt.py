@@ -129,6 +129,11 @@ def pack(rollouts: Rollouts, groups: Tensor) -> PackedRollouts:
     )
 
 
+def unpack(hidden: Tensor, packed: PackedRollouts) -> Tensor:
+    """Returns the [N, T, D] states of the rollouts (undefined on padding) from the [1, L, D] states of the packed row."""
+    return hidden[0][packed.source]
+
+
 def pool_packed(hidden: Tensor, packed: PackedRollouts, rollouts: Rollouts, pooling: PoolingName) -> Tensor:
     """Returns [N, D] float32 embeddings, not normalised: those that `pool` makes of [N, T, D] states.
 
