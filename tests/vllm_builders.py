@@ -1,4 +1,4 @@
-"""Small real parts for the tests of vLLM."""
+"""Small policies of several architectures, and parts for the tests of vLLM."""
 
 import importlib.util
 from typing import Any
@@ -24,25 +24,36 @@ TEXTS = ["x", *SENTENCES, SENTENCES[0] + " " + SENTENCES[1], ""]
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
     "untied": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": False}),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": True, "head_dim": 64}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": True}),
     "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": False}),
 }
 
 
-def policy_of(kind: str = "qwen2") -> Policy:
-    """Random weights; heads of 32, which is the least that vLLM's attention on a CPU takes."""
-    if kind == "shipped":
-        return load_policy(ROOT / "experiments" / "tiny_policy" / "weights")[0]
+def random_policy(kind: str, **config: Any) -> Policy:
+    """A policy of one of KINDS: two layers of 32 with random weights, four heads, two of keys and values."""
     tokenizer = small_tokenizer()
-    model, config, extra = KINDS[kind]
-    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model, config_class, own = KINDS[kind]
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "head_dim": 16 if kind == "qwen3" else None}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = model(config(vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.2, **shape, **extra))
-    policy = Policy(made.eval(), tokenizer)
-    ids = torch.randperm(len(tokenizer), generator=torch.Generator().manual_seed(0))[:40].tolist()
-    policy.model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ids]  # so that rationales differ in length
+        settings = {name: value for name, value in (shape | own | config).items() if value is not None}
+        return Policy(model(config_class(initializer_range=0.2, **settings)).eval(), tokenizer)
+
+
+def end_often(policy: Policy, tokens: int) -> Policy:
+    """Makes so many tokens end a rationale, so that rationales differ in length."""
+    ids = torch.randperm(len(policy.tokenizer), generator=torch.Generator().manual_seed(0))[:tokens].tolist()
+    policy.model.generation_config.eos_token_id = [policy.tokenizer.eos_token_id, *ids]
     return policy
+
+
+def policy_of(kind: str = "qwen2") -> Policy:
+    """A policy for vLLM: heads of 32 are the least that its attention on a CPU takes."""
+    if kind == "shipped":
+        return load_policy(ROOT / "experiments" / "tiny_policy" / "weights")[0]
+    shape = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64 if kind == "qwen3" else None}
+    return end_often(random_policy(kind, **shape), 40)
 
 
 def engine(max_new_tokens: int = 16, **settings: Any) -> VLLMEngine:
@@ -64,8 +75,18 @@ def step(policy: Policy, **options: Any) -> None:
 
 
 def largest_gap(policy: Policy, rollouts: Rollouts, temperature: float = 1.0) -> float:
-    """Distance of an engine's log-probs from those of a plain pass of the policy."""
+    """The largest difference of an engine's log-probs from those of a plain pass of the policy."""
     with torch.no_grad():
         logprobs, _ = policy.logprobs(rollouts, policy.hidden_states(rollouts), temperature)
     assert rollouts.logprobs is not None
     return float((rollouts.logprobs - logprobs).abs().max())
+
+
+def check_rationales(rollouts: Rollouts, prompts: Prompts, n: int, limit: int, ends: set[int]) -> None:
+    """Checks that each row has its prompt, ends with the first end token, or has `limit` tokens and is not finished."""
+    for row, (ids, finished) in enumerate(zip(rollouts.rationales(), rollouts.finished.tolist(), strict=True)):
+        prompt = prompts.ids[row // n]
+        assert rollouts.input_ids[row, : len(prompt)].equal(prompt)
+        assert not ends & set(ids[:-1].tolist())
+        assert (int(ids[-1]) in ends) == finished
+        assert finished or len(ids) == limit

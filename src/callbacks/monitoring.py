@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from src.modules.distributed.fsdp import summon_full_params
-from src.modules.encoder.encoder import evaluation_mode
 from src.modules.grace import GRACE
 from src.modules.objectives.roles import texts_of
+from src.modules.policy.model import evaluation_mode
 from src.modules.policy_module import PolicyModule
 from src.modules.training import collector
 from src.modules.training.metrics import BatchMetrics

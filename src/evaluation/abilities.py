@@ -14,8 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from rich.table import Table
 
 from src.evaluation.tasks.ability_tasks import OFFLINE_TASKS, ability_folder
-from src.modules.encoder.encoder import evaluation_mode
-from src.modules.policy.model import Policy
+from src.modules.policy.model import Policy, evaluation_mode
 
 _PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity")
 

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.policy.lora import lora_settings
 from src.modules.policy.model import Policy
-from src.modules.rollouts.hf import end_tokens
+from src.modules.rollouts.engine import end_tokens
 
 EMBEDDING_VERSION = 1
 """Raise it with every change of the prompt, the pooling or the sampling that changes what an encoder computes from the same weights and

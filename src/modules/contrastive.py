@@ -10,13 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from src.modules.encoder.encoder import RolloutEngine
 from src.modules.objectives.info_nce import info_nce
 from src.modules.objectives.pairs import PAIRS, Pairs
 from src.modules.policy.batching import padded_batches
-from src.modules.policy.dropout import has_dropout
-from src.modules.policy.model import Policy
+from src.modules.policy.model import Policy, has_dropout
 from src.modules.policy_module import PolicyModule
+from src.modules.rollouts.engine import RolloutEngine
 from src.modules.training.finite import NonFiniteError
 from src.modules.training.grad_cache import cached_gradient
 from src.modules.training.metrics import contrastive_metrics

@@ -9,7 +9,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from src.modules.distributed.fsdp import gradient_sync, shard, summon_full_params
-from src.modules.encoder.encoder import RolloutEngine
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.credit import at_tokens, token_advantages
 from src.modules.objectives.pathwise import first_of_group, reward_and_gradients
@@ -20,6 +19,7 @@ from src.modules.policy.model import Policy
 from src.modules.policy.reference import Reference
 from src.modules.policy_module import PolicyModule
 from src.modules.rollouts.checks import require_readable
+from src.modules.rollouts.engine import RolloutEngine
 from src.modules.training.checks import check_settings
 from src.modules.training.collector import Collector
 from src.modules.training.dynamic_sampling import GroupBuffer, shared_out

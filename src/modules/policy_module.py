@@ -11,12 +11,13 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 from src.modules.distributed.fsdp import global_grad_norm
 from src.modules.distributed.ranks import Ranks
-from src.modules.encoder.encoder import RationaleEncoder, RolloutEngine
+from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.files import policy_files
 from src.modules.policy.lora import lora_settings
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import PromptRenderer, require_room
+from src.modules.rollouts.engine import RolloutEngine
 from src.modules.training.finite import NonFiniteError
 from src.modules.training.metrics import BatchMetrics
 from src.records import Triplet

@@ -19,8 +19,9 @@ from src.callbacks.monitoring import as_policy_module
 from src.callbacks.random_states import RandomStates, random_states, set_random_states
 from src.callbacks.rationale_table import RationaleTable
 from src.callbacks.starting_policy_kl import StartingPolicyKL
-from src.modules.grace import GRACE, NonFiniteError
+from src.modules.grace import GRACE
 from src.modules.objectives.rewards import Embeddings, Reward
+from src.modules.training.finite import NonFiniteError
 from src.utils.checkpoint_io import CheckpointError, read_checkpoint
 from tests.callbacks.conftest import Interrupt, fit
 from tests.small_disk import small_disk

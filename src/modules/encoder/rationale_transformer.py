@@ -1,8 +1,8 @@
 """The encoder as a module of sentence-transformers: `SentenceTransformer(folder, trust_remote_code=True)`.
 
-An export copies this file, and those that it imports relatively, beside the weights; nothing else of the project is needed.
-What it adds to the library's own modules is the exact prompt: a chat whose frame is tokenised apart from the text, and whose
-beginning the library's Pooling leaves out. Texts are embedded without rationales, or with greedy ones: `encode(texts, rationale=True)`.
+An export copies this file, and those that it imports relatively, beside the weights; it needs nothing else of the project.
+It adds the exact prompt to the library's modules: a chat whose frame is tokenised apart from the text, and whose beginning the
+library's Pooling leaves out. Texts are embedded without rationales, or with greedy ones: `encode(texts, rationale=True)`.
 """
 
 import json
@@ -21,14 +21,14 @@ _ENCODER = "encoder"
 
 
 class RationaleTransformer(InputModule):
-    """Texts to the states of prompt and rationale, which Pooling (with `include_prompt=False`) makes embeddings of.
+    """Computes the states of prompt and rationale, which Pooling (with `include_prompt=False`) makes embeddings of.
 
     Args:
-        model: writes the rationales; embeds as well, where there is no `encoder`.
+        model: writes the rationales; without `encoder` it embeds as well.
         tokenizer: its tokenizer, with a chat template.
-        settings: those of grace.json.
-        encoder: what embeds, where it is another model.
-        rationale: whether rationales are written where `encode` does not say.
+        settings: of grace.json.
+        encoder: the model that embeds, if it is another.
+        rationale: whether rationales are written by default.
     """
 
     config_file_name = "grace.json"
@@ -60,14 +60,13 @@ class RationaleTransformer(InputModule):
         self._renderers.clear()
 
     def get_embedding_dimension(self) -> int:
-        """Size of a state."""
+        """Returns the size of a state."""
         return int(self.model.config.get_text_config().hidden_size)
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: Any) -> dict[str, Any]:
-        """Token ids of the chats, right-padded; a prompt takes the instruction's place (the system message).
+        """Returns the token ids of the chats, right-padded; `prompt` replaces the instruction (the system message).
 
-        Raises:
-            TypeError: an input that is no text.
+        Raises TypeError if an input is no text.
         """
         for text in inputs:
             if not isinstance(text, str):
@@ -81,7 +80,7 @@ class RationaleTransformer(InputModule):
         return {"input_ids": ids, "attention_mask": mask, "prompt_length": int(prompts.text_starts[0])}
 
     def forward(self, features: dict[str, Any], rationale: bool | None = None, **kwargs: Any) -> dict[str, Any]:
-        """Adds `token_embeddings`, [N, T, D]; with rationales, these and the attention mask go on over the rationales."""
+        """Adds `token_embeddings`, [N, T, D]; with rationales, ids and attention mask are those of prompt and rationale."""
         if self.rationale if rationale is None else rationale:
             features["input_ids"], features["attention_mask"] = self._with_rationales(features["input_ids"], features["attention_mask"])
         backbone = (self.model if self.encoder is None else self.encoder).base_model
@@ -92,10 +91,11 @@ class RationaleTransformer(InputModule):
         return features
 
     def _with_rationales(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Greedy rationales, what ends them included, behind the prompts; right-padded [N, T] ids and mask."""
+        """Returns right-padded [N, T] ids and mask of the prompts with their greedy rationales, end tokens included."""
         prompts = [row[: int(length)] for row, length in zip(ids, mask.sum(dim=1), strict=True)]
         flipped, seen = self._padded([row.flip(0) for row in prompts])  # `generate` wants the padding on the left
-        ends = self._ends()
+        named = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = sorted({int(self.tokenizer.eos_token_id), *([named] if isinstance(named, int) else named or [])})
         plain = GenerationConfig(
             max_new_tokens=self.settings["max_new_tokens"],
             do_sample=False,
@@ -112,10 +112,6 @@ class RationaleTransformer(InputModule):
         rows = [torch.cat([row, new[: int(n)]]) for row, new, n in zip(prompts, written, lengths, strict=True)]
         return self._padded(rows)
 
-    def _ends(self) -> list[int]:
-        named = getattr(self.model.generation_config, "eos_token_id", None)
-        return sorted({int(self.tokenizer.eos_token_id), *([named] if isinstance(named, int) else named or [])})
-
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
@@ -126,7 +122,7 @@ class RationaleTransformer(InputModule):
         return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)).long()
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
-        """Model, tokenizer, settings and, where there is one, the encoder."""
+        """Saves model, tokenizer, settings and, if there is one, the encoder."""
         self.model.save_pretrained(output_path)
         self.tokenizer.save_pretrained(output_path)
         if self.encoder is not None:
@@ -148,21 +144,17 @@ class RationaleTransformer(InputModule):
         config_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> "RationaleTransformer":
-        """From an exported folder or the hub, in float32 unless `model_kwargs` has a dtype.
+        """Loads an exported folder or a model of the hub, in float32 unless `model_kwargs` has a dtype.
 
         `config_kwargs={"rationale": True}` writes rationales by default.
         """
         where: dict[str, Any] = {"token": token, "revision": revision, "local_files_only": local_files_only}
         settings = cls.load_config(model_name_or_path, subfolder=subfolder, cache_folder=cache_folder, **where)
-        frozen = cls.load_file_path(
-            model_name_or_path, "config.json", f"{subfolder}/{_ENCODER}".strip("/"), cache_folder=cache_folder, **where
-        )
-        own = {"dtype": torch.float32, "use_safetensors": True, "cache_dir": cache_folder, **where, **(model_kwargs or {})}
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_name_or_path, subfolder=subfolder, cache_dir=cache_folder, **where, **(processor_kwargs or {})
-        )
+        inside = f"{subfolder}/{_ENCODER}".strip("/")
+        frozen = cls.load_file_path(model_name_or_path, "config.json", inside, cache_folder=cache_folder, **where)
+        where["cache_dir"] = cache_folder
+        own = {"dtype": torch.float32, "use_safetensors": True, **where, **(model_kwargs or {})}
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, subfolder=subfolder, **where, **(processor_kwargs or {}))
         model = AutoModelForCausalLM.from_pretrained(model_name_or_path, subfolder=subfolder, **own)
-        encoder = None
-        if frozen is not None:
-            encoder = AutoModelForCausalLM.from_pretrained(model_name_or_path, subfolder=f"{subfolder}/{_ENCODER}".strip("/"), **own)
+        encoder = AutoModelForCausalLM.from_pretrained(model_name_or_path, subfolder=inside, **own) if frozen is not None else None
         return cls(model, tokenizer, settings, encoder, **(config_kwargs or {}))

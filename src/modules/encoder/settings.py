@@ -1,4 +1,4 @@
-"""How a text becomes an embedding: the settings that travel with a policy's weights."""
+"""The settings that make an embedding of a text; an export keeps them beside the policy's weights."""
 
 import json
 from collections.abc import Mapping
@@ -8,23 +8,11 @@ from typing import Any
 
 from transformers.utils.hub import cached_file
 
-from src.modules.policy.pooling import POOLINGS, PoolingName
+from src.modules.policy.pooling import PoolingName, check_pooling
 from src.modules.prompt.renderer import GRACE_INSTRUCTION
 
 SETTINGS_FILE = "grace.json"
-"""Its name in an exported folder, beside config.json."""
-
-
-def check_pooling(pooling: str, layer: int, where: str) -> None:
-    """Refuses a pooling or a layer that does not exist; `where` is what named them.
-
-    Raises:
-        ValueError: neither mean nor eos nor max; neither the last layer nor the one before.
-    """
-    if pooling not in POOLINGS:
-        raise ValueError(f"{where}: pooling={pooling!r} does not exist; it is {', '.join(POOLINGS)}")
-    if layer not in (-1, -2):
-        raise ValueError(f"{where}: layer={layer}; it is -1 (the last) or -2 (the one before)")
+"""The file's name in an exported folder."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +23,11 @@ class EncoderSettings:
         instruction: the system message.
         max_prompt_tokens: longest prompt, the chat's frame included.
         max_new_tokens: longest rationale, EOS included.
-        pooling: what makes one vector of many states: `mean`, `eos` or `max`.
+        pooling: `mean`, `eos` or `max` of the states.
         layer: whose states: -1, the last layer's, or -2, those of the one before.
         template_kwargs: passed to the chat template.
-        query_instruction: the system message for queries, where they are told apart from documents; None: the same.
-        rationale: whether its embeddings were trained with rationales, and so are to be made with them.
+        query_instruction: the system message for queries; None: the same as for documents.
+        rationale: whether embeddings are made with rationales, as they were trained.
 
     Raises:
         ValueError: a length below one, or a pooling or a layer that does not exist.
@@ -61,26 +49,18 @@ class EncoderSettings:
         check_pooling(self.pooling, self.layer, "encoder settings")
 
     def instruction_for(self, prompt_type: str | None) -> str:
-        """The system message for a text of this side: `query`, `document`, or None where there are no sides.
-
-        Raises:
-            ValueError: another side.
-        """
+        """Returns the system message for a `query`, a `document`, or (None) any text; raises ValueError for another type."""
         if prompt_type not in ("query", "document", None):
             raise ValueError(f"prompt_type={prompt_type!r}: it is query, document or none")
         return self.query_instruction if prompt_type == "query" and self.query_instruction is not None else self.instruction
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as they stand in the file and in checkpoints (which are read as weights only)."""
+        """Returns plain values, for the file and for checkpoints (which are read as weights only)."""
         return asdict(self) | {"template_kwargs": dict(self.template_kwargs)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> "EncoderSettings":
-        """Settings from plain values; `where` names their origin in errors.
-
-        Raises:
-            ValueError: a key that is not a setting.
-        """
+        """Reads plain values; raises ValueError, naming their origin `where`, for an unknown key."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"{where} has settings that are not known here: {', '.join(unknown)}; was it written by a newer version?")
@@ -93,10 +73,9 @@ class EncoderSettings:
 
     @classmethod
     def load(cls, folder: Path | str) -> "EncoderSettings":
-        """The settings of a folder or of a model on the hub; the paper's where it has none (any instruct model).
+        """Reads the settings of a folder or of a model on the hub; without a file (any instruct model) they are the paper's.
 
-        Raises:
-            ValueError: the file is no JSON object, or has unknown keys.
+        Raises ValueError if the file is no JSON object, or has unknown keys.
         """
         file = cached_file(str(folder), SETTINGS_FILE, _raise_exceptions_for_missing_entries=False)
         if file is None:

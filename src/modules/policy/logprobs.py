@@ -12,16 +12,16 @@ _LEAST_TOKENS = 64  # in a chunk: below that, reading the weights costs more tha
 
 
 def tokens_at_a_time(vocabulary: int, device: str) -> int:
-    """Tokens whose logits may exist at once, on a device of this type (`cpu`, or any accelerator's)."""
+    """Returns the number of tokens whose logits may exist at once on a device of this type (`cpu`, or any accelerator)."""
     return max(_LEAST_TOKENS, _CHUNK_LOGITS.get(device, _CHUNK_LOGITS["cuda"]) // vocabulary)
 
 
 class _SelectedLogprobs(torch.autograd.Function):
-    """Chunk by chunk; what the backward pass needs of the states is computed while a chunk's distribution is at hand.
+    """Log-probs by chunks of tokens; the forward pass computes the gradient in the states while it has a chunk's distribution.
 
-    With p = softmax(W h), the gradient of log p[target] in h is W[target] - p W. What comes from above is but a factor to
-    it, so it is kept, [n, D] as the states are, and no logits are computed again for it. In W it is (onehot - p) h, summed
-    over tokens with those factors: only where W is trained does the backward pass compute the logits again.
+    With p = softmax(W h), the gradient of log p[target] in h is W[target] - p W, times the upstream scalar: it is kept,
+    [n, D], and no logits are computed again for it. In W it is (onehot - p) h, summed over tokens with the upstream
+    factors: only where W is trained does the backward pass compute the logits again.
     """
 
     @staticmethod
@@ -59,24 +59,24 @@ class _SelectedLogprobs(torch.autograd.Function):
 def selected_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of `targets` under softmax(hidden @ weight.T / temperature), and the entropies of that distribution.
+    """Computes log-probs of `targets` under softmax(hidden @ weight.T / temperature), and the entropies of that distribution.
 
-    Chunk by chunk, so that [tokens, vocabulary] (0.6 GB a thousand tokens at 152k) never exists whole.
+    By chunks of tokens: [tokens, vocabulary] would take 0.6 GB a thousand tokens at a vocabulary of 152k.
 
     Args:
         hidden: [n, D].
         weight: [V, D] of the output embedding (no bias).
         targets: [n] int64.
-        chunk_tokens: tokens at a time; by default what fits a CPU's cache, or fills a GPU.
+        chunk_tokens: tokens at a time; by default `tokens_at_a_time`.
 
     Returns:
         Two [n] float32 tensors; the entropies carry no gradient.
     """
     if len(targets) == 0:
-        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.float32)
+        return (hidden.new_zeros(0, dtype=torch.float32),) * 2
     device = hidden.device.type
     hidden = hidden / temperature  # [n, D] in place of the logits' [n, V]
-    if torch.is_autocast_enabled(device):  # does not reach into a function with a backward pass of its own
+    if torch.is_autocast_enabled(device):  # it has no effect inside an autograd.Function
         hidden = hidden.to(torch.get_autocast_dtype(device))
     chunk = chunk_tokens or tokens_at_a_time(len(weight), device)
     return _SelectedLogprobs.apply(hidden, weight, targets, chunk, torch.is_grad_enabled())

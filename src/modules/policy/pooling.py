@@ -1,15 +1,15 @@
-"""Pooling of hidden states into text embeddings: of whole texts, or token by token while a rationale is written.
+"""Pooling of hidden states into text embeddings: of complete texts, or token by token while a rationale is written.
 
-What is pooled is what a mask selects, so either padding side will do. GRACE selects the text, the template's tokens after
-it, and the rationale; of these `eos` takes the last: EOS, or the last token where the rationale was truncated before it.
+A mask selects the pooled tokens, so either padding side will do. GRACE selects the text, the template's tokens after it, and
+the rationale; `eos` takes the last of these: EOS, or the last token of a truncated rationale.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.modules.types import Rollouts
 
@@ -22,9 +22,9 @@ class Pooling:
 
     Attributes:
         begin: ([N, T, D], [N, T] bool) -> [N, D] float32 of what the mask selects.
-        extend: ([N, D] so far, [N, D] of one token more) -> [N, D].
+        extend: ([N, D] so far, [N, D] of one more token) -> [N, D].
         running: ([N, T, D], [N, T] bool) -> [N, T, D] float32, at each selected position `begin` of what is selected up to it.
-        divide: by the number of tokens at the end.
+        divide: divides by the number of tokens at the end.
     """
 
     begin: Callable[[Tensor, Tensor], Tensor]
@@ -33,7 +33,7 @@ class Pooling:
     divide: bool = False
 
     def finish(self, pooled: Tensor, counts: Tensor) -> Tensor:
-        """[..., D] embeddings, not normalised; `counts`, [...] int64, is how many tokens went into each."""
+        """Returns [..., D] embeddings, not normalised; `counts`, [...] int64, is the number of tokens that went into each."""
         return pooled / counts.unsqueeze(-1) if self.divide else pooled
 
 
@@ -67,13 +67,21 @@ POOLINGS: dict[str, Pooling] = {
 }
 
 
+def check_pooling(pooling: str, layer: int, where: str) -> None:
+    """Raises ValueError, with `where` in its text, if the pooling is not in POOLINGS or the layer is neither -1 nor -2."""
+    if pooling not in POOLINGS:
+        raise ValueError(f"{where}: pooling={pooling!r} does not exist; it is {', '.join(POOLINGS)}")
+    if layer not in (-1, -2):
+        raise ValueError(f"{where}: layer={layer}; it is -1 (the last) or -2 (the one before)")
+
+
 def pool(hidden: Tensor, mask: Tensor, pooling: PoolingName = "mean") -> Tensor:
-    """One vector a row: the mean, the last or the greatest (coordinate by coordinate) of the states that the mask selects.
+    """Pools the states that a mask selects into one vector a row.
 
     Args:
         hidden: [N, T, D] any floating dtype; sums are in float32.
-        mask: [N, T] bool, True where a token counts.
-        pooling: `mean` (GRACE), `eos` or `max`.
+        mask: [N, T] bool.
+        pooling: `mean` (GRACE), `eos` or `max` (coordinate by coordinate).
 
     Returns:
         [N, D] float32, not normalised.
@@ -85,12 +93,11 @@ def pool(hidden: Tensor, mask: Tensor, pooling: PoolingName = "mean") -> Tensor:
     if not bool((counts > 0).all()):
         empty = (counts == 0).nonzero().flatten().tolist()
         raise ValueError(f"embedding of zero tokens in rows {empty}: the pooling mask selects nothing there")
-    way = POOLINGS[pooling]
-    return way.finish(way.begin(hidden, mask), counts)
+    return POOLINGS[pooling].finish(POOLINGS[pooling].begin(hidden, mask), counts)
 
 
 def pool_prefixes(hidden: Tensor, rollouts: Rollouts, steps: int, pooling: PoolingName = "mean") -> Tensor:
-    """`pool` if each rationale were cut after t tokens, t = 0 .. steps.
+    """Returns the embeddings of each rationale cut after t tokens, t = 0 .. steps.
 
     Args:
         hidden: [N, T, D].
@@ -98,11 +105,40 @@ def pool_prefixes(hidden: Tensor, rollouts: Rollouts, steps: int, pooling: Pooli
         steps: R, at least the longest rationale's tokens.
 
     Returns:
-        [N, R + 1, D] float32; past a rationale's end what it ended with.
+        [N, R + 1, D] float32; past a rationale's end its last value.
     """
-    mask, way = rollouts.pooling_mask, POOLINGS[pooling]
-    offsets = torch.arange(steps + 1, device=hidden.device)
-    # the last position that counts after t tokens
-    last = torch.minimum(rollouts.prompt_lengths.unsqueeze(1) - 1 + offsets, rollouts.lengths.unsqueeze(1) - 1)
-    pooled = way.running(hidden, mask).gather(1, last.unsqueeze(2).expand(-1, -1, hidden.shape[2]))
-    return way.finish(pooled, mask.cumsum(dim=1).gather(1, last))
+    mask = rollouts.pooling_mask
+    # [N, R + 1], the last position that counts after t tokens
+    last = (rollouts.prompt_lengths.unsqueeze(1) - 1 + torch.arange(steps + 1, device=hidden.device)).minimum(
+        rollouts.lengths.unsqueeze(1) - 1
+    )
+    pooled = POOLINGS[pooling].running(hidden, mask).gather(1, last.unsqueeze(2).expand(-1, -1, hidden.shape[2]))
+    return POOLINGS[pooling].finish(pooled, mask.cumsum(dim=1).gather(1, last))
+
+
+def states_at(backbone: nn.Module, layer: int, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """Returns the [N, T, D] last hidden states (after the final norm) of a transformers backbone, and those of `layer`.
+
+    Args:
+        layer: -1, the last hidden states again; -2, the input of the last layer (before any final norm): transformers'
+            `hidden_states[-2]`, without keeping the states of every layer.
+        inputs: of the backbone.
+
+    Raises:
+        ValueError: layer -2 of a backbone without `layers`.
+    """
+    if layer == -1:
+        last: Tensor = backbone(**inputs).last_hidden_state
+        return last, last
+    layers = getattr(backbone, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(f"policy.layer={layer}: {type(backbone).__name__} has no `layers` to look between; use policy.layer=-1")
+    given: list[Tensor] = []
+    hook = layers[layer + 1].register_forward_pre_hook(
+        lambda _, args, kwargs: given.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    try:
+        last = backbone(**inputs).last_hidden_state
+    finally:
+        hook.remove()
+    return last, given[0]

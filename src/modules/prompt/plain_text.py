@@ -1,4 +1,4 @@
-"""Texts as plain characters: whatever a text holds, none of its token ids speaks for the chat template."""
+"""Tokenises texts as plain characters: no text can produce a control token of the chat template."""
 
 import re
 import warnings
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 _NEVER_TEXT = re.compile(r"<[|｜].*[|｜]>|</?think>", re.DOTALL)  # noqa: RUF001, DeepSeek's bars are these
-"""Added tokens that steer a model even where its tokenizer does not call them special and its template does not write them."""
+"""Added tokens that steer a model even if its tokenizer does not call them special and its template does not contain them."""
 
 _BRACKETED = re.compile(r"[\[<{]{1,2}[^\s\[\]<>{}]+[\]>}]{1,2}")
 _NOTHING = "(?!)"  # matches nowhere
@@ -15,16 +15,16 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class PlainText:
-    """Tokenises what a user says, in such a way that it can only be read as text.
+    """Tokenises user texts without control tokens.
 
-    Control strings are the tokenizer's special tokens, the added tokens of `_NEVER_TEXT` and those that the chat template
-    writes (`<tool_call>`), and, where a template marks turns in plain characters (`[/INST]`), these marks. A text without
-    one is tokenised as the tokenizer does it. In any other, a control string becomes its single characters, tokenised apart
-    from each other and from what stands beside them: no id of a control token, and not those of the template's mark. A mark
-    that the tokenizer has in single characters anyway is warned of.
+    Control strings are the tokenizer's special tokens, the added tokens of `_NEVER_TEXT` and of the chat template
+    (`<tool_call>`), and a template's turn marks in plain characters (`[/INST]`). A text without one is tokenised by the
+    tokenizer as usual. In any other text the single characters of a control string are tokenised one by one, which gives
+    neither the id of a control token nor the ids of a turn mark. If the tokenizer reads a turn mark in single characters
+    anyway, a warning says so.
 
     Args:
-        tokenizer: its state is left as it is.
+        tokenizer: it is not changed.
         before, after: the rendered chat on both sides of the text, without the instruction.
     """
 
@@ -43,19 +43,18 @@ class PlainText:
         self._control = re.compile(f"({'|'.join(map(re.escape, self.control_strings)) or _NOTHING})")
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without the white space around it.
+        """Returns the token ids of each text, without the white space around it.
 
-        Raises:
-            ValueError: a text with half of a surrogate pair, or a single character that the tokenizer makes a control token.
+        Raises ValueError if a text has half of a surrogate pair, or a character that the tokenizer makes a control token.
         """
         stripped = [text.strip() for text in texts]
         for text in stripped:
             if not text.isascii() and _SURROGATE.search(text):
                 raise ValueError(f"the text {text[:80]!r} has half of a surrogate pair, which is no character: take it out")
-        parts = [self._control.split(text) for text in stripped]  # of one part: an ordinary text
+        parts = [self._control.split(text) for text in stripped]  # one part: an ordinary text
         ordinary = iter(self._encode([text for text, own in zip(stripped, parts, strict=True) if len(own) == 1]))
-        ids = (next(ordinary) if len(own) == 1 else self._apart(own) for own in parts)
-        return [self._checked(own, text) for own, text in zip(ids, stripped, strict=True)]
+        ids = [next(ordinary) if len(own) == 1 else self._apart(own) for own in parts]
+        return [own if self.control_ids.isdisjoint(own) else self._by_character(text) for own, text in zip(ids, stripped, strict=True)]
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
@@ -65,14 +64,12 @@ class PlainText:
         return ids
 
     def _apart(self, parts: Sequence[str]) -> list[int]:
-        """What stands at odd places is a control string."""
+        """Returns the ids of a split text; the parts at odd places are control strings."""
         pieces = [piece for i, part in enumerate(parts) for piece in (part if i % 2 else [part]) if piece]
         return [i for ids in self._encode(pieces) for i in ids]
 
-    def _checked(self, ids: list[int], text: str) -> list[int]:
-        """The same ids; those of single characters where a control token came of what is none as it stands (`</THINK>`, lower-cased)."""
-        if self.control_ids.isdisjoint(ids):
-            return ids
+    def _by_character(self, text: str) -> list[int]:
+        """Returns the ids of single characters, for a text that the tokenizer normalises to a control token (`</THINK>`, lower-cased)."""
         ids = [i for own in self._encode(list(text)) for i in own]
         left = self.control_ids.intersection(ids)
         if left:
@@ -82,7 +79,7 @@ class PlainText:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The tokens that steer a chat. A token of one or two characters, or one that is a word, is text (`!` as padding)."""
+    """Returns the tokens that steer a chat. A token of one or two characters, or one that is a word, is text (`!` as padding)."""
     added = tokenizer.added_tokens_decoder.values()
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     steering = {
@@ -93,12 +90,12 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def turn_marks(before: str, after: str, tokens: Sequence[str]) -> set[str]:
-    """What a template marks turns with in plain characters: words in brackets, and the rest of the lines after the text."""
+    """Returns a template's turn marks in plain characters: words in brackets, and the rest of the lines after the text."""
     found = {mark for part in _without(before, tokens) for mark in _BRACKETED.findall(part)}
     for part in _without(after, tokens):
         found.update(_BRACKETED.findall(part))
         found.update(line.strip() for line in _BRACKETED.sub("\n", part).splitlines())
-    # of a word alone, as `assistant` between two tokens, nothing is to be feared
+    # a word alone, as `assistant` between two tokens, is harmless
     return {mark for mark in found if len(mark) > 2 and any(map(str.isalnum, mark)) and not (mark[0].isalnum() and mark[-1].isalnum())}
 
 

@@ -1,4 +1,4 @@
-"""The one prompt renderer: training, evaluation and export all turn text into token ids here."""
+"""The prompt renderer of training, evaluation and export: texts to token ids."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ GRACE_INSTRUCTION = (
 )
 """The representation instruction of the paper (arXiv 2510.04506)."""
 
-_SLOT = "GRACETEXTSLOT"  # stands for the text while the template is rendered; letters only, so that no template changes it
+_SLOT = "GRACETEXTSLOT"  # in the text's place while the template is rendered; letters only, so that no template changes it
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Prompts:
     Attributes:
         ids: N tensors of int64, [L_i] each.
         text_starts: [N] int64, tokens before the first token of the user's text.
-        text_lengths: [N] int64, tokens of the text itself; the template's own tokens follow them.
+        text_lengths: [N] int64, tokens of the text; the template's tokens follow.
 
-    Example: `<user>` `a` `b` `</user>` `<assistant>` has prefix length 1, text length 2, L = 5.
+    Example: `<user>` `a` `b` `</user>` `<assistant>` has text start 1, text length 2, L = 5.
     """
 
     ids: tuple[Tensor, ...]
@@ -45,20 +45,16 @@ class Prompts:
         return torch.tensor([len(ids) for ids in self.ids])
 
     def select(self, rows: Tensor) -> "Prompts":
-        """The prompts at some indices, [n] int64."""
+        """Returns the prompts at some indices, [n] int64."""
         return Prompts(tuple(self.ids[row] for row in rows.tolist()), self.text_starts[rows], self.text_lengths[rows])
 
     def repeat(self, n: int) -> "Prompts":
-        """Each prompt n times, its copies side by side."""
+        """Returns each prompt n times, its copies side by side."""
         return self.select(torch.arange(len(self)).repeat_interleave(n))
 
 
 def require_room(context: int | None, max_prompt_tokens: int, max_new_tokens: int) -> None:
-    """Refuses lengths that a model's context does not hold; None is a context without a limit.
-
-    Raises:
-        ValueError: a prompt and a rationale as long as they may be are longer than it.
-    """
+    """Raises ValueError if the longest prompt and rationale do not fit a model's context; None is no limit."""
     if context is not None and max_prompt_tokens + max_new_tokens > context:
         raise ValueError(
             f"a prompt of {max_prompt_tokens} tokens and a rationale of {max_new_tokens} do not fit the model's context of {context}: "
@@ -69,11 +65,11 @@ def require_room(context: int | None, max_prompt_tokens: int, max_new_tokens: in
 class PromptRenderer:
     """Renders texts as a chat of one instruction and one text.
 
-    The template is rendered once, around a slot; its two halves and the text are tokenised apart. So the prefix
-    length is exact, a long text is cut inside the text and never in the template's frame, and no text can merge with
-    the frame or, as PlainText reads its control tokens as plain characters, end the user's turn.
+    The template is rendered once, around a slot; its two halves, the frame, and the text are tokenised apart. So the text's
+    start is exact, a long text is cut without cutting the frame, and no text can merge with the frame or, as PlainText
+    gives no control tokens, end the user's turn.
 
-    Where a template has no system role, the instruction opens the user's turn and counts as prefix.
+    If a template has no system role, the instruction opens the user's turn, before the text's start.
 
     Args:
         tokenizer: one with a chat template.
@@ -112,7 +108,7 @@ class PromptRenderer:
         self.tokenize = PlainText(tokenizer, before.replace(instruction.strip(), ""), after)
 
     def _frame(self, template_kwargs: Mapping[str, Any]) -> tuple[str, str]:
-        """The rendered chat before and after the text."""
+        """Returns the rendered chat before and after the text."""
 
         def render(messages: list[dict[str, str]]) -> str:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template_kwargs))
@@ -122,7 +118,7 @@ class PromptRenderer:
             rendered = render([{"role": "system", "content": self.instruction}, user])
         except TemplateError:  # what a template's raise_exception raises
             rendered = ""
-        if self.instruction.strip() not in rendered:  # no system role: refused, or left out in silence
+        if self.instruction.strip() not in rendered:  # no system role: an error, or the message is dropped
             rendered = render([{"role": "user", "content": f"{self.instruction}\n\n{_SLOT}"}])
         if rendered.count(_SLOT) != 1 or self.instruction.strip() not in rendered:
             raise ValueError(f"the chat template of {self.tokenizer.name_or_path!r} does not show the instruction and the user's text once")
@@ -130,10 +126,9 @@ class PromptRenderer:
         return before, after
 
     def __call__(self, texts: Sequence[str]) -> Prompts:
-        """Token ids of the chats of `texts`; an empty text gives the frame alone.
+        """Returns the chats of `texts` as token ids; an empty text gives the frame alone.
 
-        Raises:
-            ValueError: no texts, or one with half of a surrogate pair.
+        Raises ValueError if there are no texts, or one has half of a surrogate pair.
         """
         if not texts:
             raise ValueError("no texts to render")

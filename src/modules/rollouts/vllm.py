@@ -12,29 +12,29 @@ from torch import Tensor, distributed
 
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import Prompts
-from src.modules.rollouts.hf import end_tokens
-from src.modules.rollouts.vllm_engine import EngineError, EngineSpec, one_line, require_vllm, start
+from src.modules.rollouts.engine import end_tokens
+from src.modules.rollouts.vllm_engine import Engine, EngineError, one_line, require_vllm, start
 from src.modules.types import Rollouts, join
 
 
 class VLLMEngine:
     """Samples rationales through vLLM, in this process.
 
-    The policy's weights are pushed at every call (but for those within `holding`), so there is no stale copy to sample from.
-    vLLM starts at the first call. Embeddings are left to an encode pass: it has no hidden states to give.
+    The policy's weights are copied at every call (within `holding` once), so no stale copy is sampled from. vLLM starts at
+    the first call. It gives no hidden states, so an encode pass computes the embeddings.
 
     Args:
         max_new_tokens: longest rationale, EOS included.
-        max_prompt_tokens: longest prompt; the two decide how much an engine must hold.
+        max_prompt_tokens: longest prompt; the engine holds both.
         dtype: of the engine's weights and arithmetic: `auto` is bfloat16 on a GPU and float32 on a CPU.
         gpu_memory_utilization: share of the GPU that the engine may take beside the trainer.
         cpu_kv_cache_gib: on a CPU, memory for keys and values, in GiB.
         sleep: on a GPU, gives the memory back while the trainer updates.
-        tensor_parallel: over how many processes an engine is cut; each of them writes for the prompts of all.
+        tensor_parallel: processes that an engine is divided over; each of them writes for the prompts of all.
         extra: any further arguments of `vllm.LLM`.
 
     Raises:
-        ValueError: a length or a number without sense.
+        ValueError: a length or a number out of range.
         ImportError: vLLM is not installed.
     """
 
@@ -57,6 +57,7 @@ class VLLMEngine:
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError(f"rollout.gpu_memory_utilization={gpu_memory_utilization}: it is a share, above 0 and at most 1")
         require_vllm()
+        # public names: the embedding cache's key reads them
         self.max_new_tokens, self.max_prompt_tokens, self.dtype = max_new_tokens, max_prompt_tokens, dtype
         self.gpu_memory_utilization, self.cpu_kv_cache_gib, self.sleep = gpu_memory_utilization, cpu_kv_cache_gib, sleep
         self.tensor_parallel, self.extra = tensor_parallel, dict(extra or {})
@@ -64,11 +65,10 @@ class VLLMEngine:
 
     @contextmanager
     def holding(self, policy: Policy) -> Iterator[None]:
-        """While in force the engine keeps the weights that the policy has now, and stays awake: for many calls between which the
-        weights do not change, each of which would push them again."""
+        """Keeps the engine awake with the policy's present weights: for many calls between which these do not change."""
         with isolate_rng(), ExitStack() as stack:
             with torch.autocast(policy.device.type, enabled=False), _plain_errors():
-                self._held = stack.enter_context(start(self._spec(policy)).loaded(policy.model))
+                self._held = stack.enter_context(self.started(policy).loaded(policy.model))
             try:
                 yield
             finally:
@@ -78,15 +78,15 @@ class VLLMEngine:
     def generate(
         self, policy: Policy, prompts: Prompts, n: int = 1, temperature: float = 1.0, seed: int | Tensor = 0, prefixes: bool = False
     ) -> Rollouts:
-        """n rationales for every prompt, from the weights that the policy has now.
+        """Writes n rationales for every prompt, with the policy's present weights.
 
-        The same seed, prompts and weights give the same rationales; they are others than those of HFEngine, unless
-        they are greedy. Random states are left alone.
+        The same seed, prompts and weights give the same rationales; unless greedy, they differ from those of HFEngine.
+        Random states do not change.
 
         Args:
             temperature: of sampling; 0 is greedy, with log-probs at temperature 1, and n > 1 then repeats one rationale.
             seed: one for all, or [N] int64, one for each prompt.
-            prefixes: asks for embeddings after every token, which are left to an encode pass as all others.
+            prefixes: has no effect: an encode pass computes these embeddings too.
 
         Returns:
             Rollouts on the policy's device with log-probs, without embeddings; rows i*n .. i*n + n - 1 belong to prompt i.
@@ -98,16 +98,15 @@ class VLLMEngine:
         if temperature == 0:
             seed = seed if isinstance(seed, int) else seed.repeat_interleave(n)
             prompts, n = prompts.repeat(n), 1
-        spec = self._spec(policy)
-        longest = int(prompts.lengths.max())
-        if longest >= spec.max_model_len:
+        longest, limit = int(prompts.lengths.max()), self._limit(policy)
+        if longest >= limit:
             raise ValueError(
-                f"a prompt of {longest} tokens leaves no room for a rationale: vLLM was set up for {spec.max_model_len} tokens of both. "
+                f"a prompt of {longest} tokens leaves no room for a rationale: vLLM was set up for {limit} tokens of both. "
                 "Raise rollout.max_prompt_tokens if the policy's context is longer, or lower module.max_prompt_tokens"
             )
-        loaded = nullcontext(self._held) if self._held is not None else start(spec).loaded(policy.model)
+        loaded = nullcontext(self._held) if self._held is not None else self.started(policy).loaded(policy.model)
         with isolate_rng(), torch.autocast(policy.device.type, enabled=False), _plain_errors(), loaded as llm:
-            outputs = self._run(llm, self._requests(policy, prompts, n, temperature, seed, spec.max_model_len))
+            outputs = self._run(llm, self._requests(policy, prompts, n, temperature, seed))
         written = [completion for output in outputs for completion in output.outputs]
         return join(
             prompts.repeat(n),
@@ -117,14 +116,13 @@ class VLLMEngine:
             [torch.tensor(completion.logprobs.logprobs) for completion in written],
         ).to(policy.device)
 
-    def _spec(self, policy: Policy) -> EngineSpec:
+    def started(self, policy: Policy) -> Engine:
+        """Returns the running engine of policies like this one."""
         config = copy.deepcopy(policy.model.config)
         config.architectures, config.name_or_path = [type(policy.model).__name__], ""
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        wanted = self.max_prompt_tokens + self.max_new_tokens
-        return EngineSpec(
+        return start(
             config=config.to_json_string(),
-            max_model_len=min(wanted, context or wanted),
+            max_model_len=self._limit(policy),
             dtype=self.dtype,
             gpu_memory_utilization=self.gpu_memory_utilization,
             cpu_kv_cache_gib=self.cpu_kv_cache_gib,
@@ -134,34 +132,27 @@ class VLLMEngine:
             local_rank=policy.device.index or 0,
         )
 
-    def _requests(
-        self, policy: Policy, prompts: Prompts, n: int, temperature: float, seed: int | Tensor, limit: int
-    ) -> list[tuple[Any, Any]]:
-        """A prompt and its sampling parameters each; rollout k of a prompt draws from the prompt's seed plus k."""
+    def _limit(self, policy: Policy) -> int:
+        """Returns the most tokens of a prompt and its rationale together."""
+        wanted = self.max_prompt_tokens + self.max_new_tokens
+        return min(wanted, policy.context or wanted)
+
+    def _requests(self, policy: Policy, prompts: Prompts, n: int, temperature: float, seed: int | Tensor) -> list[tuple[Any, Any]]:
+        """Returns a prompt and its sampling parameters each; rollout k of a prompt draws from the prompt's seed plus k."""
         from vllm import SamplingParams
 
         if isinstance(seed, int):
             seed = torch.randint(2**62, (len(prompts),), generator=torch.Generator().manual_seed(seed))
-        ends = end_tokens(policy).tolist()
+        common: dict[str, Any] = {"n": n, "temperature": temperature, "stop_token_ids": end_tokens(policy).tolist()}
+        common |= {"logprobs": 0, "flat_logprobs": True, "detokenize": False}  # log-probs of the sampled token alone
+        rooms = (self._limit(policy) - prompts.lengths).clamp(max=self.max_new_tokens)
         return [
-            (
-                {"prompt_token_ids": ids.tolist()},
-                SamplingParams(
-                    n=n,
-                    temperature=temperature,
-                    seed=own,
-                    max_tokens=min(self.max_new_tokens, limit - len(ids)),
-                    stop_token_ids=ends,
-                    logprobs=0,  # of the sampled token alone
-                    flat_logprobs=True,
-                    detokenize=False,
-                ),
-            )
-            for ids, own in zip(prompts.ids, seed.tolist(), strict=True)
+            ({"prompt_token_ids": ids.tolist()}, SamplingParams(seed=own, max_tokens=room, **common))
+            for ids, own, room in zip(prompts.ids, seed.tolist(), rooms.tolist(), strict=True)
         ]
 
     def _run(self, llm: Any, requests: list[tuple[Any, Any]]) -> list[Any]:
-        """The outputs of this process's requests. The parts of a cut engine must all be given the same requests."""
+        """Returns the outputs of this process's requests. The processes of one engine must all give it the same requests."""
         own = slice(0, len(requests))
         if self.tensor_parallel > 1:
             from vllm.distributed.parallel_state import get_tp_group
@@ -178,7 +169,7 @@ class VLLMEngine:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """What stops the engine as one line that says what to lower; the engine is given up."""
+    """Turns the engine's errors into one line that says which setting to lower; the next call starts a new engine."""
     from vllm.exceptions import VLLMServerError
 
     try:

@@ -1,5 +1,6 @@
-"""A vLLM engine in the trainer's process, started so that the trainer does not notice."""
+"""A vLLM engine in the trainer's process: it starts without side effects on the trainer, and takes over its weights."""
 
+import copy
 import functools
 import importlib.util
 import json
@@ -9,53 +10,28 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import distributed, nn
-
-from src.modules.rollouts.vllm_weights import push
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, distributed, nn
 
 log = logging.getLogger(__name__)
 
 
 class EngineError(RuntimeError):
-    """vLLM did not start, or died: what happened, and what to lower."""
-
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """What an engine is made for; policies whose specs are equal share one.
-
-    Attributes:
-        config: the model's config as JSON, its architecture included.
-        max_model_len: tokens of the longest prompt and its rationale together.
-        dtype, gpu_memory_utilization, cpu_kv_cache_gib, sleep, tensor_parallel: see VLLMEngine.
-        extra: further arguments of `vllm.LLM`, as JSON.
-        local_rank: which GPU of its machine this process has.
-    """
-
-    config: str
-    max_model_len: int
-    dtype: str = "auto"
-    gpu_memory_utilization: float = 0.3
-    cpu_kv_cache_gib: float = 1.0
-    sleep: bool = True
-    tensor_parallel: int = 1
-    extra: str = "{}"
-    local_rank: int = 0
+    """vLLM did not start, or died; the message says which setting to lower."""
 
 
 class Engine:
-    """A running `vllm.LLM`. Its weights mean nothing but within `loaded`.
+    """A running `vllm.LLM`. Its weights are valid within `loaded` alone.
 
     Args:
         llm: the engine.
-        on_cpu: whether it computes on the CPU.
-        sleeps: whether it gives its memory back between rollouts.
+        on_cpu: it computes on the CPU.
+        sleeps: it gives its memory back between rollouts.
     """
 
     def __init__(self, llm: Any, on_cpu: bool, sleeps: bool) -> None:
@@ -65,17 +41,17 @@ class Engine:
 
     @contextmanager
     def loaded(self, model: nn.Module) -> Iterator[Any]:
-        """The `vllm.LLM`, awake and with the weights that `model` has now; asleep again afterwards.
+        """Yields the `vllm.LLM`, awake and with the present weights of `model`; it sleeps again at the end.
 
-        The weights come before the keys' memory, so that the two copies and the cache are never there at once.
+        The weights come before the keys' memory, so that both copies and the cache are never there at once.
         """
         if self.sleeps:
-            torch.cuda.empty_cache()  # what the trainer only holds in reserve is out of vLLM's reach
+            torch.cuda.empty_cache()  # vLLM cannot use memory that the trainer only holds in reserve
             self.llm.wake_up(["weights"])
         push(self.llm, model)
         if self.sleeps:
             self.llm.wake_up(["kv_cache"])
-        # vLLM compiles a few functions of its own even in eager mode; on a CPU that takes longer than it saves, and a compiler
+        # vLLM compiles a few functions even in eager mode; on a CPU that needs a compiler and takes longer than it saves
         with torch.compiler.set_stance("force_eager") if self.on_cpu else nullcontext():
             yield self.llm
         if self.sleeps:
@@ -83,11 +59,7 @@ class Engine:
 
 
 def require_vllm() -> None:
-    """Looks whether vLLM is there, without importing it.
-
-    Raises:
-        ImportError: it is not.
-    """
+    """Raises ImportError if vLLM is not installed, without importing it."""
     if importlib.util.find_spec("vllm") is None:
         raise ImportError(
             "rollout=vllm needs vLLM, which is not installed: `make vllm` installs its build for the GPU, or without one for the CPU"
@@ -95,80 +67,90 @@ def require_vllm() -> None:
 
 
 @functools.cache
-def start(spec: EngineSpec) -> Engine:
-    """The engine of a spec, started once a process: vLLM gives all memory back only when its process ends.
+def start(
+    config: str,
+    max_model_len: int,
+    dtype: str,
+    gpu_memory_utilization: float,
+    cpu_kv_cache_gib: float,
+    sleep: bool,
+    tensor_parallel: int,
+    extra: str,
+    local_rank: int,
+) -> Engine:
+    """Starts an engine, once a process for the same arguments: vLLM gives all memory back only when its process ends.
+
+    Args:
+        config: the model's config as JSON, its architecture included.
+        max_model_len: tokens of the longest prompt and its rationale together.
+        dtype, gpu_memory_utilization, cpu_kv_cache_gib, sleep, tensor_parallel: see VLLMEngine.
+        extra: further arguments of `vllm.LLM`, as JSON.
+        local_rank: the GPU of this process on its machine.
 
     Raises:
-        EngineError: it does not fit into memory, or vLLM refuses the settings.
+        EngineError: it does not fit into memory, or vLLM rejects the settings.
     """
     log.info("starting vLLM, which takes up to a minute")
-    with tempfile.TemporaryDirectory() as folder, _undisturbed_process(spec.local_rank):
-        Path(folder, "config.json").write_text(spec.config, encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder, _undisturbed_process(local_rank):
+        Path(folder, "config.json").write_text(config, encoding="utf-8")
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it reads that only after its imports have logged
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)  # a whole batch, when a step fails
+        logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)  # it dumps the batch when a step fails
         on_cpu = current_platform.is_cpu()
+        arguments: dict[str, Any] = {
+            "load_format": "dummy",  # the weights come from the trainer
+            "skip_tokenizer_init": True,  # ids go in, ids come out
+            "generation_config": "vllm",  # no top-p or the like that a model's folder asks for
+            "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from, temperature included
+            "max_model_len": max_model_len,
+            "dtype": {"auto": "float32" if on_cpu else "bfloat16"}.get(dtype, dtype),
+            "tensor_parallel_size": tensor_parallel,
+        }
+        if on_cpu:
+            arguments |= {
+                "enforce_eager": True,
+                "kv_cache_memory_bytes": int(cpu_kv_cache_gib * 2**30),
+                "block_size": 32,  # the least that its attention takes: only full blocks of a prompt are shared by its rollouts
+                # a seeded request whose prompt is read in parts fails on the CPU ("CPU Generator does not use offset")
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(4096, max_model_len),
+            }
+        else:
+            arguments |= {"gpu_memory_utilization": gpu_memory_utilization, "enable_sleep_mode": sleep}
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            arguments["distributed_executor_backend"] = "external_launcher"
         try:
-            llm = LLM(folder, **_arguments(spec, on_cpu))
+            llm = LLM(folder, **(arguments | json.loads(extra)))
         except (ValueError, torch.OutOfMemoryError) as error:
             raise EngineError(
                 f"vLLM cannot start ({one_line(error)}). If memory is short, lower rollout.max_new_tokens or module.max_prompt_tokens, "
                 "or change rollout.gpu_memory_utilization, on a CPU rollout.cpu_kv_cache_gib"
             ) from error
-    return Engine(llm, on_cpu, spec.sleep and not on_cpu)
-
-
-def _arguments(spec: EngineSpec, on_cpu: bool) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "load_format": "dummy",  # the weights come from the trainer
-        "skip_tokenizer_init": True,  # ids go in, ids come out
-        "generation_config": "vllm",  # no top-p or the like that a model's folder asks for
-        "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from, temperature included
-        "max_model_len": spec.max_model_len,
-        "dtype": {"auto": "float32" if on_cpu else "bfloat16"}.get(spec.dtype, spec.dtype),
-        "tensor_parallel_size": spec.tensor_parallel,
-    }
-    if on_cpu:
-        arguments |= {
-            "enforce_eager": True,
-            "kv_cache_memory_bytes": int(spec.cpu_kv_cache_gib * 2**30),
-            "block_size": 32,  # the least that its attention takes: only whole blocks of a prompt are shared by its rollouts
-            # a seeded request whose prompt is read in parts fails on the CPU ("CPU Generator does not use offset")
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(4096, spec.max_model_len),
-        }
-    else:
-        arguments |= {"gpu_memory_utilization": spec.gpu_memory_utilization, "enable_sleep_mode": spec.sleep}
-    if _processes() > 1:
-        arguments["distributed_executor_backend"] = "external_launcher"
-    return arguments | json.loads(spec.extra)
-
-
-def _processes() -> int:
-    return distributed.get_world_size() if distributed.is_initialized() else 1
+    return Engine(llm, on_cpu, sleep and not on_cpu)
 
 
 def one_line(error: BaseException, limit: int = 400) -> str:
-    """An error's text without line breaks, and not too long."""
+    """Returns an error's text without line breaks, cut at `limit` characters."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 @contextmanager
 def _undisturbed_process(local_rank: int) -> Iterator[None]:
-    """Leaves random states, threads and environment as they were: vLLM takes the whole process for its own.
+    """Restores random states, threads and environment, which vLLM changes for the process.
 
-    It seeds every generator, sets torch to one thread (on a CPU it takes away `torch.set_num_threads`), and tells every
-    child process to preload its libraries.
+    It seeds every generator, sets torch to one thread (on a CPU it replaces `torch.set_num_threads`), and makes every child
+    process preload its libraries.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where the weights are
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns at every push
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     before, threads, set_num_threads = dict(os.environ), torch.get_num_threads(), torch.set_num_threads
-    if _processes() > 1:  # what it reads from a launcher's environment; Lightning's has not all of it
-        os.environ |= {"RANK": str(distributed.get_rank()), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(_processes())}
+    if distributed.is_initialized() and distributed.get_world_size() > 1:  # of a launcher's environment Lightning's has not all
+        rank, size = distributed.get_rank(), distributed.get_world_size()
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(size)}
     try:
         with isolate_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -179,3 +161,42 @@ def _undisturbed_process(local_rank: int) -> Iterator[None]:
         for name in [name for name in os.environ if name not in before and not name.startswith("VLLM_")]:
             del os.environ[name]
         os.environ |= before
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yields every weight once, under its name in a checkpoint of the model without adapters; tied ones under the first name.
+
+    LoRA layers are merged into copies, one at a time: merged in place and taken back out, the frozen weights would move
+    by a rounding error at every rollout batch.
+    """
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    inside = tuple(f"{name}." for name in adapted)
+    for name, weight in model.named_parameters():
+        if not name.startswith(inside):
+            yield name, weight.detach()
+    for name, module in adapted.items():
+        layer: Any = copy.deepcopy(module)
+        if not layer.disable_adapters:
+            layer.merge()
+        for own, weight in layer.get_base_layer().named_parameters():
+            yield f"{name}.{own}", weight.detach()
+
+
+def push(llm: Any, model: nn.Module) -> None:
+    """Copies the weights of a model into a `vllm.LLM`, without the disk, and drops the keys and values of the old ones.
+
+    Raises RuntimeError if a request is still running, so that its keys and values cannot be dropped.
+    """
+    # vLLM's own loader takes checkpoint names, fuses and shards as the engine needs, and casts on copy; without an iterator
+    # it would read the weights from disk
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_weights(model)})
+    llm.apply_model(_repack_head)
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("vLLM kept its prefix cache: a request of an earlier rollout batch is still running")
+
+
+def _repack_head(model: nn.Module) -> None:
+    """Packs the output layer again: on a CPU a reload leaves its packed copy stale if it is tied to the embeddings."""
+    head: Any = getattr(model, "lm_head", None)
+    if hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from src.modules.distributed.ranks import Ranks
-from src.modules.encoder.encoder import RolloutEngine
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.credit import from_tokens
 from src.modules.objectives.roles import ids_of, texts_of
@@ -17,6 +16,7 @@ from src.modules.policy.model import Policy
 from src.modules.policy.pooling import pool, pool_prefixes
 from src.modules.policy.reference import Reference
 from src.modules.prompt.renderer import PromptRenderer
+from src.modules.rollouts.engine import RolloutEngine
 from src.modules.types import CONTEXT_ROLES, Embeddings, GreedyRollouts, Role, RoleRollouts, RolloutBatch, Rollouts
 from src.records import Triplet
 from src.utils.timing import timed

@@ -1,12 +1,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from src.modules.encoder.encoder import RationaleEncoder, evaluation_mode
+from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.export import export
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
@@ -18,18 +19,18 @@ SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, 
 TEXTS = ["a graph", "Draw random samples from a normal distribution.", "the table", "Split the text into words and count them."]
 
 
-class Recording:
-    """The real engine, with a record of what it was asked."""
-
-    max_new_tokens = SETTINGS.max_new_tokens
+class Recording(HFEngine):
+    """The engine, with a record of its calls."""
 
     def __init__(self) -> None:
-        self.engine, self.prompts, self.modes = HFEngine(SETTINGS.max_new_tokens), [], []
+        super().__init__(SETTINGS.max_new_tokens)
+        self.prompts: list[Prompts] = []
+        self.modes: list[tuple[bool, bool]] = []
 
-    def generate(self, policy: Policy, prompts: Prompts, n: int, temperature: float, seed: int) -> Rollouts:
+    def generate(self, policy: Policy, prompts: Prompts, *args: Any, **kwargs: Any) -> Rollouts:
         self.prompts.append(prompts)
         self.modes.append((policy.model.training, torch.is_grad_enabled()))
-        return self.engine.generate(policy, prompts, n=n, temperature=temperature, seed=seed)
+        return super().generate(policy, prompts, *args, **kwargs)
 
 
 def encoder(policy: Policy, **options: object) -> RationaleEncoder:
@@ -38,7 +39,7 @@ def encoder(policy: Policy, **options: object) -> RationaleEncoder:
 
 @torch.no_grad()
 def one_by_one(policy: Policy, texts: Sequence[str], rationale: bool) -> np.ndarray:
-    """The definition: render, write greedily, mean of the states from the text on; one text at a time."""
+    """The definition, one text at a time: render, write greedily, mean of the states from the text on."""
     policy.eval()
     render, rows = PromptRenderer(policy.tokenizer, SETTINGS.instruction, SETTINGS.max_prompt_tokens), []
     for text in texts:
@@ -53,7 +54,7 @@ def one_by_one(policy: Policy, texts: Sequence[str], rationale: bool) -> np.ndar
 
 @pytest.mark.parametrize("rationale", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_batches_give_what_single_texts_give_in_their_order(tiny_policy: Policy, rationale: bool, batch_size: int) -> None:
+def test_batches_give_what_single_texts_give(tiny_policy: Policy, rationale: bool, batch_size: int) -> None:
     embeddings = encoder(tiny_policy, rationale=rationale, batch_size=batch_size).encode(TEXTS)
     assert embeddings.dtype == np.float32
     np.testing.assert_allclose(embeddings, one_by_one(tiny_policy, TEXTS, rationale), atol=1e-5)
@@ -63,7 +64,7 @@ def test_rationales_change_the_embedding(tiny_policy: Policy) -> None:
     assert not np.allclose(encoder(tiny_policy).encode(TEXTS), encoder(tiny_policy, rationale=False).encode(TEXTS), atol=1e-3)
 
 
-def test_a_repeated_text_is_written_about_once(tiny_policy: Policy) -> None:
+def test_repeated_text_is_embedded_once(tiny_policy: Policy) -> None:
     engine = Recording()
     repeated = [TEXTS[1], TEXTS[0], TEXTS[1], TEXTS[1]]
     embeddings = RationaleEncoder(tiny_policy, SETTINGS, engine, temperature=1.0).encode(repeated)
@@ -85,7 +86,7 @@ def test_sampling_follows_the_seed(tiny_policy: Policy) -> None:
     assert first != other
 
 
-def test_explain_shows_what_the_engine_wrote(tiny_policy: Policy) -> None:
+def test_explain_shows_the_rationale(tiny_policy: Policy) -> None:
     embeddings, rationales = encoder(tiny_policy).explain(TEXTS)
     np.testing.assert_array_equal(embeddings, encoder(tiny_policy).encode(TEXTS))
     prompts = PromptRenderer(tiny_policy.tokenizer, SETTINGS.instruction, SETTINGS.max_prompt_tokens)(TEXTS[:1])
@@ -95,16 +96,16 @@ def test_explain_shows_what_the_engine_wrote(tiny_policy: Policy) -> None:
     assert encoder(tiny_policy, rationale=False).explain(TEXTS)[1] == [""] * len(TEXTS)
 
 
-def test_embeddings_of_the_engine_are_taken_as_they_are(tiny_policy: Policy) -> None:
-    class Pooling(Recording):
-        def generate(self, *args: object, **kwargs: object) -> Rollouts:
-            rollouts = super().generate(*args, **kwargs)  # type: ignore[arg-type]
+def test_embeddings_of_the_engine_are_used(tiny_policy: Policy) -> None:
+    class Pooling(HFEngine):
+        def generate(self, *args: Any, **kwargs: Any) -> Rollouts:
+            rollouts = super().generate(*args, **kwargs)
             return replace(rollouts, embeddings=torch.full((len(rollouts), 32), 7.0))
 
-    assert (RationaleEncoder(tiny_policy, SETTINGS, Pooling()).encode(TEXTS) == 7.0).all()
+    assert (RationaleEncoder(tiny_policy, SETTINGS, Pooling(6)).encode(TEXTS) == 7.0).all()
 
 
-def test_the_policy_is_left_as_it_was(tiny_policy: Policy) -> None:
+def test_policy_modes_are_restored(tiny_policy: Policy) -> None:
     engine = Recording()
     tiny_policy.train()
     tiny_policy.model.base_model.layers[0].eval()  # a part that is held in eval mode stays there
@@ -115,13 +116,6 @@ def test_the_policy_is_left_as_it_was(tiny_policy: Policy) -> None:
     assert torch.is_grad_enabled()
 
 
-def test_modes_come_back_after_an_error(tiny_policy: Policy) -> None:
-    tiny_policy.train()
-    with pytest.raises(KeyError), evaluation_mode(tiny_policy):
-        raise KeyError
-    assert tiny_policy.model.training
-
-
 @pytest.mark.parametrize("rationale", [False, True])
 def test_empty_and_overlong_texts_embed(tiny_policy: Policy, rationale: bool) -> None:
     embeddings = encoder(tiny_policy, rationale=rationale).encode(["", "word " * 500])
@@ -129,14 +123,14 @@ def test_empty_and_overlong_texts_embed(tiny_policy: Policy, rationale: bool) ->
     assert encoder(tiny_policy, rationale=rationale).encode([]).shape == (0, 32)
 
 
-def test_an_embedding_that_is_not_finite_names_its_text(tiny_policy: Policy) -> None:
+def test_non_finite_embedding_names_its_text(tiny_policy: Policy) -> None:
     with torch.no_grad():
         tiny_policy.model.base_model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"2 of 2 embeddings are not finite, the first that of the text 'a graph'"):
         encoder(tiny_policy, rationale=False).encode(["a graph", "the table"])
 
 
-def test_what_a_call_asks_for_goes_before_what_the_encoder_was_made_with(tiny_policy: Policy) -> None:
+def test_arguments_of_a_call_override_the_encoders(tiny_policy: Policy) -> None:
     writing, plain = encoder(tiny_policy), encoder(tiny_policy, rationale=False)
     np.testing.assert_array_equal(writing.encode(TEXTS, rationale=False), plain.encode(TEXTS))
     np.testing.assert_array_equal(plain.encode(TEXTS, rationale=True), writing.encode(TEXTS))
@@ -146,7 +140,7 @@ def test_what_a_call_asks_for_goes_before_what_the_encoder_was_made_with(tiny_po
     assert [len(prompts) for prompts in engine.prompts] == [1] * len(TEXTS)
 
 
-def test_a_query_may_have_an_instruction_of_its_own(tiny_policy: Policy) -> None:
+def test_query_instruction(tiny_policy: Policy) -> None:
     plain, asking = encoder(tiny_policy), replace(SETTINGS, query_instruction="What would answer this?")
     two = RationaleEncoder(tiny_policy, asking, HFEngine(6))
     queries = RationaleEncoder(tiny_policy, replace(SETTINGS, instruction="What would answer this?"), HFEngine(6))
@@ -169,23 +163,23 @@ def test_from_pretrained_reads_an_exported_folder(tiny_policy: Policy, tmp_path:
         RationaleEncoder.from_pretrained(tmp_path / "nowhere")
 
 
-def test_progress_is_shown_where_it_is_asked_for(tiny_policy: Policy, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar(tiny_policy: Policy, capsys: pytest.CaptureFixture[str]) -> None:
     encoder(tiny_policy, rationale=False).encode(TEXTS)
     assert capsys.readouterr().err == ""
     encoder(tiny_policy, rationale=False).encode(TEXTS, show_progress=True)
     assert "4/4" in capsys.readouterr().err
 
 
-def test_bad_calls_are_refused(tiny_policy: Policy) -> None:
-    with pytest.raises(TypeError, match="texts is one string: give a list"):
-        encoder(tiny_policy).encode("a graph")
-    with pytest.raises(ValueError, match="prompt_type='passage': it is query, document or none"):
-        encoder(tiny_policy).encode(TEXTS, prompt_type="passage")
-    with pytest.raises(ValueError, match="batch_size=0"):
-        encoder(tiny_policy).encode(TEXTS, batch_size=0)
-
-
-@pytest.mark.parametrize(("option", "message"), [({"temperature": -1.0}, "temperature=-1.0"), ({"batch_size": 0}, "batch_size=0")])
-def test_bad_options_are_refused(tiny_policy: Policy, option: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        encoder(tiny_policy, **option)
+@pytest.mark.parametrize(
+    ("options", "call", "message"),
+    [
+        ({}, {"texts": "a graph"}, "texts is one string"),
+        ({}, {"texts": TEXTS, "prompt_type": "passage"}, "prompt_type='passage'"),
+        ({}, {"texts": TEXTS, "batch_size": 0}, "batch_size=0"),
+        ({"temperature": -1.0}, {"texts": TEXTS}, "temperature=-1.0"),
+        ({"batch_size": 0}, {"texts": TEXTS}, "batch_size=0"),
+    ],
+)
+def test_bad_arguments(tiny_policy: Policy, options: dict[str, Any], call: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        encoder(tiny_policy, **options).encode(**call)

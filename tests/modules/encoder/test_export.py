@@ -13,10 +13,10 @@ from src.modules.objectives.advantages import grpo
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.losses import ppo_clip
 from src.modules.objectives.rewards import paper
-from src.modules.policy.files import policy_of
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import PromptRenderer
-from src.modules.rollouts.hf import HFEngine, end_tokens
+from src.modules.rollouts.engine import end_tokens
+from src.modules.rollouts.hf import HFEngine
 from src.utils.checkpoint_io import FolderCheckpoints
 
 SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=64, max_new_tokens=5)
@@ -35,7 +35,7 @@ def same_weights(left: Policy, right: Policy) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_transformers_loads_what_was_exported(tiny_policy: Policy, tmp_path: Path) -> None:
+def test_transformers_loads_an_export(tiny_policy: Policy, tmp_path: Path) -> None:
     policy = moved(tiny_policy)
     folder = export(policy, SETTINGS, tmp_path / "run" / "export")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -46,7 +46,7 @@ def test_transformers_loads_what_was_exported(tiny_policy: Policy, tmp_path: Pat
     assert [path.name for path in folder.parent.iterdir()] == ["export"]  # nothing left of writing it aside
 
 
-def test_a_policy_comes_back_with_its_settings(tiny_policy: Policy, tmp_path: Path) -> None:
+def test_policy_and_settings_round_trip(tiny_policy: Policy, tmp_path: Path) -> None:
     policy = moved(tiny_policy)
     loaded, settings = load_policy(export(policy, SETTINGS, tmp_path / "export"))
     assert settings == SETTINGS
@@ -54,7 +54,7 @@ def test_a_policy_comes_back_with_its_settings(tiny_policy: Policy, tmp_path: Pa
     assert loaded.frozen_encoder is None
 
 
-def test_float16_halves_the_file_and_leaves_the_policy_alone(tiny_policy: Policy, tmp_path: Path) -> None:
+def test_float16_halves_the_file(tiny_policy: Policy, tmp_path: Path) -> None:
     half = export(tiny_policy, SETTINGS, tmp_path / "half", dtype=torch.float16) / "model.safetensors"
     whole = export(tiny_policy, SETTINGS, tmp_path / "whole") / "model.safetensors"
     assert half.stat().st_size < 0.6 * whole.stat().st_size
@@ -63,7 +63,7 @@ def test_float16_halves_the_file_and_leaves_the_policy_alone(tiny_policy: Policy
     assert {p.dtype for p in load_policy(tmp_path / "half")[0].parameters()} == {torch.float32}
 
 
-def test_a_frozen_encoder_goes_along(tiny_policy_folder: Path, tmp_path: Path) -> None:
+def test_frozen_encoder_is_exported(tiny_policy_folder: Path, tmp_path: Path) -> None:
     policy = moved(Policy.load(str(tiny_policy_folder), encoder="frozen"))
     loaded, _ = load_policy(export(policy, SETTINGS, tmp_path / "export"))
     assert same_weights(loaded, policy)
@@ -72,7 +72,7 @@ def test_a_frozen_encoder_goes_along(tiny_policy_folder: Path, tmp_path: Path) -
     assert all(torch.equal(tensor, start[name]) for name, tensor in loaded.frozen_encoder.state_dict().items())
 
 
-def test_an_export_in_the_same_place_is_replaced(tiny_policy: Policy, tmp_path: Path) -> None:
+def test_export_replaces_an_older_one(tiny_policy: Policy, tmp_path: Path) -> None:
     export(tiny_policy, SETTINGS, tmp_path / "export")
     (tmp_path / "export" / "stale").touch()
     export(moved(tiny_policy), SETTINGS, tmp_path / "export")
@@ -101,15 +101,7 @@ def checkpoint_of(module: GRACE, file: Path, *plugins: FolderCheckpoints) -> Pat
     return file
 
 
-@pytest.mark.parametrize("encoder", ["live", "frozen"])
-def test_a_lightning_checkpoint_loads(tiny_policy_folder: Path, tmp_path: Path, encoder: str) -> None:
-    policy = moved(Policy.load(str(tiny_policy_folder), encoder=encoder))  # type: ignore[arg-type]
-    loaded, settings = load_policy(checkpoint_of(trained(policy), tmp_path / "last.ckpt"))
-    assert settings == SETTINGS
-    assert same_weights(loaded, policy)
-
-
-def test_what_is_missing_or_foreign_is_named(tiny_policy: Policy, tmp_path: Path) -> None:
+def test_missing_or_foreign_checkpoints(tiny_policy: Policy, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no model at .*nowhere: name an exported folder"):
         load_policy(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*last.ckpt: training writes them to"):
@@ -122,12 +114,13 @@ def test_what_is_missing_or_foreign_is_named(tiny_policy: Policy, tmp_path: Path
         load_policy(tmp_path / "other.ckpt")
 
 
+@pytest.mark.parametrize("plugins", [[], [FolderCheckpoints()]], ids=["file", "folder"])
 @pytest.mark.parametrize("encoder", ["live", "frozen"])
-def test_a_checkpoint_needs_no_other_folder(tiny_policy_folder: Path, tmp_path: Path, encoder: str) -> None:
+def test_checkpoint_needs_no_other_folder(tiny_policy_folder: Path, tmp_path: Path, encoder: str, plugins: list[FolderCheckpoints]) -> None:
     start = shutil.copytree(tiny_policy_folder, tmp_path / "start")
     policy = moved(Policy.load(str(start), encoder=encoder))  # type: ignore[arg-type]
     policy.model.generation_config.eos_token_id = [7, policy.tokenizer.eos_token_id]
-    checkpoint = checkpoint_of(trained(policy), tmp_path / "last.ckpt", FolderCheckpoints())
+    checkpoint = checkpoint_of(trained(policy), tmp_path / "last.ckpt", *plugins)
     shutil.rmtree(start)
     loaded, settings = load_policy(shutil.move(checkpoint, tmp_path / "elsewhere.ckpt"))
     assert settings == SETTINGS
@@ -140,20 +133,21 @@ def test_a_checkpoint_needs_no_other_folder(tiny_policy_folder: Path, tmp_path: 
     torch.testing.assert_close(both[0], both[1], atol=0, rtol=0)
 
 
-def test_weights_of_another_policy_are_refused(tiny_policy: Policy, tmp_path: Path) -> None:
+def test_weights_of_another_policy(tiny_policy: Policy, tmp_path: Path) -> None:
     module = trained(tiny_policy)
     del tiny_policy.model.base_model.layers[1]  # its config still says two
     with pytest.raises(ValueError, match=r"the weights in .*last.ckpt are not those of its own policy"):
         load_policy(checkpoint_of(module, tmp_path / "last.ckpt"))
 
 
-def test_a_file_name_that_leads_out_of_the_checkpoint_is_refused(tiny_policy: Policy) -> None:
+def test_file_name_leading_out_of_checkpoint(tmp_path: Path) -> None:
     files = {"../escaped": torch.zeros(1, dtype=torch.uint8)}
+    torch.save({"state_dict": {}, "grace": {"policy_files": files, "settings": {}}}, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="leads out of its folder"):
-        policy_of(files, {}, "", "live", "mean", -1, None)
+        load_policy(tmp_path / "last.ckpt")
 
 
-def test_a_checkpoint_may_be_named_as_the_folder_that_it_is(tiny_policy_folder: Path, tmp_path: Path) -> None:
+def test_checkpoint_folder_with_slash(tiny_policy_folder: Path, tmp_path: Path) -> None:
     policy = moved(Policy.load(str(tiny_policy_folder)))
     file = checkpoint_of(trained(policy), tmp_path / "last.ckpt", FolderCheckpoints())
     loaded, _ = load_policy(f"{file}/")

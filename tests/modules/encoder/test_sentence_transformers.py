@@ -38,6 +38,12 @@ def load(folder: Path, **options: object) -> SentenceTransformer:
     return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu", **options)  # type: ignore[arg-type]
 
 
+def assert_same_vectors(folder: Path) -> None:
+    for rationale in (False, True):
+        expected = RationaleEncoder.from_pretrained(folder).encode(TEXTS, rationale=rationale)
+        np.testing.assert_allclose(load(folder).encode(TEXTS, rationale=rationale), expected, atol=1e-5, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def folder(tiny_policy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(Policy.load(str(tiny_policy_folder)), SETTINGS, tmp_path_factory.mktemp("run") / "export")
@@ -55,7 +61,7 @@ def encoder(folder: Path) -> RationaleEncoder:
 
 @pytest.mark.parametrize("rationale", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_its_vectors_are_the_encoders(model: SentenceTransformer, encoder: RationaleEncoder, rationale: bool, batch_size: int) -> None:
+def test_vectors_are_the_encoders(model: SentenceTransformer, encoder: RationaleEncoder, rationale: bool, batch_size: int) -> None:
     vectors = model.encode(TEXTS, rationale=rationale, batch_size=batch_size)
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, encoder.encode(TEXTS, rationale=rationale), atol=1e-5, rtol=0)
@@ -64,24 +70,18 @@ def test_its_vectors_are_the_encoders(model: SentenceTransformer, encoder: Ratio
 @pytest.mark.parametrize(("pooling", "layer"), [("max", -1), ("eos", -1), ("mean", -2)])
 def test_other_poolings_and_layers(tiny_policy_folder: Path, tmp_path: Path, pooling: PoolingName, layer: int) -> None:
     policy = Policy.load(str(tiny_policy_folder), pooling=pooling, layer=layer)
-    folder = export(policy, replace(SETTINGS, pooling=pooling, layer=layer), tmp_path / "export")
-    for rationale in (False, True):
-        expected = RationaleEncoder.from_pretrained(folder).encode(TEXTS, rationale=rationale)
-        np.testing.assert_allclose(load(folder).encode(TEXTS, rationale=rationale), expected, atol=1e-5, rtol=0)
+    assert_same_vectors(export(policy, replace(SETTINGS, pooling=pooling, layer=layer), tmp_path / "export"))
 
 
-def test_a_frozen_encoder_embeds_what_the_policy_writes(tiny_policy_folder: Path, tmp_path: Path) -> None:
+def test_frozen_encoder(tiny_policy_folder: Path, tmp_path: Path) -> None:
     policy = Policy.load(str(tiny_policy_folder), encoder="frozen")
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    folder = export(policy, SETTINGS, tmp_path / "export")
-    for rationale in (False, True):
-        expected = RationaleEncoder.from_pretrained(folder).encode(TEXTS, rationale=rationale)
-        np.testing.assert_allclose(load(folder).encode(TEXTS, rationale=rationale), expected, atol=1e-5, rtol=0)
+    assert_same_vectors(export(policy, SETTINGS, tmp_path / "export"))
 
 
-def test_the_models_own_generation_settings_do_not_change_a_greedy_rationale(tiny_policy_folder: Path, tmp_path: Path) -> None:
+def test_own_generation_config_has_no_effect(tiny_policy_folder: Path, tmp_path: Path) -> None:
     policy = Policy.load(str(tiny_policy_folder))
     folder = export(policy, SETTINGS, tmp_path / "export")
     expected = RationaleEncoder.from_pretrained(folder).encode(TEXTS)
@@ -91,7 +91,7 @@ def test_the_models_own_generation_settings_do_not_change_a_greedy_rationale(tin
     np.testing.assert_allclose(load(folder).encode(TEXTS, rationale=True), expected, atol=1e-5, rtol=0)
 
 
-def test_rationales_by_default_where_it_is_loaded_so(folder: Path, encoder: RationaleEncoder) -> None:
+def test_rationales_by_default(folder: Path, encoder: RationaleEncoder) -> None:
     writing = load(folder, config_kwargs={"rationale": True})
     np.testing.assert_allclose(writing.encode(TEXTS), encoder.encode(TEXTS), atol=1e-5, rtol=0)
 
@@ -105,7 +105,7 @@ def test_queries_and_documents_have_their_instructions(model: SentenceTransforme
     assert np.abs(sides["query"] - sides["document"]).max() > 1e-2
 
 
-def test_what_sentence_transformers_offers_works(model: SentenceTransformer, folder: Path) -> None:
+def test_options_of_sentence_transformers(model: SentenceTransformer, folder: Path) -> None:
     vectors = model.encode(TEXTS)
     assert (model.get_embedding_dimension(), model.max_seq_length, model.similarity_fn_name) == (32, 96, "cosine")
     units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -121,7 +121,7 @@ def test_what_sentence_transformers_offers_works(model: SentenceTransformer, fol
         model.encode([{"text": "a graph"}])
 
 
-def test_a_shorter_limit_cuts_inside_the_text(model: SentenceTransformer, folder: Path) -> None:
+def test_max_seq_length_cuts_inside_text(model: SentenceTransformer, folder: Path) -> None:
     short = load(folder)
     short.max_seq_length = 60
     features = short.preprocess(["word " * 300, "word"])
@@ -130,7 +130,7 @@ def test_a_shorter_limit_cuts_inside_the_text(model: SentenceTransformer, folder
     assert short.tokenizer.decode(features["input_ids"][0]).endswith(end.split("user\n")[1])
 
 
-def test_it_is_saved_and_loaded_again(model: SentenceTransformer, tmp_path: Path) -> None:
+def test_save_and_load(model: SentenceTransformer, tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path / "again"))
     np.testing.assert_allclose(load(tmp_path / "again").encode(TEXTS), model.encode(TEXTS), atol=1e-6)
     np.testing.assert_allclose(
@@ -138,13 +138,13 @@ def test_it_is_saved_and_loaded_again(model: SentenceTransformer, tmp_path: Path
     )
 
 
-def test_without_trust_it_says_what_is_needed(folder: Path) -> None:
+def test_without_trust_remote_code(folder: Path) -> None:
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         SentenceTransformer(str(folder))
 
 
 @pytest.mark.filterwarnings("ignore:.*")  # what MTEB and scikit-learn say about mock data
-def test_mteb_runs_its_own_check_on_it(model: SentenceTransformer) -> None:
+def test_mteb_mock_run(model: SentenceTransformer) -> None:
     wrapped = SentenceTransformerEncoderWrapper(model)
     assert (wrapped.mteb_model_meta.embed_dim, wrapped.mteb_model_meta.max_tokens) == (32, 96)
     results = mteb.mock_run(wrapped)
@@ -167,17 +167,12 @@ np.savez(out, theirs=theirs, plain=encoder.encode(texts, rationale=False), writt
 """
 
 
-def test_vectors_outlast_the_process_and_need_no_project(
-    model: SentenceTransformer, encoder: RationaleEncoder, folder: Path, tmp_path: Path
-) -> None:
+def test_vectors_in_another_process(model: SentenceTransformer, encoder: RationaleEncoder, folder: Path, tmp_path: Path) -> None:
     arguments = [str(folder), json.dumps(TEXTS[::-1]), str(tmp_path / "vectors.npz"), str(ROOT)]
     command = [sys.executable, "-c", AFTER_A_RESTART, *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     there = np.load(tmp_path / "vectors.npz")
-    for name, here in (
-        ("theirs", model.encode(TEXTS)),
-        ("plain", encoder.encode(TEXTS, rationale=False)),
-        ("written", encoder.encode(TEXTS)),
-    ):
-        np.testing.assert_allclose(there[name][::-1], here, atol=1e-5, rtol=0)
+    here = {"theirs": model.encode(TEXTS), "plain": encoder.encode(TEXTS, rationale=False), "written": encoder.encode(TEXTS)}
+    for name, vectors in here.items():
+        np.testing.assert_allclose(there[name][::-1], vectors, atol=1e-5, rtol=0)

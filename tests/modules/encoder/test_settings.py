@@ -7,7 +7,7 @@ from src.modules.encoder.settings import EncoderSettings
 from src.modules.prompt.renderer import GRACE_INSTRUCTION
 
 
-def test_they_come_back_as_they_were_saved(tmp_path: Path) -> None:
+def test_save_and_load(tmp_path: Path) -> None:
     settings = EncoderSettings(
         "Résumez.", max_prompt_tokens=77, max_new_tokens=5, pooling="eos", layer=-2, template_kwargs={"enable_thinking": False}
     )
@@ -15,7 +15,7 @@ def test_they_come_back_as_they_were_saved(tmp_path: Path) -> None:
     assert EncoderSettings.load(tmp_path) == settings
 
 
-def test_a_folder_without_settings_has_the_papers(tmp_path: Path) -> None:
+def test_folder_without_settings_has_the_papers(tmp_path: Path) -> None:
     settings = EncoderSettings.load(tmp_path)
     assert (settings.instruction, settings.max_prompt_tokens) == (GRACE_INSTRUCTION, 1024)
     assert (settings.pooling, settings.layer) == ("mean", -1)
@@ -32,7 +32,7 @@ def test_a_folder_without_settings_has_the_papers(tmp_path: Path) -> None:
         (json.dumps({"layer": -3}), r"layer=-3; it is -1 \(the last\) or -2"),
     ],
 )
-def test_a_bad_file_is_named_with_its_fault(tmp_path: Path, text: str, message: str) -> None:
+def test_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "grace.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         EncoderSettings.load(tmp_path)

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausa
 
 from src.modules.plan.memory import per_token
 from src.modules.plan.model_shape import find_config, shape_of
-from src.modules.policy.attention.switch import recomputing_alike
+from src.modules.policy.attention.shared_prompt import checkpoint_contexts
 from src.modules.policy.model import Policy
 from src.modules.types import Rollouts
 from tests.builders import small_tokenizer
@@ -102,5 +102,5 @@ def test_what_is_kept_of_a_micro_batch_does_not_grow_with_the_number_of_its_rati
 def test_checkpointing_keeps_one_state_a_layer() -> None:
     small, large = (model_of(layers, 4, 64, 256) for layers in (1, 3))
     for model in (small, large):
-        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputing_alike(model)})
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts(model)})
     assert (kept(large, True) - kept(small, True)) / 2 == G * (P + K * R) * 4 * 64

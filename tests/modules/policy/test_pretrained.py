@@ -1,4 +1,4 @@
-"""Model folders that would like to run code."""
+"""Model folders with code, pickles and contradictions; dropout of a loaded model."""
 
 import json
 import logging
@@ -9,14 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoConfig
 
 from src.datamodules.prompt_limit import PromptLimit
 from src.modules.encoder.export import export, load_policy
+from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.files import policy_files
-from src.modules.policy.model import ENCODER_FOLDER, Policy
+from src.modules.policy.loading import set_attention_dropout
+from src.modules.policy.model import ENCODER_FOLDER, Policy, has_dropout
 from src.utils.checkpoint_io import CheckpointError
+from tests.builders import small_policy, some_rollouts
 from tests.conftest import Compose
 from train import train
 
@@ -42,7 +47,7 @@ def ran(tmp_path: Path) -> Path:
     return tmp_path / "ran"
 
 
-def test_a_pickle_of_weights_is_refused_in_one_line_and_not_read(folder: Path, ran: Path) -> None:
+def test_pickled_weights_are_not_read(folder: Path, ran: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(ran)))
     for load in (Policy.load, load_policy):
@@ -56,14 +61,14 @@ def test_a_pickle_of_weights_is_refused_in_one_line_and_not_read(folder: Path, r
     assert ran.exists()  # it would have worked
 
 
-def test_a_pickle_beside_safetensors_is_not_read(folder: Path, ran: Path) -> None:
+def test_pickle_beside_safetensors_is_not_read(folder: Path, ran: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(ran)))
     Policy.load(str(folder))
     assert not ran.exists()
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", f"{ENCODER_FOLDER}/pytorch_model.bin"])
-def test_pickles_of_adapters_and_of_a_frozen_encoder_are_not_read(folder: Path, ran: Path, name: str) -> None:
+def test_pickled_adapters_and_encoder_are_not_read(folder: Path, ran: Path, name: str) -> None:
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(pickle.dumps(Touch(ran)))
     AutoConfig.from_pretrained(folder).save_pretrained((folder / name).parent)
@@ -89,7 +94,7 @@ def with_code(folder: Path, ran: Path, model_type: str) -> None:
         (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
 
 
-def test_a_models_own_code_runs_only_where_a_setting_says_so(folder: Path, ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_code_runs_with_trust_alone(folder: Path, ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder.parent / "modules"))  # not in the home
     monkeypatch.setattr(sys, "path", list(sys.path))
     with_code(folder, ran, "own")
@@ -105,13 +110,13 @@ def test_a_models_own_code_runs_only_where_a_setting_says_so(folder: Path, ran: 
     assert type(policy.model).__name__ == "OwnModel"
 
 
-def test_code_that_would_replace_a_known_model_does_not_run(folder: Path, ran: Path) -> None:
+def test_code_replacing_a_known_model_does_not_run(folder: Path, ran: Path) -> None:
     with_code(folder, ran, "qwen2")
     assert type(Policy.load(str(folder)).model).__name__ == "Qwen2ForCausalLM"
     assert not ran.exists()
 
 
-def test_the_setting_is_off_and_reaches_training(compose: Compose, folder: Path, ran: Path) -> None:
+def test_trust_remote_code_reaches_training(compose: Compose, folder: Path, ran: Path) -> None:
     with_code(folder, ran, "own")
     cfg = compose(
         "logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=1", "rollout.max_new_tokens=2"
@@ -124,7 +129,7 @@ def test_the_setting_is_off_and_reaches_training(compose: Compose, folder: Path,
     assert compose("experiment=triplets_sup", "datamodule.path=x", "policy.trust_remote_code=true").datamodule.limit.trust_remote_code
 
 
-def test_a_chat_template_cannot_reach_python(folder: Path, ran: Path) -> None:
+def test_chat_template_cannot_reach_python(folder: Path, ran: Path) -> None:
     reach = "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os.system('touch " + str(ran) + "') }}"
     (folder / "chat_template.jinja").write_text(reach + "{{ messages[-1].content }}")
     with pytest.raises(Exception, match=r"unsafe|undefined"):
@@ -133,7 +138,7 @@ def test_a_chat_template_cannot_reach_python(folder: Path, ran: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "no_suffix"])
-def test_a_checkpoint_runs_no_code(compose: Compose, tmp_path: Path, ran: Path, name: str) -> None:
+def test_checkpoint_runs_no_code(compose: Compose, tmp_path: Path, ran: Path, name: str) -> None:
     file = tmp_path / name
     torch.save({"state_dict": {}, "grace": Touch(ran)}, file)
     if name.endswith(".ckpt"):
@@ -147,7 +152,7 @@ def test_a_checkpoint_runs_no_code(compose: Compose, tmp_path: Path, ran: Path, 
     assert not ran.exists()
 
 
-def test_a_file_of_safetensors_that_is_none_is_one_error(folder: Path) -> None:
+def test_truncated_safetensors(folder: Path) -> None:
     save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:20])
@@ -156,7 +161,7 @@ def test_a_file_of_safetensors_that_is_none_is_one_error(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("written", [{"temperature": 0.9, "top_p": 0.6}, {"do_sample": False, "temperature": 0.9}])
-def test_sampling_settings_that_contradict_each_other_do_not_keep_a_policy_from_being_saved(
+def test_contradictory_generation_config_is_savable(
     folder: Path, tmp_path: Path, written: dict[str, object], caplog: pytest.LogCaptureFixture
 ) -> None:
     file = folder / "generation_config.json"
@@ -168,3 +173,30 @@ def test_sampling_settings_that_contradict_each_other_do_not_keep_a_policy_from_
     assert "generation_config.json" in policy_files(policy)
     again, _ = load_policy(export(policy, settings, tmp_path / "export"))
     assert {name: getattr(again.model.generation_config, name) for name in ends} == ends
+
+
+def test_attention_dropout_acts_in_training_alone(tiny_policy_folder: Path, tmp_path: Path) -> None:
+    policy = Policy.load(str(tiny_policy_folder), attention_dropout=0.3)
+    rollouts = some_rollouts(policy)
+    assert torch.equal(policy.embed(rollouts), policy.embed(rollouts))  # not yet in training
+    policy.train()
+    assert not torch.allclose(policy.embed(rollouts), policy.embed(rollouts), atol=1e-3)
+    assert Policy.load(str(export(policy, EncoderSettings(), tmp_path / "export"))).model.config.attention_dropout == 0.0
+
+
+def test_bad_attention_dropout() -> None:
+    for model, share, message in ((small_policy(), -0.1, "=-0.1"), (small_policy(), 1.0, "=1.0"), (nn.Linear(2, 2), 0.1, "Linear has no")):
+        with pytest.raises(ValueError, match=f"policy.attention_dropout.*{message}"):
+            set_attention_dropout(model, share)
+
+
+@pytest.mark.parametrize(
+    ("attention", "lora", "expected"), [(None, None, False), (0.0, 0.0, False), (0.1, None, True), (None, 0.1, True), (0.1, 0.0, True)]
+)
+def test_has_dropout(tiny_policy_folder: Path, attention: float | None, lora: float | None, expected: bool) -> None:
+    adapters = None if lora is None else LoraConfig(r=2, lora_dropout=lora, target_modules="all-linear")
+    policy = Policy.load(str(tiny_policy_folder), attention_dropout=attention, lora=adapters)
+    before, modes = torch.get_rng_state(), [module.training for module in policy.modules()]
+    assert has_dropout(policy, some_rollouts(policy)) == expected
+    assert [module.training for module in policy.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), before)

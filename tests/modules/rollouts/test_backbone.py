@@ -1,4 +1,4 @@
-"""Backbones that would be read wrongly are refused before anything is trained on them."""
+"""Backbones whose log-probs would be wrong are an error before training."""
 
 import pytest
 import torch
@@ -26,7 +26,6 @@ OWN = {
 
 
 def random_model(kind: str) -> PreTrainedModel:
-    """Two layers with weights that matter."""
     known = AutoConfig.for_model(kind).to_dict()
     settings = {name: value for name, value in (SHAPE | OWN.get(kind, {})).items() if name in known or name in OWN.get(kind, {})}
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -37,14 +36,14 @@ def random_model(kind: str) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral", "gemma", "olmo2", "gpt_neox", "opt"])
-def test_backbones_that_attend_by_transformers_interface_are_read_rightly(kind: str) -> None:
+def test_supported_backbones(kind: str) -> None:
     policy = Policy(random_model(kind), small_tokenizer()).train()
     require_readable(policy)
     assert policy.training
 
 
 @pytest.mark.parametrize("kind", ["bloom", "stablelm", "lfm2"])
-def test_others_are_refused_in_one_line(kind: str) -> None:
+def test_unsupported_backbones(kind: str) -> None:
     policy = Policy(random_model(kind), small_tokenizer())
     with pytest.raises(ValueError, match=r"could not be computed rightly here; use a model whose layers call") as caught:
         require_readable(policy)

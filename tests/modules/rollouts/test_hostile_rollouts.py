@@ -1,4 +1,4 @@
-"""Rationales that hold control tokens: ids like any others to the method, and characters to whoever looks at them."""
+"""Rationales with control tokens: plain ids for the method, and plain characters in tables."""
 
 from dataclasses import replace
 
@@ -17,17 +17,15 @@ from src.modules.rollouts.hf import HFEngine
 from src.modules.types import join
 from tests.builders import SENTENCES, small_policy
 
-ANYTHING = 1e6  # a temperature at which every token is as likely as any other
+ANYTHING = 1e6  # a temperature at which all tokens are equally likely
 
 
-def test_sampled_control_tokens_are_tokens_of_the_rationale_and_only_eos_ends_it() -> None:
+def test_only_eos_ends_a_rationale() -> None:
     policy = small_policy()
     prompts = PromptRenderer(policy.tokenizer, "Name the terms.", 128)(SENTENCES)
     rollouts = HFEngine(96).generate(policy, prompts, n=16, temperature=ANYTHING, prefixes=True)
-    eos, controls = (
-        policy.tokenizer.eos_token_id,
-        policy.tokenizer.convert_tokens_to_ids(["<|pad|>", "<|im_start|>", "<think>", "</think>"]),
-    )
+    eos = policy.tokenizer.eos_token_id
+    controls = policy.tokenizer.convert_tokens_to_ids(["<|pad|>", "<|im_start|>", "<think>", "</think>"])
     rationales = [ids.tolist() for ids in rollouts.rationales()]
     for control in controls:  # padding among them
         assert any(control in ids for ids in rationales)
@@ -42,7 +40,7 @@ def test_sampled_control_tokens_are_tokens_of_the_rationale_and_only_eos_ends_it
     torch.testing.assert_close(rollouts.prefix_embeddings, cut, atol=1e-5, rtol=1e-5)
 
 
-def test_an_explanation_shows_control_tokens_and_loses_its_eos_alone() -> None:
+def test_explanation_drops_eos_alone() -> None:
     policy = small_policy()
     settings = EncoderSettings("Name the terms.", 128, 48)
     encoder = RationaleEncoder(policy, settings, HFEngine(48), temperature=ANYTHING)
@@ -53,7 +51,7 @@ def test_an_explanation_shows_control_tokens_and_loses_its_eos_alone() -> None:
     assert "<|im_end|>" not in shown
 
 
-def test_the_cold_start_looks_for_the_fence_in_the_rationale_alone() -> None:
+def test_cold_start_finds_the_tag_in_the_rationale_alone() -> None:
     policy = small_policy()
     module = ColdStartModule(policy, GRACE_INSTRUCTION, max_prompt_tokens=256)  # names <think></think>
     rollouts = module.sequences(["a </think> text"] * 2, ["<think> a</think> sum"] * 2)
@@ -69,7 +67,7 @@ def test_the_cold_start_looks_for_the_fence_in_the_rationale_alone() -> None:
 HOSTILE = "``` <script>alert(1)</script> ````\n# not a heading\n| a | b |\n[red]x[/nothing] <|im_end|>\n> quote"
 
 
-def test_tables_show_hostile_texts_and_rationales_as_they_are() -> None:
+def test_tables_escape_hostile_text() -> None:
     row = Rationale(HOSTILE, HOSTILE, 5, True)
     html = MarkdownIt("commonmark").render(before_and_after([row], [row], 3))  # with HTML as it stands
     assert "<script>" not in html
@@ -82,11 +80,9 @@ def test_tables_show_hostile_texts_and_rationales_as_they_are() -> None:
     assert console.export_text().count("[red]x[/nothing] <|im_end|>") == 3
 
 
-def test_a_rationale_of_nothing_but_padding_ids_has_its_length() -> None:
+def test_rationale_of_padding_ids_has_its_length() -> None:
     policy = small_policy()
     prompts = PromptRenderer(policy.tokenizer, "Name the terms.", 128)(["a", "b"])
-    rollouts = join(
-        prompts, [torch.full((4,), policy.pad_id), torch.full((2,), policy.pad_id)], torch.tensor([False, False]), policy.pad_id
-    )
+    rollouts = join(prompts, [torch.full((n,), policy.pad_id) for n in (4, 2)], torch.tensor([False, False]), policy.pad_id)
     assert rollouts.rationale_lengths.tolist() == [4, 2]
     assert rollouts.rationale_mask.sum(dim=1).tolist() == [4, 2]

@@ -1,4 +1,4 @@
-"""vLLM itself against HFEngine, whose own oracle is transformers. The first test waits for vLLM's start."""
+"""vLLM against HFEngine, which is tested against transformers."""
 
 import functools
 from collections.abc import Callable
@@ -14,10 +14,11 @@ from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.lora import add_lora
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import Prompts
-from src.modules.rollouts import vllm_engine, vllm_weights
-from src.modules.rollouts.hf import HFEngine, end_tokens
+from src.modules.rollouts import vllm_engine
+from src.modules.rollouts.engine import end_tokens
+from src.modules.rollouts.hf import HFEngine
 from src.modules.types import Rollouts
-from tests.vllm_builders import KINDS, NEEDS_VLLM, TEXTS, engine, largest_gap, policy_of, prompts_of, step
+from tests.vllm_builders import KINDS, NEEDS_VLLM, TEXTS, check_rationales, engine, largest_gap, policy_of, prompts_of, step
 
 pytestmark = NEEDS_VLLM
 
@@ -33,7 +34,7 @@ def assert_greedy_as_hf(policy: Policy) -> Rollouts:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "shipped"])
-def test_greedy_rationales_and_log_probs_are_those_of_the_trainer_before_and_after_a_step(kind: str) -> None:
+def test_greedy_rationales_are_the_trainers_after_a_step(kind: str) -> None:
     policy = policy_of(kind)
     before = assert_greedy_as_hf(policy)
     step(policy)
@@ -41,7 +42,7 @@ def test_greedy_rationales_and_log_probs_are_those_of_the_trainer_before_and_aft
     assert before.input_ids.shape != after.input_ids.shape or not torch.equal(before.input_ids, after.input_ids)
 
 
-def test_an_encoder_hands_the_weights_over_once_for_all_its_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoder_pushes_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of()
     pushes: list[Any] = []
     push = vllm_engine.push
@@ -58,25 +59,16 @@ def test_an_encoder_hands_the_weights_over_once_for_all_its_texts(monkeypatch: p
     assert len(pushes) == 3
 
 
-def load_negated(policy: Policy) -> None:
-    policy.model.load_state_dict({name: -weight for name, weight in policy.model.state_dict().items()})
-
-
-def negate_data(policy: Policy) -> None:
-    for weight in policy.model.parameters():
-        weight.data.mul_(-1)  # torch's version counters do not see it
-
-
-WAYS: dict[str, Callable[[Policy], None]] = {
+WAYS: dict[str, Callable[[Policy], Any]] = {
     "foreach": functools.partial(step, foreach=True),
     "fused": functools.partial(step, fused=True),
-    "load_state_dict": load_negated,
-    "data": negate_data,
+    "load_state_dict": lambda policy: policy.model.load_state_dict({name: -w for name, w in policy.model.state_dict().items()}),
+    "data": lambda policy: [w.data.mul_(-1) for w in policy.model.parameters()],  # torch's version counters do not see it
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_no_way_of_changing_weights_leaves_a_stale_copy(way: str) -> None:
+def test_any_change_of_weights_reaches_the_engine(way: str) -> None:
     policy = policy_of()
     before = engine().generate(policy, prompts_of(policy), temperature=0.0)
     WAYS[way](policy)
@@ -85,7 +77,7 @@ def test_no_way_of_changing_weights_leaves_a_stale_copy(way: str) -> None:
 
 
 @pytest.mark.parametrize("left_out", ["push", "head", "prefix"])
-def test_a_stale_copy_shows_in_the_log_probs(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_copy_shows_in_log_probs(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of()
     prompts = prompts_of(policy)
     assert prompts.lengths.max() > 2 * 32  # more than a block of the prefix cache
@@ -95,34 +87,28 @@ def test_a_stale_copy_shows_in_the_log_probs(left_out: str, monkeypatch: pytest.
         if left_out == "push":
             patch.setattr(vllm_engine, "push", lambda llm, model: None)
         elif left_out == "head":
-            patch.setattr(vllm_weights, "_repack_head", lambda model: None)
+            patch.setattr(vllm_engine, "_repack_head", lambda model: None)
         else:
-            llm = vllm_engine.start(engine()._spec(policy)).llm
+            llm = engine().started(policy).llm
             patch.setattr(llm, "reset_prefix_cache", lambda: True)
         assert largest_gap(policy, engine().generate(policy, prompts, temperature=0.0)) > 1e-2
     assert largest_gap(policy, engine().generate(policy, prompts, temperature=0.0)) < 1e-4
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampled_rationales_are_the_seeds_and_their_log_probs_those_of_the_distribution(temperature: float) -> None:
+def test_sampled_rationales_and_log_probs(temperature: float) -> None:
     policy = policy_of()
     prompts = prompts_of(policy)
     rollouts = engine().generate(policy, prompts, n=3, temperature=temperature, seed=5)
     assert len(rollouts) == 3 * len(prompts)
     assert largest_gap(policy, rollouts, temperature) < 1e-4
-    ends = set(end_tokens(policy).tolist())
-    for row, (ids, finished) in enumerate(zip(rollouts.rationales(), rollouts.finished.tolist(), strict=True)):
-        prompt = prompts.ids[row // 3]
-        assert rollouts.input_ids[row, : len(prompt)].equal(prompt)
-        assert not ends & set(ids[:-1].tolist())
-        assert (int(ids[-1]) in ends) == finished
-        assert finished or len(ids) == 16
+    check_rationales(rollouts, prompts, 3, 16, set(end_tokens(policy).tolist()))
     assert torch.equal(rollouts.input_ids, engine().generate(policy, prompts, 3, temperature, seed=5).input_ids)
     assert not torch.equal(rollouts.input_ids, engine().generate(policy, prompts, 3, temperature, seed=6).input_ids)
     assert len({tuple(ids.tolist()) for ids in rollouts.rationales()[-3:]}) > 1
 
 
-def test_greedy_rationales_are_repeated_where_several_are_asked_for() -> None:
+def test_several_greedy_rationales_are_equal() -> None:
     policy = policy_of()
     one, two = (engine().generate(policy, prompts_of(policy), n, 0.0) for n in (1, 2))
     assert torch.equal(two.input_ids, one.input_ids.repeat_interleave(2, dim=0))
@@ -136,7 +122,7 @@ def test_bfloat16_weights_stay_close_to_float32_ones() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_an_engine_that_slept_wakes_with_the_trainers_weights() -> None:
+def test_engine_wakes_with_the_trainers_weights() -> None:
     policy = policy_of("shipped").to("cuda")
     for _ in range(3):
         rollouts = engine(sleep=True).generate(policy, prompts_of(policy), temperature=0.0)
@@ -152,7 +138,7 @@ def test_adapters_are_sampled_merged() -> None:
     assert not torch.equal(assert_greedy_as_hf(policy).input_ids, before.input_ids)
 
 
-def test_a_prompt_at_the_limit_is_given_what_room_there_is_or_refused() -> None:
+def test_prompt_at_the_limit() -> None:
     policy = policy_of()
     full = Prompts((torch.arange(5, 255),), torch.tensor([1]), torch.tensor([200]))
     rollouts = engine(max_prompt_tokens=1024).generate(policy, full, n=2)  # the policy's context is 256
@@ -164,6 +150,6 @@ def test_a_prompt_at_the_limit_is_given_what_room_there_is_or_refused() -> None:
 @pytest.mark.parametrize(
     "settings", [{"max_new_tokens": 0}, {"max_prompt_tokens": 0}, {"tensor_parallel": 0}, {"gpu_memory_utilization": 1.5}]
 )
-def test_settings_without_sense_are_refused_by_name(settings: dict[str, Any]) -> None:
+def test_bad_settings_are_named(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"rollout.{next(iter(settings))}="):
         engine(**settings)

@@ -1,4 +1,4 @@
-"""An engine a process, and one engine over two processes; each of them has its own prompts."""
+"""One engine for each of two processes, and one engine over both; each process has its own prompts."""
 
 import os
 import subprocess
@@ -7,13 +7,10 @@ import sys
 import pytest
 import torch
 from torch import distributed
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from src.modules.policy.model import Policy
 from src.modules.rollouts.hf import HFEngine
-from tests.builders import small_tokenizer
 from tests.conftest import ROOT
-from tests.vllm_builders import NEEDS_VLLM, TEXTS, engine, largest_gap, prompts_of, step
+from tests.vllm_builders import NEEDS_VLLM, TEXTS, engine, largest_gap, prompts_of, random_policy, step
 
 pytestmark = [*NEEDS_VLLM, pytest.mark.slow]
 
@@ -29,15 +26,11 @@ def test_two_processes(tensor_parallel: int) -> None:
 
 
 def rank(tensor_parallel: int) -> None:
-    """What each of the two processes does."""
+    """The program of each process."""
     distributed.init_process_group("gloo")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # Lightning's launcher does not set them all
         del os.environ[name]
-    tokenizer = small_tokenizer()
-    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-    torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=len(tokenizer), max_position_embeddings=256, initializer_range=0.2, tie_word_embeddings=True, **shape)
-    policy = Policy(Qwen2ForCausalLM(config).eval(), tokenizer)
+    policy = random_policy("qwen2", hidden_size=64, num_attention_heads=2)
     own = torch.arange(distributed.get_rank(), len(TEXTS) - 1, 2)
     prompts = prompts_of(policy).select(own[: 2 + distributed.get_rank()])  # not even equally many
     for _ in range(2):

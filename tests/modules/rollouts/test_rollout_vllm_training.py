@@ -17,7 +17,6 @@ from src.modules.objectives.losses import ppo_clip
 from src.modules.objectives.rewards import listwise
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import Prompts
-from src.modules.rollouts import vllm_engine
 from src.modules.rollouts.hf import HFEngine
 from src.modules.rollouts.vllm_engine import EngineError
 from src.modules.types import Rollouts
@@ -56,7 +55,7 @@ def grace(rollouts: Any, **settings: Any) -> GRACE:
     )
 
 
-def test_five_steps_through_either_engine_lead_to_the_same_rationales_and_embeddings() -> None:
+def test_five_steps_through_either_engine() -> None:
     runs = [grace(SamePositives(HFEngine(12))), grace(SamePositives(engine(12)))]
     start = runs[0].encoder().explain(SENTENCES)
     reports = [fit(run, [TRIPLETS] * 5).reports for run in runs]
@@ -71,7 +70,7 @@ def test_five_steps_through_either_engine_lead_to_the_same_rationales_and_embedd
     assert np.abs(embeddings - start[0]).max() > 1e-2  # the updates did something
 
 
-def test_importance_weights_make_up_for_an_engine_in_bfloat16() -> None:
+def test_importance_weights_correct_a_bfloat16_engine() -> None:
     runs = [grace(engine(dtype="bfloat16"), tis_cap=cap) for cap in (None, 2.0)]
     watches = [fit(run, [TRIPLETS]) for run in runs]
     assert all(watch.reports[0].logprob_mismatch[0] > 1e-4 for watch in watches)
@@ -81,7 +80,7 @@ def test_importance_weights_make_up_for_an_engine_in_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("updates", [1, 3])
-def test_a_run_on_its_own_samples_stays_with_the_trainer_and_keeps_the_engine_out_of_the_checkpoint(updates: int) -> None:
+def test_mismatch_is_rounding_and_engine_is_not_saved(updates: int) -> None:
     module = grace(engine(12), updates_per_batch=updates)
     names = set(grace(HFEngine(12)).state_dict())
     for report in fit(module, [TRIPLETS] * 3).reports:
@@ -91,7 +90,7 @@ def test_a_run_on_its_own_samples_stays_with_the_trainer_and_keeps_the_engine_ou
     assert set(module.state_dict()) == names
 
 
-def test_a_stale_copy_shows_in_the_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_copy_shows_in_the_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     module = grace(engine(12))
     fit(module, [TRIPLETS])
     monkeypatch.setattr("src.modules.rollouts.vllm_engine.push", lambda llm, model: None)
@@ -99,12 +98,12 @@ def test_a_stale_copy_shows_in_the_metric(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(report.logprob_mismatch[1] > 1e-3 for report in reports)
 
 
-def test_a_run_whose_engine_dies_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_resumes_after_the_engine_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.engine.exceptions import EngineDeadError
 
     class DyingInTheSecondBatch(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-            llm = vllm_engine.start(pl_module.engine._spec(pl_module.policy)).llm
+            llm = pl_module.engine.started(pl_module.policy).llm
             monkeypatch.setattr(llm.llm_engine, "step", die)
 
     def die() -> None:
@@ -120,7 +119,7 @@ def test_a_run_whose_engine_dies_goes_on_from_its_last_checkpoint(tmp_path: Path
     assert resumed.rollout_batches == 2
 
 
-def test_the_command_line_trains_with_it(compose: Compose) -> None:
+def test_command_line_trains_with_vllm(compose: Compose) -> None:
     small = ["rollout.max_new_tokens=16", "rollout.sleep=false", "rollout.gpu_memory_utilization=0.05", "rollout.cpu_kv_cache_gib=0.2"]
     run = ["logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=2"]
     # truncated rationales are masked out by default, and in 16 tokens few finish

@@ -1,4 +1,4 @@
-"""What starting vLLM does to the process, and what becomes of an engine that cannot start or dies."""
+"""Side effects of vLLM's start, and engines that cannot start or die."""
 
 import os
 import random
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from src.modules.rollouts import vllm_engine
 from src.modules.rollouts.vllm_engine import EngineError
 from tests.vllm_builders import NEEDS_VLLM, engine, largest_gap, policy_of, prompts_of
 
@@ -20,7 +19,7 @@ def seed_all() -> None:
     torch.manual_seed(3)
 
 
-def test_starting_and_sampling_leave_the_process_as_it_was() -> None:
+def test_start_leaves_the_process_unchanged() -> None:
     policy = policy_of().train()
     seed_all()
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
@@ -36,7 +35,7 @@ def test_starting_and_sampling_leave_the_process_as_it_was() -> None:
     assert policy.training
 
 
-def test_too_little_memory_for_a_start_is_one_line() -> None:
+def test_too_little_memory_is_one_line() -> None:
     with pytest.raises(EngineError, match=r"vLLM cannot start \(.*memory for the cache.*rollout\.cpu_kv_cache_gib$") as caught:
         engine(cpu_kv_cache_gib=1e-6).generate(policy_of(), prompts_of(policy_of()))
     assert "\n" not in str(caught.value)
@@ -44,12 +43,12 @@ def test_too_little_memory_for_a_start_is_one_line() -> None:
 
 
 @pytest.mark.parametrize("name", ["dead", "memory"])
-def test_an_engine_that_dies_in_the_middle_is_one_line_and_the_next_one_is_new(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_engine_is_one_line_and_replaced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.engine.exceptions import EngineDeadError
 
     error = {"dead": EngineDeadError(), "memory": torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")}[name]
     policy, dying = policy_of(), engine(cpu_kv_cache_gib=0.06)
-    llm = vllm_engine.start(dying._spec(policy)).llm
+    llm = dying.started(policy).llm
 
     def fail() -> None:
         raise error

@@ -1,4 +1,4 @@
-"""The names under which weights are pushed; needs no vLLM."""
+"""The names of pushed weights; needs no vLLM."""
 
 import copy
 
@@ -7,11 +7,11 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from src.modules.policy.lora import add_lora, without_lora
-from src.modules.rollouts.vllm_weights import named_weights
+from src.modules.rollouts.vllm_engine import named_weights
 from tests.builders import small_policy, some_rollouts
 
 
-def test_every_weight_has_its_name_in_a_checkpoint_once_and_a_tied_head_none() -> None:
+def test_every_weight_has_its_checkpoint_name_once() -> None:
     model = small_policy().model
     pushed = dict(named_weights(model))
     assert set(pushed) == {name for name, _ in model.named_parameters()}
@@ -21,7 +21,7 @@ def test_every_weight_has_its_name_in_a_checkpoint_once_and_a_tied_head_none() -
     assert set(dict(named_weights(untied))) == set(untied.state_dict())
 
 
-def test_adapters_are_merged_under_plain_names_and_the_frozen_weights_stay_bit_by_bit() -> None:
+def test_adapters_are_merged_into_copies() -> None:
     policy = small_policy()
     names = {name for name, _ in policy.model.named_parameters()}
     add_lora(policy.model, LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj", "down_proj"]))

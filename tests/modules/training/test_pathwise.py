@@ -19,8 +19,7 @@ from src.modules.objectives.losses import constant, reinforce
 from src.modules.objectives.pathwise import first_of_group, pathwise_loss, reward_and_gradients
 from src.modules.objectives.rewards import document, listwise, paper, unsupervised
 from src.modules.objectives.roles import role_reward
-from src.modules.policy.attention.shared_prompt import pack, pool_packed, unpack
-from src.modules.policy.attention.switch import recomputing_alike
+from src.modules.policy.attention.shared_prompt import checkpoint_contexts, pack, pool_packed, unpack
 from src.modules.policy.lora import add_lora
 from src.modules.policy.model import Policy
 from src.modules.policy.pooling import pool
@@ -222,7 +221,7 @@ def test_forward_embeds_as_embed_does(pooling: Any, layer: int, kind: str) -> No
     policy = small_policy().train()
     policy.pooling, policy.layer = pooling, layer
     if kind == "checkpointing":
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputing_alike(policy.model)})
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts(policy.model)})
     if kind == "lora":
         torch.manual_seed(0)
         add_lora(policy.model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))

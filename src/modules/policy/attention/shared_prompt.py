@@ -3,13 +3,14 @@
     tokens   p p p p | a a a | b b | q q q | c c c c | d
     sees             | p + a | p+b |       | q + c   | q + d
 
-All tokens stand in one row, so what treats them one by one (all but attention) wastes nothing. A group costs P + sum R
-tokens in place of K (P + R). Positions are those that each sequence would have alone, so hidden states and gradients
-are those of separate rows, but for rounding.
+All tokens are in one row, so the layers that treat tokens one by one (all but attention) compute no padding. A group costs
+P + sum R tokens in place of K (P + R). Each sequence keeps its positions, so hidden states and gradients are those of
+separate rows, but for rounding.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
-from src.modules.policy.attention.switch import refuse_unread
 from src.modules.policy.pooling import POOLINGS, PoolingName
 from src.modules.types import Rollouts
 
@@ -27,16 +27,47 @@ PACKED_ATTENTION = "grace_packed"
 """The name of `packed_attention` among the attentions of transformers."""
 
 
+@contextmanager
+def attention_set_to(model: nn.Module, name: str) -> Iterator[None]:
+    """Sets the attention of a transformers model to the one named `name` in `AttentionInterface`, and back at the end."""
+    config: Any = model.config
+    config = config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def checkpoint_contexts(model: PreTrainedModel) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+    """Returns the `context_fn` of `torch.utils.checkpoint` for a model: recomputation uses the attention of the forward pass.
+
+    By then `attention_set_to` has ended.
+    """
+    config = model.config.get_text_config()
+    return lambda: (nullcontext(), attention_set_to(model, config._attn_implementation))
+
+
+def require_supported(kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError if a layer asks its attention for a sliding window, sinks or a soft cap, which are not computed here."""
+    unread = [name for name in ("sliding_window", "s_aux", "softcap") if kwargs.get(name) is not None]
+    if unread:
+        raise ValueError(
+            f"the model's attention has {', '.join(unread)}, which rollouts that share a prompt do not support; use a model without"
+        )
+
+
 @dataclass(frozen=True)
 class Group:
-    """A prompt of P tokens and its K rationales, R the longest of them, as they stand in the packed row.
+    """A prompt of P tokens and its K rationales, the longest of R tokens, in the packed row.
 
     Attributes:
         prompt: P.
         rationales: tokens of all its rationales together.
-        padded: [K * R] int64, where each rationale's tokens stand among them; anything on padding.
+        padded: [K * R] int64, the place of each rationale's tokens among them; any place on padding.
         real: [rationales] int64, the entries of `padded` that are no padding.
-        visible: [R, P + R] bool, what a rationale's tokens see of its prompt and of itself.
+        visible: [R, P + R] bool, the attention mask of a rationale over its prompt and itself.
     """
 
     prompt: int
@@ -47,13 +78,13 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedRollouts:
     """N rollouts in one row of L tokens.
 
     Attributes:
         input_ids, position_ids: [1, L] int64.
-        groups: what stands in it, one after the other.
-        source: [N, T] int64, where each position of each rollout stands; 0 on padding.
+        groups: the prompts and their rationales, in order.
+        source: [N, T] int64, the place in the row of each position of each rollout; 0 on padding.
         lead: [N] int64, the rollout that brings the prompt of each.
     """
 
@@ -64,7 +95,7 @@ class Packed:
     lead: Tensor
 
 
-def pack(rollouts: Rollouts, groups: Tensor) -> Packed:
+def pack(rollouts: Rollouts, groups: Tensor) -> PackedRollouts:
     """Packs rollouts; neighbours of the same number in `groups`, [N] int64, have the same prompt."""
     device = rollouts.input_ids.device
     _, group, counts = groups.to(device).unique_consecutive(return_inverse=True, return_counts=True)
@@ -73,40 +104,39 @@ def pack(rollouts: Rollouts, groups: Tensor) -> Packed:
 
     prompts, rationales = rollouts.prompt_lengths, rollouts.rationale_lengths
     brought = rationales + leads * prompts
-    start = brought.cumsum(0) - brought  # where what a row brings begins
+    start = brought.cumsum(0) - brought  # the place of a row's first token
     positions = torch.arange(rollouts.input_ids.shape[1], device=device).expand_as(rollouts.input_ids)
     in_prompt = positions < prompts.unsqueeze(1)
     source = torch.where(in_prompt, start[first].unsqueeze(1), (start - ~leads * prompts).unsqueeze(1)) + positions
-    taken = rollouts.attention_mask & (leads.unsqueeze(1) | ~in_prompt)
-    own = rationales.cpu().split(counts.tolist())
-    return Packed(
+    real = rollouts.attention_mask
+    taken = real & (leads.unsqueeze(1) | ~in_prompt)
+
+    packed = []
+    for prompt, lengths in zip(prompts[leads].tolist(), rationales.cpu().split(counts.tolist()), strict=True):
+        longest, total = int(lengths.max()), int(lengths.sum())
+        column, starts = torch.arange(longest), lengths.cumsum(0) - lengths
+        padded = (starts.unsqueeze(1) + column).clamp(max=total - 1).flatten()
+        entries = (column < lengths.unsqueeze(1)).flatten().nonzero().flatten()
+        visible = torch.ones(longest, prompt + longest, dtype=torch.bool).tril(prompt)
+        packed.append(Group(prompt, total, padded.to(device), entries.to(device), visible.to(device)))
+    return PackedRollouts(
         input_ids=rollouts.input_ids[taken].unsqueeze(0),
         position_ids=positions[taken].unsqueeze(0),
-        groups=tuple(_group(prompt, lengths, device) for prompt, lengths in zip(prompts[leads].tolist(), own, strict=True)),
-        source=source.masked_fill(~rollouts.attention_mask, 0),
+        groups=tuple(packed),
+        source=source.masked_fill(~real, 0),
         lead=first,
     )
 
 
-def _group(prompt: int, rationales: Tensor, device: torch.device) -> Group:
-    longest, total = int(rationales.max()), int(rationales.sum())
-    column = torch.arange(longest)
-    starts = rationales.cumsum(0) - rationales
-    padded = (starts.unsqueeze(1) + column).clamp(max=total - 1).flatten()
-    real = (column < rationales.unsqueeze(1)).flatten().nonzero().flatten()
-    visible = torch.ones(longest, prompt + longest, dtype=torch.bool).tril(prompt)
-    return Group(prompt, total, padded.to(device), real.to(device), visible.to(device))
-
-
-def unpack(hidden: Tensor, packed: Packed) -> Tensor:
-    """[1, L, D] states of the packed row as [N, T, D] states of the rollouts (anything on padding)."""
+def unpack(hidden: Tensor, packed: PackedRollouts) -> Tensor:
+    """Returns the [N, T, D] states of the rollouts (undefined on padding) from the [1, L, D] states of the packed row."""
     return hidden[0][packed.source]
 
 
-def pool_packed(hidden: Tensor, packed: Packed, rollouts: Rollouts, pooling: PoolingName) -> Tensor:
-    """Returns [N, D] float32 embeddings, not normalised, as `pool` makes them of the unpacked states.
+def pool_packed(hidden: Tensor, packed: PackedRollouts, rollouts: Rollouts, pooling: PoolingName) -> Tensor:
+    """Returns [N, D] float32 embeddings, not normalised: those that `pool` makes of [N, T, D] states.
 
-    A prompt is pooled once for all its rollouts: unpacked, its states would be copied K times.
+    A prompt is pooled once for all its rollouts; as [N, T, D] its states would be copied K times.
 
     Args:
         hidden: [1, L, D] states of the packed row.
@@ -138,19 +168,16 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    packed: Packed,
+    packed: PackedRollouts,
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention in the form that transformers calls: [1, heads, L, d] queries -> [1, L, heads, d].
 
-    Group by group, prompt and rationales apart: one masked call for the whole row would compute every pair of its
-    tokens, and on a CPU took twice as long.
-
-    Raises:
-        ValueError: a layer with a sliding window, sinks or a soft cap, which are not read here.
+    Prompt and rationales of each group have a call each: one masked call for all would compute every pair of tokens in the
+    row, and on a CPU took twice as long. Raises ValueError for a sliding window, sinks or a soft cap.
     """
-    refuse_unread(kwargs, "rollouts that share a prompt cannot be computed together by")
+    require_supported(kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation has made float32 of these two
     sizes = [size for group in packed.groups for size in (group.prompt, group.rationales)]
     parts = list(zip(*(states[0].transpose(0, 1).split(sizes) for states in (query, key, value)), strict=True))
@@ -161,15 +188,15 @@ def packed_attention(
         outputs.append(output[0].transpose(0, 1))
         if group.rationales:
             attend = functools.partial(_rationales_attention, group, dropout, scaling)
-            outputs.append(attend(*prompt[1:], *rationales) if dropout else _Again.apply(attend, *prompt[1:], *rationales))
+            outputs.append(attend(*prompt[1:], *rationales) if dropout else _Recomputed.apply(attend, *prompt[1:], *rationales))
     return torch.cat(outputs).unsqueeze(0), None
 
 
-class _Again(torch.autograd.Function):
+class _Recomputed(torch.autograd.Function):
     """A function of tensors, without randomness, that the backward pass computes again.
 
-    Kept, the copies of a prompt's keys and values for its rationales would grow with K. What torch.utils.checkpoint keeps for
-    this are reference cycles, and they wait for the garbage collector: 150 MiB in a thousand steps.
+    If they were kept, the copies of a prompt's keys and values for its rationales would grow with K. torch.utils.checkpoint
+    keeps reference cycles, which wait for the garbage collector: 150 MiB in a thousand steps.
     """
 
     @staticmethod
@@ -190,14 +217,13 @@ class _Again(torch.autograd.Function):
 def _rationales_attention(
     group: Group, dropout: float, scaling: float, prompt_key: Tensor, prompt_value: Tensor, *rationales: Tensor
 ) -> Tensor:
-    """The K rationales of a group as a batch of their own, each over the prompt and itself; [tokens, heads, d].
+    """Returns the attention of the K rationales of a group, each over the prompt and itself; [tokens, heads, d].
 
     Args:
         prompt_key, prompt_value: [tokens, heads, d].
-        rationales: their queries, keys and values, alike.
+        rationales: their queries, keys and values, [tokens, heads, d].
     """
-    longest = len(group.visible)
-    query, key, value = (x.index_select(0, group.padded).unflatten(0, (-1, longest)).transpose(1, 2) for x in rationales)
+    query, key, value = (x.index_select(0, group.padded).unflatten(0, (-1, len(group.visible))).transpose(1, 2) for x in rationales)
     key, value = (
         torch.cat([shared.transpose(0, 1).expand(len(query), -1, -1, -1), own], dim=2)
         for shared, own in ((prompt_key, key), (prompt_value, value))

@@ -1,37 +1,17 @@
-"""Packed rollouts against the naive way: every sequence alone, through transformers' own forward and attention."""
+"""Packed rollouts against every sequence alone, through transformers' forward and attention."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from src.modules.policy.attention.shared_prompt import pack
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import PromptRenderer
 from src.modules.types import Rollouts, join
-from tests.builders import SENTENCES, small_policy, small_tokenizer
-
-SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-def policy_of(architecture: str, attention: str = "sdpa") -> Policy:
-    """Qwen2 and Qwen3 with grouped heads, Llama with a key-value head for every head."""
-    if architecture == "qwen2":
-        policy = small_policy()
-    else:
-        tokenizer = small_tokenizer()
-        kind, config, extra = {
-            "llama": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 4}),
-            "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"num_key_value_heads": 2, "head_dim": 16}),
-        }[architecture]
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = kind(config(vocab_size=len(tokenizer), initializer_range=0.2, **SHAPE, **extra))
-        policy = Policy(model.eval(), tokenizer)
-    policy.model.set_attn_implementation(attention)
-    return policy
+from tests.builders import SENTENCES, small_policy
+from tests.vllm_builders import random_policy
 
 
 def grouped_rollouts(policy: Policy, lengths: list[list[int]], seed: int = 0) -> tuple[Rollouts, Tensor]:
@@ -55,8 +35,10 @@ LENGTHS = [[5, 1, 9], [0, 7], [4], [0, 0], [3, 3, 3, 3]]
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
-def test_states_and_gradients_are_those_of_each_sequence_alone(architecture: str, attention: str) -> None:
-    policy = policy_of(architecture, attention)
+def test_states_and_gradients_are_those_of_single_rows(architecture: str, attention: str) -> None:
+    # Qwen2 and Qwen3 with grouped heads, Llama with a key-value head for every head
+    policy = random_policy(architecture, num_key_value_heads=4 if architecture == "llama" else 2)
+    policy.model.set_attn_implementation(attention)
     rollouts, groups = grouped_rollouts(policy, LENGTHS)
     together = policy.hidden_states(rollouts, groups)
     expected = alone(policy, rollouts)
@@ -73,7 +55,7 @@ def test_states_and_gradients_are_those_of_each_sequence_alone(architecture: str
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_log_probs_and_their_gradients_are_those_of_separate_rows() -> None:
+def test_log_probs_and_gradients_are_those_of_single_rows() -> None:
     policy = small_policy()
     rollouts, groups = grouped_rollouts(policy, LENGTHS)
     parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -89,7 +71,7 @@ def test_log_probs_and_their_gradients_are_those_of_separate_rows() -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(lengths=st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=4), min_size=1, max_size=4), seed=st.integers(0, 99))
-def test_any_mix_of_lengths_has_the_states_of_each_sequence_alone(lengths: list[list[int]], seed: int) -> None:
+def test_any_mix_of_lengths(lengths: list[list[int]], seed: int) -> None:
     policy = small_policy()
     rollouts, groups = grouped_rollouts(policy, lengths, seed)
     with torch.no_grad():
@@ -98,7 +80,7 @@ def test_any_mix_of_lengths_has_the_states_of_each_sequence_alone(lengths: list[
         torch.testing.assert_close(row[: len(states)], states, rtol=1e-5, atol=1e-5)
 
 
-def test_the_packed_row_has_every_prompt_once_and_no_padding() -> None:
+def test_packed_row_has_no_padding() -> None:
     policy = small_policy()
     rollouts, groups = grouped_rollouts(policy, LENGTHS)
     packed = pack(rollouts, groups)
@@ -109,13 +91,13 @@ def test_the_packed_row_has_every_prompt_once_and_no_padding() -> None:
         assert packed.position_ids[0, packed.source[row, :length]].tolist() == list(range(length))
 
 
-def test_a_frozen_encoder_embeds_rollouts_that_share_prompts() -> None:
+def test_frozen_encoder_embeds_packed_rollouts() -> None:
     policy = small_policy("frozen")
     rollouts, groups = grouped_rollouts(policy, LENGTHS)
     torch.testing.assert_close(policy.embed(rollouts, groups=groups), policy.embed(rollouts), rtol=1e-5, atol=1e-5)
 
 
-def test_dropout_in_the_attention_is_that_of_the_model() -> None:
+def test_attention_dropout_of_the_model() -> None:
     policy = small_policy(attention_dropout=0.5)
     rollouts, groups = grouped_rollouts(policy, LENGTHS)
     mask = rollouts.attention_mask
@@ -125,7 +107,7 @@ def test_dropout_in_the_attention_is_that_of_the_model() -> None:
     assert not torch.allclose(runs[0], runs[2], atol=1e-2)
 
 
-def test_the_backward_pass_drops_what_the_forward_pass_dropped() -> None:
+def test_backward_uses_the_forward_dropout() -> None:
     policy = small_policy(attention_dropout=0.5).train()
     rollouts, groups = grouped_rollouts(policy, LENGTHS)
     weight = policy.model.base_model.layers[-1].self_attn.v_proj.weight
@@ -146,7 +128,7 @@ def test_the_backward_pass_drops_what_the_forward_pass_dropped() -> None:
     assert float((gradient * step).sum()) == pytest.approx((values[0] - values[1]) / 2, rel=0.05)
 
 
-def test_under_autocast_states_are_those_of_float32_but_for_rounding() -> None:
+def test_autocast_changes_rounding_alone() -> None:
     policy = small_policy()
     rollouts, groups = grouped_rollouts(policy, LENGTHS)
     mask = rollouts.attention_mask
@@ -157,12 +139,12 @@ def test_under_autocast_states_are_those_of_float32_but_for_rounding() -> None:
     assert float((exact - rounded).norm() / exact.norm()) < 0.05
 
 
-def test_the_models_own_attention_is_back_after_a_pass_and_after_a_failed_one() -> None:
+def test_own_attention_is_restored_after_an_error() -> None:
     policy = small_policy()
     rollouts, groups = grouped_rollouts(policy, LENGTHS)
     policy.hidden_states(rollouts, groups)
     assert policy.model.config._attn_implementation == "sdpa"
     policy.model.base_model.layers[1].self_attn.sliding_window = 4
-    with pytest.raises(ValueError, match=r"cannot be computed together by this model: .* sliding_window"):
+    with pytest.raises(ValueError, match="sliding_window"):
         policy.hidden_states(rollouts, groups)
     assert policy.model.config._attn_implementation == "sdpa"
