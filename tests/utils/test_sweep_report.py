@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from src.utils.sweep_report import find_sweep, markdown, read_sweep, write_report
-from src.utils.sweep_store import ERROR, FOLDER, KEYS, PARENT, REPORT, RESULT, SWEEP, VALUES
+from experiments.sweep_report import find_sweep, markdown, read_sweep, write_report
+from src.utils.sweeps import ERROR, FOLDER, KEYS, PARENT, REPORT, RESULT, SWEEP, VALUES
 from tests.programs import Programs
 
 
@@ -72,7 +72,7 @@ def test_the_last_attempt_at_a_point_counts(store: Store) -> None:
     store.point(parent, {"reward": "document"}, error="ValueError: twice")
     store.point(parent, {"reward": "listwise"}, 0.7)
     sweep = read_sweep(store.client, parent)
-    assert [(failure["values"], failure["error"]) for failure in sweep.failures] == [("reward=document", "ValueError: twice")]
+    assert sweep.failures == [("reward=document", "ValueError: twice")]
     assert sweep.best() == ({"reward": "paper"}, 0.5)
     assert "| paper | 1 | 0.5 |" in markdown(sweep)
 

@@ -12,8 +12,7 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from src.utils.sweep_store import fingerprint, parse, short
-from src.utils.sweeps import TrackedSweep, warn_of_other_code
+from src.utils.sweeps import TrackedSweep, fingerprint, parse, short, warn_of_other_code
 from tests.conftest import ROOT, Compose
 from tests.programs import Programs
 

@@ -8,8 +8,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from src.modules.plan.memory import per_token
-from src.modules.plan.model_shape import find_config, shape_of
+from src.modules.plan.memory import find_config, per_token, shape_of
 from src.modules.policy.attention.switch import recomputing_alike
 from src.modules.policy.model import Policy
 from src.modules.types import Rollouts
