@@ -77,7 +77,7 @@ def train(cfg: DictConfig) -> float | None:
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
 def main(cfg: DictConfig) -> float | None:
-    """Runs the command line: one run, or a point of a sweep."""
+    """The command line: one run, or a point of a sweep."""
     return run_point(cfg, train)
 
 

@@ -110,7 +110,7 @@ class RunLogger(MLFlowLogger):
         if not self.resumed or self._folder is None:
             return
         old = str(self._run_id)
-        for outbox in self._send_all():
+        for outbox in self._unsent():
             log.warning("messages that MLflow did not accept for run %s stay in %s", old, _renamed(outbox.file, old))
         for file in (self._folder / RUN, self._folder / UNSENT, self._folder / UNSENT_FILES):
             if file.exists():
@@ -166,7 +166,7 @@ class RunLogger(MLFlowLogger):
             return
         if isinstance(sys.exc_info()[1], SIGTERMException):
             status = "KILLED"
-        waiting = self._send_all()
+        waiting = self._unsent()
         if waiting:
             away, places = waiting[0] is self._outboxes[0], " and ".join(str(outbox.file) for outbox in waiting)
             what = "does not answer" if away else "does not store files"
@@ -190,35 +190,24 @@ class RunLogger(MLFlowLogger):
             return
         values, files = self._outboxes
         outbox = values if message["call"] == "log_batch" else files
-        away = self._still_waits(values)  # then its artifact store is not tried
-        if away or (self._still_waits(files) and outbox is files):
-            outbox.put(message)
-            return
-        error = self._try(message)
-        if error is None:
-            return
+        if reachable := self._flush(values):  # else files are not tried
+            self._flush(files)
+        error = None
+        if reachable and not outbox.waits:
+            error = self._try(message)
+            if error is None:
+                return
         outbox.put(message)
         what = "does not answer" if isinstance(error, NO_ANSWER) else "does not store files"
-        if what not in self._warned:
+        if error is not None and what not in self._warned:
             self._warned.add(what)
             log.warning(
                 "MLflow at %s %s (%s): training goes on; messages are kept in %s and sent when it does",
                 *(redact(self._tracking_uri), what, first_line(error), outbox.file),
             )
 
-    def _still_waits(self, outbox: Outbox) -> bool:
-        return outbox.waits and not (outbox.is_due and self._empty(outbox))
-
-    def _send_all(self) -> list[Outbox]:
-        """Tries all outboxes now; returns those that still wait. Files are not tried if values wait, as the server is away."""
-        waiting: list[Outbox] = []
-        for outbox in self._outboxes:
-            if outbox.waits and (waiting or not self._empty(outbox)):
-                waiting.append(outbox)
-        return waiting
-
-    def _empty(self, outbox: Outbox) -> bool:
-        """Sends what waits; returns whether nothing is left. Messages that the server rejects are dropped with a warning."""
+    def _flush(self, outbox: Outbox, force: bool = False) -> bool:
+        """Sends what waits, if it is due; returns whether nothing waits. Messages that the server rejects are dropped with a warning."""
 
         def send(message: Message) -> bool:
             try:
@@ -227,11 +216,20 @@ class RunLogger(MLFlowLogger):
                 log.warning("MLflow refuses %s, which waited (%s): it is dropped", summary(message), first_line(error))
                 return True
 
-        sent = outbox.empty(send)
-        if sent and not outbox.waits:
-            self._warned.clear()
-            log.warning("MLflow answers again: %d messages that waited were sent", sent)
+        if outbox.waits and (force or outbox.is_due):
+            sent = outbox.empty(send)
+            if sent and not outbox.waits:
+                self._warned.clear()
+                log.warning("MLflow answers again: %d messages that waited were sent", sent)
         return not outbox.waits
+
+    def _unsent(self) -> list[Outbox]:
+        """Tries all outboxes now; returns those that still wait. Files are not tried if values wait, as the server is away."""
+        waiting: list[Outbox] = []
+        for outbox in self._outboxes:
+            if outbox.waits and (waiting or not self._flush(outbox, force=True)):
+                waiting.append(outbox)
+        return waiting
 
     def _try(self, message: Message) -> Exception | None:
         """Delivers a message; returns the error if it may pass, raises it if the server rejects the content."""
