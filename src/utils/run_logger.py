@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import time
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import mlflow
 import pandas as pd
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -124,8 +123,8 @@ class RunLogger(MLFlowLogger):
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         """Logs parameters; those that a resumed run has stay, as MLflow changes none."""
-        plain = _flatten_dict(_convert_params(params))
-        self._send({"call": "log_batch", "params": {key: str(value)[:250] for key, value in plain.items()}})
+        values = vars(params) if isinstance(params, Namespace) else params
+        self._send({"call": "log_batch", "params": {name: str(value)[:250] for name, value in _leaves(values)}})
 
     @rank_zero_only
     def log_tags(self, tags: Mapping[str, str]) -> None:
@@ -324,6 +323,14 @@ def _log_table(client: MlflowClient, run_id: str, data: Mapping[str, Sequence[An
     tables = json.loads(client.get_run(run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
     if (table := {"path": artifact_file, "type": "table"}) not in tables:
         client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, table]))
+
+
+def _leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _renamed(file: Path, run_id: str) -> Path:
