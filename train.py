@@ -1,4 +1,4 @@
-"""Trains whatever configs/train.yaml composes: `python train.py`, `python train.py experiment=... seed=1`."""
+"""Trains what configs/train.yaml composes: `python train.py`, `python train.py experiment=... seed=1`."""
 
 import os
 import sys
@@ -13,27 +13,57 @@ from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig
 
 from src.modules.plan.plan import PlanError, show
-from src.utils.epochs import BeginNextEpoch
 from src.utils.instantiate import instantiate_all
-from src.utils.preemption import StopTogether, preemptible
-from src.utils.processes import naming_lost_processes, prepare
+from src.utils.preemption import BeginNextEpoch, StopOnSignal, preemptible, prepare_processes
 from src.utils.quiet import quiet_lightning
 from src.utils.renamed_settings import check_arguments, check_config
-from src.utils.run_folder import alone_in, register_resolver, starting_point
+from src.utils.run_folder import register_resolver, reserve_folder, starting_point
 from src.utils.run_info import log_run_info
-from src.utils.run_settings import is_another, settings_of, write_settings
+from src.utils.run_settings import settings_changed, settings_of, write_settings
 from src.utils.secrets import keep_secrets
 from src.utils.sweeps import run_point
 
 register_resolver()  # hydra.run.dir uses it
 
 
-def train(cfg: DictConfig) -> float | None:
-    """Fits what the config describes; returns the last value of `optimized_metric`, if one is named.
+def setup(cfg: DictConfig) -> L.Trainer:
+    """Returns the trainer of a config, with its loggers and callbacks."""
+    quiet_lightning()
+    callbacks = [*instantiate_all(cfg.get("callbacks"), "callbacks"), StopOnSignal(), BeginNextEpoch()]
+    saves = any(isinstance(callback, Checkpoint) for callback in callbacks)  # Lightning would add its own
+    loggers = instantiate_all(cfg.get("logger"), "logger") or False
+    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, enable_checkpointing=saves)
+    prepare_processes(trainer)
+    return trainer
+
+
+def fit(cfg: DictConfig, checkpoint: str | None) -> float | None:
+    """Trains from the start or from a checkpoint; returns the last value of `optimized_metric`, if one is named.
 
     Raises:
-        KeyError: no callback or module logged that metric.
-        SystemExit: a signal stopped the run, and a checkpoint was saved.
+        KeyError: nothing logged that metric.
+    """
+    trainer = setup(cfg)
+    L.seed_everything(cfg.seed, workers=True)
+    datamodule, module = instantiate(cfg.datamodule), instantiate(cfg.module)
+    if trainer.is_global_zero:
+        folder, settings = Path(cfg.paths.output_dir), settings_of(cfg)
+        log_run_info(trainer.loggers, cfg, Path(cfg.paths.root), new_run=settings_changed(settings, folder, checkpoint))
+        write_settings(folder, settings)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)  # a checkpoint runs no code
+    name, metrics = cfg.optimized_metric, trainer.callback_metrics
+    if name is None:
+        return None
+    if name not in metrics:
+        raise KeyError(f"optimized_metric={name!r} was never logged; there are: {', '.join(sorted(metrics))}")
+    return float(metrics[name])
+
+
+def train(cfg: DictConfig) -> float | None:
+    """Runs `fit` in the run's folder, or prints the plan of a dry run.
+
+    Raises:
+        SystemExit: a signal stopped the run after saving a checkpoint, or there is no plan of such a config.
     """
     if cfg.dry_run:
         try:
@@ -42,33 +72,8 @@ def train(cfg: DictConfig) -> float | None:
             raise SystemExit(f"train.py: {error}") from error
         return None
     folder = Path(cfg.paths.output_dir)
-    with alone_in(folder), preemptible(), naming_lost_processes():
+    with reserve_folder(folder), preemptible():
         return fit(cfg, starting_point(cfg.ckpt_path, folder))
-
-
-def fit(cfg: DictConfig, checkpoint: str | None) -> float | None:
-    """Training itself, from its beginning or from a checkpoint."""
-    quiet_lightning()
-    L.seed_everything(cfg.seed, workers=True)
-    datamodule = instantiate(cfg.datamodule)
-    module = instantiate(cfg.module)
-    loggers = instantiate_all(cfg.get("logger"), "logger")
-    callbacks = [*instantiate_all(cfg.get("callbacks"), "callbacks"), StopTogether(), BeginNextEpoch()]
-    keeps = any(isinstance(callback, Checkpoint) for callback in callbacks)  # without one Lightning would bring its own
-    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers or False, enable_checkpointing=keeps)
-    prepare(trainer)
-    if trainer.is_global_zero:
-        folder, settings = Path(cfg.paths.output_dir), settings_of(cfg)
-        log_run_info(loggers, cfg, root=Path(cfg.paths.root), anew=is_another(settings, folder, checkpoint))
-        write_settings(folder, settings)
-    trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)  # a checkpoint runs no code
-    if cfg.optimized_metric is None:
-        return None
-    if cfg.optimized_metric not in trainer.callback_metrics:
-        raise KeyError(
-            f"optimized_metric={cfg.optimized_metric!r} was never logged; there are: {', '.join(sorted(trainer.callback_metrics))}"
-        )
-    return float(trainer.callback_metrics[cfg.optimized_metric])
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")

@@ -1,6 +1,6 @@
-"""A Hydra sweeper over today's Optuna: `hydra/sweeper=optuna`, see configs/hydra/sweeper/optuna.yaml.
+"""A Hydra sweeper for Optuna 5: `hydra/sweeper=optuna`, see configs/hydra/sweeper/optuna.yaml.
 
-Hydra finds plugins in the namespace package `hydra_plugins` alone. Its own hydra-optuna-sweeper needs an Optuna below 3.
+Hydra searches plugins in the namespace package `hydra_plugins` only. Its hydra-optuna-sweeper needs an Optuna below 3.
 """
 
 import math
@@ -22,8 +22,10 @@ Direction = Literal["maximize", "minimize"]
 
 
 def distribution(override: Override) -> "BaseDistribution":
-    """What a sweep over a key means to Optuna: `interval(a, b)` is a range of floats, `int(interval(a, b))` one of whole numbers, either
-    logarithmic in `tag(log, ...)`; `a,b`, `choice(...)`, `range(...)` and `glob(...)` are lists to choose from.
+    """Returns Optuna's distribution for a swept key.
+
+    `interval(a, b)` is a range of floats, `int(interval(a, b))` of integers, both logarithmic in `tag(log, ...)`; `a,b`,
+    `choice(...)`, `range(...)` and `glob(...)` are categories.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -39,17 +41,17 @@ def distribution(override: Override) -> "BaseDistribution":
 
 
 class OptunaSearch(Sweeper):
-    """Asks Optuna for points, has the launcher run them, tells Optuna what they returned.
+    """Asks Optuna for points, has the launcher run them, and tells Optuna their results.
 
-    The study lives in memory. Going on with a search asks for the same points again: the sampler is seeded, and points that
-    have finished return at once what they returned before (src/utils/sweeps.py). A failed point returns nan.
+    The study is in memory. A resumed search proposes the same points again, as the sampler is seeded, and finished points return
+    their results at once (src/utils/sweeps.py). A failed point returns nan.
 
     Args:
-        sampler: config of an Optuna sampler; give it a seed.
+        sampler: config of an Optuna sampler, with a seed.
         direction: `maximize` or `minimize`.
-        n_trials: points in all.
-        n_jobs: points asked for at a time, and run side by side by launchers that can.
-        params: swept keys and their values, as on the command line, which wins.
+        n_trials: number of points.
+        n_jobs: points per call of the launcher, which may run them in parallel.
+        params: swept keys and their values; the command line wins.
     """
 
     def __init__(self, sampler: DictConfig, direction: Direction, n_trials: int, n_jobs: int, params: DictConfig | None) -> None:
@@ -62,10 +64,10 @@ class OptunaSearch(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Runs the search; `arguments` are the overrides of the command line.
+        """Runs the search with the overrides of the command line; returns the trials' values.
 
         Raises:
-            SystemExit: Optuna is not installed, or nothing is named to optimise.
+            SystemExit: Optuna is not installed, or there is no `optimized_metric`.
         """
         assert self.config is not None
         assert self.hydra_context is not None

@@ -1,7 +1,7 @@
-"""The project's programs as a user starts them, without the seconds that their imports take.
+"""Starts the project's programs as a user does, without the seconds that their imports take.
 
-`python -m tests.programs` imports everything once and forks a process for each command: with arguments, environment, working
-directory, output and exit status of its own, as if Python had been started for it.
+`python -m tests.programs` imports everything once and forks a process per command, with its own arguments, environment, working
+directory, output and exit status, as if Python had been started for it.
 """
 
 import contextlib
@@ -16,14 +16,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
-USED = (
+LATE_IMPORTS = (
     *("alembic.command", "datasets", "git", "hydra._internal.core_plugins.basic_sweeper", "matplotlib.backends.backend_agg"),
     *("mlflow.store.tracking.sqlalchemy_store", "mlflow.tracking", "peft.tuners.lora", "transformers.models.qwen2.modeling_qwen2"),
 )
@@ -35,51 +34,50 @@ class Program:
 
     Attributes:
         pid: of its process.
-        stdout, stderr: files with what it said so far.
+        stdout, stderr: files with its output so far.
     """
 
     def __init__(self, programs: "Programs", pid: int, stdout: Path, stderr: Path) -> None:
         self._programs, self.pid, self.stdout, self.stderr = programs, pid, stdout, stderr
 
     def poll(self) -> int | None:
-        """The exit status, or minus the signal that ended it; None while it runs."""
+        """Returns the exit status, or minus the signal that ended it; None while it runs."""
         status: int | None = self._programs.ask({"poll": self.pid})
         return status
 
     def wait(self, timeout: float = 600) -> int:
-        """The exit status.
-
-        Raises:
-            TimeoutError: it takes longer.
-        """
-        until = time.monotonic() + timeout
-        while (status := self.poll()) is None:
-            if time.monotonic() > until:
-                raise TimeoutError(f"process {self.pid} still runs: {self.stderr.read_text()[-3000:]}")
-            time.sleep(0.02)
+        """Returns the exit status; raises TimeoutError."""
+        self._wait_until(lambda: self.poll() is not None, timeout)
+        status = self.poll()
+        assert status is not None
         return status
 
     def wait_for(self, line: str, timeout: float = 600) -> None:
-        """Until it has said so.
+        """Waits until its standard output holds a line; raises TimeoutError, or RuntimeError if it ends before."""
 
-        Raises:
-            RuntimeError: it ended before.
-            TimeoutError: it takes longer.
-        """
-        until = time.monotonic() + timeout
-        while line not in self.stdout.read_text():
-            if self.poll() is not None:
+        def said() -> bool:
+            ended = self.poll() is not None
+            if line in self.stdout.read_text():
+                return True
+            if ended:
                 raise RuntimeError(f"ended before it said {line!r}: {self.stderr.read_text()[-3000:]}")
+            return False
+
+        self._wait_until(said, timeout)
+
+    def _wait_until(self, condition: Callable[[], bool], timeout: float) -> None:
+        until = time.monotonic() + timeout
+        while not condition():
             if time.monotonic() > until:
-                raise TimeoutError(f"process {self.pid} has not said {line!r}")
-            time.sleep(0.01)
+                raise TimeoutError(f"process {self.pid} still runs: {self.stderr.read_text()[-3000:]}")
+            time.sleep(0.02)
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
 
 def free_port() -> int:
-    """Of this machine."""
+    """Returns a port that is free on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
@@ -87,11 +85,7 @@ def free_port() -> int:
 
 
 class Programs:
-    """Starts commands.
-
-    Args:
-        folder: where they leave what they say.
-    """
+    """Starts commands; their output goes to files in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -103,13 +97,13 @@ class Programs:
         self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
 
     def ask(self, request: dict[str, Any]) -> Any:
-        """Sends one request to the process that forks, and returns its answer."""
+        """Returns the forking process's answer to a request."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -121,8 +115,8 @@ class Programs:
 
         Args:
             cwd: its working directory; the project is found from anywhere.
-            env: its environment, by default this process's. Variables that libraries read while they are imported have no effect.
-            log: takes in all that it says, behind what is there.
+            env: its environment, by default this process's; without effect on libraries that read it when imported.
+            log: a file that all output is appended to.
         """
         output = self.folder / str(next(self._numbers))
         stdout, stderr = (log, log) if log else (output.with_suffix(".out"), output.with_suffix(".err"))
@@ -133,27 +127,26 @@ class Programs:
         return Program(self, pid, stdout, stderr)
 
     def run(self, *command: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
-        """The same, to its end."""
+        """Runs a command to its end."""
         program = self.start(*command, cwd=cwd, env=env)
         status = program.wait()
         return subprocess.CompletedProcess(command, status, program.stdout.read_text(), program.stderr.read_text())
+
+
+# ---- in the process that forks
 
 
 def _import_all() -> None:
     import src
 
     modules = [module.name for module in pkgutil.walk_packages(src.__path__, "src.")]
-    for name in (*modules, "train", "evaluate", *USED):
+    for name in (*modules, "train", "evaluate", *LATE_IMPORTS):
         importlib.import_module(name)
 
 
 def _serve() -> dict[str, Any] | None:
-    """Answers requests; in a forked process it returns what that process is to run, and None where there are no more.
-
-    What still runs then is killed: nobody waits for it.
-    """
-    started: set[int] = set()
-    ended: dict[int, int] = {}
+    """Answers requests; returns in a forked process its request, else None at the end, after killing what still runs."""
+    ended: dict[int, int | None] = {}
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
         if "poll" in request:
@@ -162,45 +155,45 @@ def _serve() -> dict[str, Any] | None:
             answer = os.fork()
             if answer == 0:
                 return request
-            started.add(answer)
+            ended[answer] = None
         print(json.dumps(answer), flush=True)
-    for pid in started:
+    for pid in ended:
         if _status(pid, ended) is None:
             os.kill(pid, signal.SIGKILL)
     return None
 
 
-def _status(pid: int, ended: dict[int, int]) -> int | None:
-    if pid not in ended:
+def _status(pid: int, ended: dict[int, int | None]) -> int | None:
+    if ended[pid] is None:
         child, status = os.waitpid(pid, os.WNOHANG)
         if child:
             ended[pid] = os.waitstatus_to_exitcode(status)
-    return ended.get(pid)
+    return ended[pid]
 
 
 def _become(request: dict[str, Any]) -> None:
     """Runs a command in this process, which then ends as any other does."""
     opened = (os.devnull, os.O_RDONLY), *((request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND) for name in ("stdout", "stderr"))
-    for number, (path, how) in enumerate(opened):
-        os.dup2(os.open(path, how, 0o644), number)
+    for number, (path, mode) in enumerate(opened):
+        os.dup2(os.open(path, mode, 0o644), number)
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     program, *arguments = request["command"]
-    if program in ("-m", "-c"):
-        name, *arguments = arguments
+    if program not in ("-m", "-c"):
         sys.argv = [program, *arguments]
-        if program == "-m":
-            runpy.run_module(name, run_name="__main__", alter_sys=True)
-        else:
-            exec(name, {"__name__": "__main__"})
+        runpy.run_path(str(ROOT / program), run_name="__main__")
         return
+    name, *arguments = arguments
     sys.argv = [program, *arguments]
-    runpy.run_path(str(ROOT / program), run_name="__main__")
+    if program == "-m":
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    else:
+        exec(name, {"__name__": "__main__"})
 
 
 if __name__ == "__main__":
-    with contextlib.redirect_stdout(sys.stderr):  # answers alone go to standard output
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for answers
         _import_all()
     if (found := _serve()) is not None:
         _become(found)

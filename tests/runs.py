@@ -1,4 +1,4 @@
-"""Runs of training in processes of their own, of one rank or of several, that are killed, signalled and gone on with."""
+"""Training runs in processes of their own, of one rank or several, that are killed, signalled and resumed."""
 
 import itertools
 import json
@@ -14,13 +14,14 @@ from typing import Any
 
 import lightning as L
 
-from tests.programs import Programs, free_port
+from tests.programs import ROOT, Programs, free_port
 
-ROOT = Path(__file__).resolve().parents[1]
+LONGEST = 300.0
+"""Seconds within which the other ranks must end after the first."""
 
 
 class KillAt(L.Callback):
-    """SIGKILL, some seconds after a rollout batch has begun: wherever the process then is. Of one rank alone, or of all."""
+    """Sends a signal some seconds after a rollout batch has begun, wherever the process then is; to one rank or all."""
 
     def __init__(self, batch: int, seconds: float, signal_number: int = signal.SIGKILL, rank: int | None = None) -> None:
         self.batch, self.seconds, self.signal_number, self.rank = batch, seconds, signal_number, rank
@@ -33,14 +34,14 @@ class KillAt(L.Callback):
 
 
 class KillIn(L.Callback):
-    """SIGKILL in one of Lightning's hooks: while a run starts, or ends."""
+    """SIGKILL in one of Lightning's hooks: while a run starts or ends."""
 
     def __init__(self, hook: str) -> None:
         setattr(self, hook, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
 
 
 class Slow(L.Callback):
-    """A rank that the others wait for, inside of what they do together."""
+    """A rank that the others wait for in their collectives."""
 
     def __init__(self, rank: int, seconds: float) -> None:
         self.rank, self.seconds = rank, seconds
@@ -50,28 +51,34 @@ class Slow(L.Callback):
             time.sleep(self.seconds)
 
 
-class Runs:
-    """Starts them.
+def callback(name: str, **settings: Any) -> str:
+    """The override that adds one of these callbacks."""
+    given = ",".join(f"{key}:{'null' if value is None else value}" for key, value in settings.items())
+    return f"+callbacks.{name.lower()}={{_target_:tests.runs.{name},{given}}}"
 
-    Args:
-        programs: forks the processes.
-        log: where all that they say goes.
-    """
+
+class Runs:
+    """Starts runs; all their output goes to `log`."""
 
     def __init__(self, programs: Programs, log: Path) -> None:
         self.programs, self.log = programs, log
 
     def run(self, folder: Path, *overrides: str, **environment: str) -> int:
-        """Trains in a folder; the exit status, or minus the signal that ended it."""
-        return self._ask(folder, overrides, [environment])[0]
+        """Trains in a folder; returns the exit status, or minus the signal that ended it."""
+        return self._run(folder, overrides, [environment])[0]
 
-    def run_ranks(self, folder: Path, *overrides: str, ranks: int = 2, **environment: str) -> list[int]:
-        """The same with several processes, as a cluster's launcher starts them; those that hang are killed after a while."""
+    def run_ranks(self, folder: Path, *overrides: str, ranks: int = 2) -> list[int]:
+        """Trains with several processes, as a cluster's launcher starts them; those that hang are killed."""
         together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "WORLD_SIZE": str(ranks)}
-        own = [environment | together | {"LOCAL_RANK": str(rank)} for rank in range(ranks)]
-        return self._ask(folder, ("trainer=cpu_ddp", f"trainer.devices={ranks}", *overrides), own)
+        environments = [together | {"LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        return self._run(folder, ("trainer=cpu_ddp", f"trainer.devices={ranks}", *overrides), environments)
 
-    def _ask(self, folder: Path, overrides: Sequence[str], environments: Sequence[dict[str, str]]) -> list[int]:
+    def succeed(self, folder: Path, *overrides: str, ranks: int = 1, **environment: str) -> None:
+        """Trains to the end."""
+        statuses = self.run_ranks(folder, *overrides) if ranks > 1 else [self.run(folder, *overrides, **environment)]
+        assert not any(statuses), self.log.read_text()[-3000:]
+
+    def _run(self, folder: Path, overrides: Sequence[str], environments: Sequence[dict[str, str]]) -> list[int]:
         request = json.dumps({"overrides": list(overrides), "folder": str(folder)})
         started = [
             self.programs.start("-c", "from tests.runs import train_here; train_here()", request, env=os.environ | own, log=self.log)
@@ -87,34 +94,28 @@ class Runs:
             time.sleep(0.02)
         return [program.wait() for program in started]
 
-    def kill_and_resume(self, folder: Path, kills: int, seed: int, longest: int, *overrides: str) -> int:
-        """Kills a run `kills` times, each after one to `longest` batches more, and lets it end; the last exit status."""
+    def kill_and_resume(self, folder: Path, kills: int, seed: int, longest: int, *overrides: str) -> None:
+        """Kills a run `kills` times, each after one to `longest` batches more, and lets it end."""
         rng = random.Random(seed)
 
-        def again() -> list[str]:
+        def resume() -> list[str]:
             return ["ckpt_path=last"] if batches_saved(folder) else []
 
         for kill in range(kills):
             at, seconds = batches_saved(folder) + rng.randrange(longest), rng.uniform(0.0, 0.5)
-            killer = f"+callbacks.killer={{_target_:tests.runs.KillAt,batch:{at},seconds:{seconds}}}"
-            status = self.run(folder, *overrides, killer, *again())
-            if status != -signal.SIGKILL:
-                raise RuntimeError(f"kill {kill + 1} at batch {at}: the run ended with status {status} by itself, see {self.log}")
-        return self.run(folder, *overrides, *again())
+            status = self.run(folder, *overrides, callback("KillAt", batch=at, seconds=seconds), *resume())
+            assert status == -signal.SIGKILL, f"kill {kill + 1} at batch {at}: ended with status {status}, see {self.log}"
+        self.succeed(folder, *overrides, *resume())
 
 
 def batches_saved(folder: Path) -> int:
-    """Rollout batches of a run's last checkpoint."""
+    """Returns the rollout batches of a run's last checkpoint."""
     contents = folder / "checkpoints" / "last.ckpt" / "checkpoint.json"
     return int(json.loads(contents.read_text())["rollout_batches"]) if contents.exists() else 0
 
 
-LONGEST = 300.0
-"""Seconds after the first of several ranks has ended in which the others must have."""
-
-
 def train_here() -> None:
-    """What a process does: a run with the overrides and in the folder of its argument."""
+    """Trains in this process with the overrides and in the folder of its argument."""
     from hydra import compose, initialize_config_dir
     from lightning.fabric.utilities.rank_zero import rank_zero_only
     from omegaconf import open_dict
@@ -122,7 +123,7 @@ def train_here() -> None:
     from train import train
 
     request = json.loads(sys.argv[1])
-    rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", 0))  # as it is when Lightning is imported
+    rank_zero_only.rank = int(os.environ.get("LOCAL_RANK", 0))  # as Lightning sets it when imported
     print(f"--- {time.time():.1f} {request}", flush=True)
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
         cfg = compose("train", overrides=request["overrides"])

@@ -1,4 +1,4 @@
-"""A file system of its own that is soon full, where this machine lets one be mounted."""
+"""A small file system that is soon full, if this machine allows mounting one."""
 
 import subprocess
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
-    """A tmpfs of that size at `folder`; the test is skipped where mounting is not allowed (tests with a quota still run)."""
+    """Mounts a tmpfs of that size at `folder`; skips the test if mounting is not allowed (tests with a quota still run)."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     mounted = subprocess.run(command, capture_output=True, text=True, check=False)

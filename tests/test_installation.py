@@ -1,4 +1,4 @@
-"""vLLM is installed without its dependencies: what it asks for has to be there all the same."""
+"""vLLM is installed without its dependencies; all that it requires must be there all the same."""
 
 import importlib.util
 from importlib import metadata
@@ -10,12 +10,12 @@ from src.modules.rollouts.vllm import VLLMEngine
 from tests.vllm_builders import NEEDS_VLLM
 
 LEFT_OUT = {"mistral-common", "torchvision", "torchaudio", "torchcodec", "setuptools"}
-"""pyproject.toml says why."""
+"""Reasons: pyproject.toml."""
 
 
 @pytest.mark.vllm
 @NEEDS_VLLM[1]
-def test_the_extra_brings_what_vllm_asks_for_but_for_what_is_left_out() -> None:
+def test_vllm_requirements_are_met() -> None:
     (build,) = metadata.packages_distributions()["vllm"]
     assert metadata.version(build) == "0.32.0"
     unmet = []
@@ -32,7 +32,7 @@ def test_the_extra_brings_what_vllm_asks_for_but_for_what_is_left_out() -> None:
     assert not unmet
 
 
-def test_without_vllm_one_line_names_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_vllm_names_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="`make vllm`"):
         VLLMEngine(8)

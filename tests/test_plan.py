@@ -1,4 +1,4 @@
-"""`dry_run=true`: arithmetic that divides is printed, any other is refused, and nothing is loaded."""
+"""`dry_run=true` prints the plan of a run, refuses numbers that do not divide, and loads nothing."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ def planned(compose: Compose, *overrides: str, experiment: str = "qwen1.5b_sup",
     return cfg
 
 
-def test_the_batch_is_shared_out_and_weights_are_cut(compose: Compose) -> None:
+def test_batch_and_weights_are_divided(compose: Compose) -> None:
     one, four, ddp = (
         plan(planned(compose, *settings))
         for settings in ([], ["trainer=fsdp", "trainer.devices=4"], ["trainer=ddp", "trainer.devices=2", "trainer.num_nodes=2"])
@@ -33,7 +33,7 @@ def test_the_batch_is_shared_out_and_weights_are_cut(compose: Compose) -> None:
     assert "DDP's buckets" in text(planned(compose, "trainer=ddp", "trainer.devices=2"))
 
 
-def test_the_table_adds_up_and_names_its_numbers(compose: Compose) -> None:
+def test_table_adds_up(compose: Compose) -> None:
     said = text(planned(compose))
     held = [float(value) for value in re.findall(r"^ +([\d.]+)  (?!together|peak)\S", said, flags=re.MULTILINE)]
     sums = [float(value) for value in re.findall(r"^ +([\d.]+)  together", said, flags=re.MULTILINE)]
@@ -43,36 +43,36 @@ def test_the_table_adds_up_and_names_its_numbers(compose: Compose) -> None:
     assert "64 instances / 1 ranks = 64 each, with K = 8 rollouts and M = 1 negatives" in said
 
 
-def test_adapters_and_a_reference_change_what_is_held(compose: Compose) -> None:
-    _, full, _ = plan(planned(compose))
-    _, adapted, load = plan(planned(compose, "policy/lora=all_linear", "algorithm.kl_coef=0.1"))
+def test_adapters_and_a_reference_count(compose: Compose) -> None:
+    _, full = plan(planned(compose))
+    work, adapted = plan(planned(compose, "policy/lora=all_linear", "algorithm.kl_coef=0.1"))
     assert adapted.trained == adapted.parameters - full.parameters < 0.05 * full.parameters
-    assert load.copies == 0  # the weights beneath the adapters are the reference
-    assert plan(planned(compose, "algorithm.kl_coef=0.1"))[2].copies == 1
+    assert work.copies == 0  # the weights beneath the adapters are the reference
+    assert plan(planned(compose, "algorithm.kl_coef=0.1"))[0].copies == 1
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["trainer=fsdp", "trainer.devices=3"], r"64 instances a batch do not divide by 3 ranks: change trainer\.devices"),
+        (["trainer=fsdp", "trainer.devices=3"], r"64 instances a batch do not divide by 3 ranks"),
         (["trainer=fsdp", "trainer.devices=32"], r"2 instances a rank do not divide by algorithm\.updates_per_batch=4"),
-        (["trainer.devices=4"], r"trainer\.devices=4, trainer\.num_nodes=1: several processes need trainer=ddp or trainer=fsdp"),
-        (["trainer=ddp"], r"trainer\.devices=-1 means all GPUs of this machine, and it has none: name the number to plan for"),
+        (["trainer.devices=4"], r"trainer\.devices=4, .* need trainer=ddp or trainer=fsdp"),
+        (["trainer=ddp"], r"trainer\.devices=-1 means all GPUs"),
     ],
 )
-def test_what_does_not_go_together_is_refused_in_one_line(overrides: list[str], message: str, compose: Compose) -> None:
+def test_impossible_divisions_are_refused(overrides: list[str], message: str, compose: Compose) -> None:
     with pytest.raises(PlanError, match=message):
         plan(planned(compose, *overrides))
     with pytest.raises(SystemExit, match=f"^train.py: {message}"):
         train(planned(compose, *overrides))
 
 
-def test_a_plan_of_something_else_is_refused(compose: Compose) -> None:
+def test_other_training_is_refused(compose: Compose) -> None:
     with pytest.raises(PlanError, match="dry_run plans GRACE training"):
         plan(compose("experiment=tiny_baseline_cl_sup", "dry_run=true"))
 
 
-def test_nothing_is_loaded(compose: Compose, tmp_path: Path, tiny_policy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_loads_nothing(compose: Compose, tmp_path: Path, tiny_policy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     AutoConfig.from_pretrained(tiny_policy_folder).save_pretrained(tmp_path / "config alone")
     cfg = planned(compose, "trainer=cpu_ddp", experiment="tiny_sup", path=str(tmp_path / "config alone"))
     cfg.datamodule.cache_dir = str(tmp_path / "no cache")

@@ -1,4 +1,4 @@
-"""Runs that are killed and go on end where an uninterrupted run ends: weights, MLflow's history, files."""
+"""Runs that are killed and resumed end where an uninterrupted run ends: weights, MLflow's history, files."""
 
 import json
 import signal
@@ -15,10 +15,15 @@ from safetensors.torch import load_file
 from src.utils.checkpoint_io import read_checkpoint
 from src.utils.preemption import TRY_AGAIN
 from tests.programs import Programs
-from tests.runs import Runs, batches_saved
+from tests.runs import Runs, batches_saved, callback
 
-CLOCK = ("seconds/", "throughput/", "memory/", "mteb/seconds")
-"""Metrics of the clock and the machine, which no two runs share."""
+OF_THE_MACHINE = ("seconds/", "throughput/", "memory/", "mteb/seconds")
+"""Metrics that differ between any two runs."""
+
+SHORT = ("trainer.limit_train_batches=4", "trainer.max_epochs=2")
+"""Eight rollout batches, in two epochs."""
+
+SAVE_NEVER = "callbacks.checkpoint.every_n_rollout_batches=100"
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +33,11 @@ def runs(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def small(tiny_policy_folder: Path, tracking_uri: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run in which everything that has a state has one: dropout, warm-up, groups held for an update, watching callbacks."""
+    """A run in which everything that has a state has one: dropout, warm-up, groups held for an update, monitoring callbacks."""
     base = tmp_path_factory.getbasetemp()
     return [
-        "experiment=tiny_sup",
-        f"policy.path={tiny_policy_folder}",
-        f"paths.cache_dir={base}/docstrings",
-        f"paths.tracking_uri={tracking_uri}",
-        f"paths.artifact_location=file://{base}/artifacts",
+        *("experiment=tiny_sup", f"policy.path={tiny_policy_folder}", f"paths.cache_dir={base}/docstrings"),
+        *(f"paths.tracking_uri={tracking_uri}", f"paths.artifact_location=file://{base}/artifacts"),
         *("packages.train=[urllib3]", "packages.validation=[rich]", "datamodule.modules_per_batch=2", "datamodule.docstrings_per_module=2"),
         *("algorithm=dapo", "reward=document", "algorithm.gae_lambda=null", "algorithm.truncation=none"),
         *("algorithm.min_group_std=0.2", "algorithm.max_extra_batches=2", "algorithm.updates_per_batch=2"),
@@ -51,52 +53,68 @@ def small(tiny_policy_folder: Path, tracking_uri: str, tmp_path_factory: pytest.
     ]
 
 
-SHORT = ("trainer.limit_train_batches=4", "trainer.max_epochs=2")
-"""Eight rollout batches, in two epochs."""
-
-
 @pytest.fixture(scope="module")
-def whole(runs: Runs, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of eight batches that nothing stopped; its folder, by whose name its MLflow experiment goes too."""
-    folder = tmp_path_factory.mktemp("whole")
-    assert runs.run(folder, *small, *SHORT, f"project={folder.name}") == 0, runs.log.read_text()[-3000:]
+def reference(runs: Runs, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run; its name is that of its MLflow experiment."""
+    folder = tmp_path_factory.mktemp("reference")
+    runs.succeed(folder, *small, *SHORT, f"project={folder.name}")
     return folder
 
 
-def run_of(client: MlflowClient, project: str) -> Run:
-    """The one run of an experiment."""
+@pytest.fixture(scope="module")
+def reference_of_two(runs: Runs, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with two ranks."""
+    folder = tmp_path_factory.mktemp("reference_of_two")
+    runs.succeed(folder, *small, *SHORT, f"project={folder.name}", ranks=2)
+    return folder
+
+
+@pytest.fixture
+def own(small: list[str], tmp_path: Path) -> list[str]:
+    """The settings of a short run in an MLflow experiment of its own."""
+    return [*small, *SHORT, f"project={tmp_path.name}"]
+
+
+def mlflow_runs(client: MlflowClient, project: str) -> list[Run]:
     experiment = client.get_experiment_by_name(project)
     assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id])
-    return run
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+def status(uri: str, folder: Path) -> str:
+    (run,) = mlflow_runs(MlflowClient(uri), folder.name)
+    return str(run.info.status)
 
 
 def history(client: MlflowClient, run: Run) -> dict[str, list[tuple[int, float | None]]]:
-    """Steps and values of every metric; values of the clock are left out."""
+    """Steps and values of every metric; no values of the machine."""
     points = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
-    return {key: sorted((p.step, None if key.startswith(CLOCK) else p.value) for p in found) for key, found in points.items()}
+    return {key: sorted((p.step, None if key.startswith(OF_THE_MACHINE) else p.value) for p in found) for key, found in points.items()}
+
+
+def reward_steps(client: MlflowClient, run: Run) -> list[int]:
+    return [point.step for point in client.get_metric_history(run.info.run_id, "reward/total/mean")]
 
 
 def tables(client: MlflowClient, run: Run) -> dict[str, object]:
     mlflow.set_tracking_uri(client.tracking_uri)
-    places = ("rationales", "similarities")
-    files = [file.path for place in places for file in client.list_artifacts(run.info.run_id, place) if file.path.endswith(".json")]
-    return {file: json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{file}")) for file in files}
+    files = [file.path for place in ("rationales", "similarities") for file in client.list_artifacts(run.info.run_id, place)]
+    return {file: json.loads(mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{file}")) for file in files if file.endswith(".json")}
 
 
-def assert_alike(whole: Path, resumed: Path, tracking_uri: str, batches: int) -> None:
+def assert_alike(reference: Path, resumed: Path, tracking_uri: str, batches: int = 8) -> None:
     """Both ended with the same weights and states, bit for bit, and MLflow holds the same of both."""
-    assert batches_saved(whole) == batches_saved(resumed) == batches
-    ours, theirs = (load_file(folder / "checkpoints" / "last.ckpt" / "weights.safetensors") for folder in (whole, resumed))
-    assert ours.keys() == theirs.keys()
-    assert all(ours[name].equal(theirs[name]) for name in ours)
-    states = [read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (whole, resumed)]
+    folders = (reference, resumed)
+    assert [batches_saved(folder) for folder in folders] == [batches, batches]
+    weights = [load_file(folder / "checkpoints" / "last.ckpt" / "weights.safetensors") for folder in folders]
+    assert_same(*weights, "weights")
+    states = [read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in folders]
     for key in ("optimizer_states", "lr_schedulers", "grace", "global_step"):
         assert_same(states[0][key], states[1][key], key)
     client = MlflowClient(tracking_uri)
-    expected, found = (run_of(client, folder.name) for folder in (whole, resumed))
+    (expected,), (found,) = (mlflow_runs(client, folder.name) for folder in folders)
     assert expected.info.status == found.info.status == "FINISHED"
-    assert [step for step, _ in history(client, expected)["reward/total/mean"]] == list(range(1, batches + 1))
+    assert reward_steps(client, expected) == list(range(1, batches + 1))
     assert history(client, found) == history(client, expected)
     assert tables(client, found) == tables(client, expected)
 
@@ -119,142 +137,125 @@ def assert_same(ours: Any, theirs: Any, name: str) -> None:
         assert ours == theirs, name
 
 
-def test_killed_twice_a_run_ends_as_if_it_never_was(runs: Runs, small: list[str], whole: Path, tmp_path: Path, tracking_uri: str) -> None:
-    own = (*small, *SHORT, f"project={tmp_path.name}")
-    for moment in ("setup", "on_fit_start"):  # of a run that has saved nothing yet
-        assert runs.run(tmp_path, *own, f"+callbacks.killer={{_target_:tests.runs.KillIn,hook:{moment}}}") == -signal.SIGKILL
-    status = runs.kill_and_resume(tmp_path, 2, 0, 3, *own)
-    assert status == 0, runs.log.read_text()[-3000:]
-    assert_alike(whole, tmp_path, tracking_uri, batches=8)
+# ---- one process
+
+
+def test_killed_twice(runs: Runs, own: list[str], reference: Path, tmp_path: Path, tracking_uri: str) -> None:
+    for hook in ("setup", "on_fit_start"):  # before anything was saved
+        assert runs.run(tmp_path, *own, callback("KillIn", hook=hook)) == -signal.SIGKILL
+    runs.kill_and_resume(tmp_path, 2, 0, 3, *own)
+    assert_alike(reference, tmp_path, tracking_uri)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_ten_times_a_run_ends_as_if_it_never_was(runs: Runs, small: list[str], tmp_path: Path, tracking_uri: str) -> None:
+def test_killed_ten_times(runs: Runs, small: list[str], tmp_path: Path, tracking_uri: str) -> None:
     length = ("trainer.limit_train_batches=16", "trainer.max_epochs=3")
     never, often = tmp_path / f"{tmp_path.name}_never", tmp_path / f"{tmp_path.name}_often"
-    assert runs.run(never, *small, *length, f"project={never.name}") == 0, runs.log.read_text()[-3000:]
-    assert runs.kill_and_resume(often, 10, 0, 4, *small, *length, f"project={often.name}") == 0, runs.log.read_text()[-3000:]
+    runs.succeed(never, *small, *length, f"project={never.name}")
+    runs.kill_and_resume(often, 10, 0, 4, *small, *length, f"project={often.name}")
     assert_alike(never, often, tracking_uri, batches=48)
 
 
 @pytest.mark.parametrize("every", [pytest.param(2, id="last batch saved"), pytest.param(3, id="saved before", marks=pytest.mark.slow)])
-def test_killed_while_it_ends_a_run_ends_again(
-    runs: Runs, small: list[str], whole: Path, tmp_path: Path, tracking_uri: str, every: int
-) -> None:
-    own = (*small, *SHORT, f"project={tmp_path.name}", f"callbacks.checkpoint.every_n_rollout_batches={every}")
-    assert runs.run(tmp_path, *own, "+callbacks.killer={_target_:tests.runs.KillIn,hook:on_train_end}") == -signal.SIGKILL
+def test_killed_at_the_end(runs: Runs, own: list[str], reference: Path, tmp_path: Path, tracking_uri: str, every: int) -> None:
+    own = [*own, f"callbacks.checkpoint.every_n_rollout_batches={every}"]
+    assert runs.run(tmp_path, *own, callback("KillIn", hook="on_train_end")) == -signal.SIGKILL
     assert batches_saved(tmp_path) == (8 if every == 2 else 6)
-    # killed again while it starts to go on
-    assert (
-        runs.run(tmp_path, *own, "ckpt_path=last", "+callbacks.killer={_target_:tests.runs.KillIn,hook:on_train_start}") == -signal.SIGKILL
-    )
-    status = runs.run(tmp_path, *own, "ckpt_path=last", "optimized_metric=reward/total/mean")
-    assert status == 0, runs.log.read_text()[-3000:]
-    assert_alike(whole, tmp_path, tracking_uri, batches=8)
+    assert runs.run(tmp_path, *own, "ckpt_path=last", callback("KillIn", hook="on_train_start")) == -signal.SIGKILL  # while it resumes
+    runs.succeed(tmp_path, *own, "ckpt_path=last", "optimized_metric=reward/total/mean")
+    assert_alike(reference, tmp_path, tracking_uri)
 
 
-@pytest.mark.parametrize(("signal_number", "batch"), [(signal.SIGUSR1, 4), (signal.SIGTERM, 3)], ids=["mid_epoch", "last_of_an_epoch"])
-def test_a_run_told_to_stop_saves_says_so_and_goes_on(
-    runs: Runs, small: list[str], whole: Path, tmp_path: Path, tracking_uri: str, signal_number: int, batch: int
-) -> None:
-    own = (*small, *SHORT, f"project={tmp_path.name}", "callbacks.checkpoint.every_n_rollout_batches=100")
-    stop = f"+callbacks.killer={{_target_:tests.runs.KillAt,batch:{batch},seconds:0,signal_number:{signal_number:d}}}"
-    assert runs.run(tmp_path, *own, stop) == TRY_AGAIN
-    assert batches_saved(tmp_path) == batch + 1  # the batch was ended first
-    assert run_of(MlflowClient(tracking_uri), tmp_path.name).info.status == "KILLED"
+@pytest.mark.parametrize(("number", "batch"), [(signal.SIGUSR1, 4), (signal.SIGTERM, 3)], ids=["mid_epoch", "last_of_an_epoch"])
+def test_signalled(runs: Runs, own: list[str], reference: Path, tmp_path: Path, tracking_uri: str, number: int, batch: int) -> None:
+    stop = callback("KillAt", batch=batch, seconds=0, signal_number=int(number))
+    assert runs.run(tmp_path, *own, SAVE_NEVER, stop) == TRY_AGAIN
+    assert batches_saved(tmp_path) == batch + 1  # the batch was finished
+    assert status(tracking_uri, tmp_path) == "KILLED"
     assert "exit status 75: the same command with ckpt_path=last goes on" in runs.log.read_text()
-    assert runs.run(tmp_path, *own, SLURM_RESTART_COUNT="1") == 0, runs.log.read_text()[-3000:]  # nobody says ckpt_path=last
-    assert_alike(whole, tmp_path, tracking_uri, batches=8)
+    runs.succeed(tmp_path, *own, SAVE_NEVER, SLURM_RESTART_COUNT="1")  # without ckpt_path=last
+    assert_alike(reference, tmp_path, tracking_uri)
 
 
-def test_a_run_told_to_stop_in_its_last_batch_ends(runs: Runs, small: list[str], whole: Path, tmp_path: Path, tracking_uri: str) -> None:
-    own = (*small, *SHORT, f"project={tmp_path.name}", "optimized_metric=reward/total/mean")
-    stop = f"+callbacks.killer={{_target_:tests.runs.KillAt,batch:7,seconds:0,signal_number:{signal.SIGTERM:d}}}"
-    assert runs.run(tmp_path, *own, stop) == 0, runs.log.read_text()[-3000:]
-    assert_alike(whole, tmp_path, tracking_uri, batches=8)
+def test_signalled_in_the_last_batch(runs: Runs, own: list[str], reference: Path, tmp_path: Path, tracking_uri: str) -> None:
+    stop = callback("KillAt", batch=7, seconds=0, signal_number=int(signal.SIGTERM))
+    runs.succeed(tmp_path, *own, "optimized_metric=reward/total/mean", stop)
+    assert_alike(reference, tmp_path, tracking_uri)
 
 
-# ---- several processes
-
-
-@pytest.fixture(scope="module")
-def whole_of_two(runs: Runs, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with two ranks."""
-    folder = tmp_path_factory.mktemp("whole_of_two")
-    assert runs.run_ranks(folder, *small, *SHORT, f"project={folder.name}") == [0, 0], runs.log.read_text()[-3000:]
-    return folder
+# ---- two processes
 
 
 @pytest.mark.parametrize(
     ("signalled", "slow", "batch"),
     [
-        pytest.param("1", 0, 4, id="rank 1 alone"),
-        pytest.param("0", 1, 3, id="rank 0 alone", marks=pytest.mark.slow),
-        pytest.param("null", 1, 2, id="both ranks", marks=pytest.mark.slow),
+        pytest.param(1, 0, 4, id="rank 1 alone"),
+        pytest.param(0, 1, 3, id="rank 0 alone", marks=pytest.mark.slow),
+        pytest.param(None, 1, 2, id="both ranks", marks=pytest.mark.slow),
     ],
 )
-def test_ranks_told_to_stop_end_the_same_batch_save_and_go_on(
-    runs: Runs, small: list[str], whole_of_two: Path, tmp_path: Path, tracking_uri: str, signalled: str, slow: int, batch: int
+def test_ranks_signalled(
+    runs: Runs, own: list[str], reference_of_two: Path, tmp_path: Path, tracking_uri: str, signalled: int | None, slow: int, batch: int
 ) -> None:
-    """The signal comes while the faster rank waits for the other, in what both do together."""
-    own = (*small, *SHORT, f"project={tmp_path.name}", "callbacks.checkpoint.every_n_rollout_batches=100")
-    killer = f"batch:{batch},seconds:0.1,signal_number:{signal.SIGUSR1:d},rank:{signalled}"
-    stop = [
-        f"+callbacks.slow={{_target_:tests.runs.Slow,rank:{slow},seconds:0.4}}",
-        f"+callbacks.killer={{_target_:tests.runs.KillAt,{killer}}}",
-    ]
-    assert runs.run_ranks(tmp_path, *own, *stop) == [TRY_AGAIN, 0], runs.log.read_text()[-3000:]
+    """The signal comes while the faster rank waits for the other in a collective."""
+    stop = callback("KillAt", batch=batch, seconds=0.1, signal_number=int(signal.SIGUSR1), rank=signalled)
+    statuses = runs.run_ranks(tmp_path, *own, SAVE_NEVER, callback("Slow", rank=slow, seconds=0.4), stop)
+    assert statuses == [TRY_AGAIN, 0], runs.log.read_text()[-3000:]
     assert batches_saved(tmp_path) == batch + 1
-    assert run_of(MlflowClient(tracking_uri), tmp_path.name).info.status == "KILLED"
-    assert runs.run_ranks(tmp_path, *own, "ckpt_path=last") == [0, 0], runs.log.read_text()[-3000:]
-    assert_alike(whole_of_two, tmp_path, tracking_uri, batches=8)
+    assert status(tracking_uri, tmp_path) == "KILLED"
+    runs.succeed(tmp_path, *own, SAVE_NEVER, "ckpt_path=last", ranks=2)
+    assert_alike(reference_of_two, tmp_path, tracking_uri)
 
 
-def test_a_rank_that_is_killed_ends_the_other_in_one_line_and_both_go_on(
-    runs: Runs, small: list[str], whole_of_two: Path, tmp_path: Path, tracking_uri: str
-) -> None:
-    own = (*small, *SHORT, f"project={tmp_path.name}")
-    killer = "+callbacks.killer={_target_:tests.runs.KillAt,batch:5,seconds:0,rank:1}"
-    assert runs.run_ranks(tmp_path, *own, killer) == [1, -signal.SIGKILL], runs.log.read_text()[-3000:]
-    assert "LostProcessError: rank 0: another of the 2 processes has ended, see what it said last" in runs.log.read_text()
-    assert runs.run_ranks(tmp_path, *own, "ckpt_path=last") == [0, 0], runs.log.read_text()[-3000:]
-    assert_alike(whole_of_two, tmp_path, tracking_uri, batches=8)
+def test_rank_killed(runs: Runs, own: list[str], reference_of_two: Path, tmp_path: Path, tracking_uri: str) -> None:
+    statuses = runs.run_ranks(tmp_path, *own, callback("KillAt", batch=5, seconds=0, rank=1))
+    assert statuses == [1, -signal.SIGKILL], runs.log.read_text()[-3000:]
+    assert "LostProcessError: rank 0: another of the 2 processes has ended" in runs.log.read_text()
+    runs.succeed(tmp_path, *own, "ckpt_path=last", ranks=2)
+    assert_alike(reference_of_two, tmp_path, tracking_uri)
 
 
-def test_other_settings_of_the_optimiser_are_used_and_said(
-    runs: Runs, small: list[str], whole: Path, tmp_path: Path, tracking_uri: str
-) -> None:
-    branch = [f"ckpt_path={whole}/checkpoints/batch_6.ckpt", "module.learning_rate=5e-4", f"project={tmp_path.name}"]
-    assert runs.run(tmp_path, *small, *SHORT, *branch) == 0, runs.log.read_text()[-3000:]
-    assert "goes on with module.learning_rate=0.0005 in place of 0.001" in runs.log.read_text()
+# ---- other settings, one run a folder
+
+
+def test_new_optimizer_settings_are_used(runs: Runs, own: list[str], reference: Path, tmp_path: Path, tracking_uri: str) -> None:
+    runs.succeed(tmp_path, *own, f"ckpt_path={reference}/checkpoints/batch_6.ckpt", "module.learning_rate=5e-4")
+    assert "module.learning_rate=0.0005 in place of 0.001" in runs.log.read_text()
     client = MlflowClient(tracking_uri)
-    assert [step for step, _ in history(client, run_of(client, tmp_path.name))["reward/total/mean"]] == [7, 8]  # a run of its own
-    ours, theirs = (read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (whole, tmp_path))
-    rates = [state["optimizer_states"][0]["param_groups"][0]["lr"] for state in (ours, theirs)]
+    (run,) = mlflow_runs(client, tmp_path.name)  # a branch is a run of its own
+    assert reward_steps(client, run) == [7, 8]
+    states = [read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (reference, tmp_path)]
+    rates = [state["optimizer_states"][0]["param_groups"][0]["lr"] for state in states]
     assert rates[1] == pytest.approx(rates[0] / 2)
 
 
-def test_other_settings_in_the_same_folder_begin_another_mlflow_run(
-    runs: Runs, small: list[str], tmp_path: Path, tracking_uri: str
-) -> None:
-    own = (*small, *SHORT, f"project={tmp_path.name}", "callbacks.checkpoint.every_n_rollout_batches=3")
-    killer = "+callbacks.killer={_target_:tests.runs.KillAt,batch:5,seconds:0}"
-    assert runs.run(tmp_path, *own, killer) == -signal.SIGKILL  # points up to 5 at least, a checkpoint of 3
-    assert runs.run(tmp_path, *own, "reward=paper", "ckpt_path=last") == 0, runs.log.read_text()[-3000:]
+def test_new_settings_start_another_mlflow_run(runs: Runs, own: list[str], tmp_path: Path, tracking_uri: str) -> None:
+    own = [*own, "callbacks.checkpoint.every_n_rollout_batches=3"]
+    assert runs.run(tmp_path, *own, callback("KillAt", batch=5, seconds=0)) == -signal.SIGKILL  # logged up to 5, saved 3
+    runs.succeed(tmp_path, *own, "reward=paper", "ckpt_path=last")
     client = MlflowClient(tracking_uri)
-    experiment = client.get_experiment_by_name(tmp_path.name)
-    assert experiment is not None
-    second, first = client.search_runs([experiment.experiment_id])
+    second, first = mlflow_runs(client, tmp_path.name)
     assert second.data.tags["resumed_from"] == first.info.run_id
-    # the third is what the checkpoint holds, in case the process that saved it had no time to log it
-    assert [step for step, _ in history(client, second)["reward/total/mean"]] == [3, 4, 5, 6, 7, 8]
-    assert [step for step, _ in history(client, first)["reward/total/mean"]][:5] == [1, 2, 3, 4, 5]
+    # the checkpoint holds the metrics of step 3, in case its process was killed before it logged them
+    assert reward_steps(client, second) == [3, 4, 5, 6, 7, 8]
+    assert reward_steps(client, first)[:5] == [1, 2, 3, 4, 5]
     assert "goes on with other settings than it began with: reward._target_=src.modules.objectives.rewards.paper" in runs.log.read_text()
 
 
-def test_a_second_run_in_the_folder_of_a_first_is_refused(runs: Runs, small: list[str], whole: Path) -> None:
-    before = sorted(path.name for path in (whole / "checkpoints").iterdir())
-    assert runs.run(whole, *small, *SHORT, "logger=none") == 1
-    assert f"{whole} holds a run already: go on with it by ckpt_path=last" in runs.log.read_text()
-    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == before
+def test_old_names_of_settings_go_on_as_the_same_run(
+    runs: Runs, own: list[str], reference: Path, tmp_path: Path, tracking_uri: str
+) -> None:
+    assert runs.run(tmp_path, *own, callback("KillAt", batch=5, seconds=0)) == -signal.SIGKILL
+    file = tmp_path / "settings.json"
+    old = file.read_text().replace("module.num_generations", "module.num_rollouts").replace("algorithm.kl_coef", "algorithm.kl_weight")
+    file.write_text(old.replace("src.modules.objectives.rewards.", "src.modules.rewards."))
+    runs.succeed(tmp_path, *own, "ckpt_path=last")
+    assert_alike(reference, tmp_path, tracking_uri)
+
+
+def test_second_run_in_a_folder_is_refused(runs: Runs, own: list[str], reference: Path) -> None:
+    before = sorted(path.name for path in (reference / "checkpoints").iterdir())
+    assert runs.run(reference, *own, "logger=none") == 1
+    assert f"{reference} holds a run already: go on with it by ckpt_path=last" in runs.log.read_text()
+    assert sorted(path.name for path in (reference / "checkpoints").iterdir()) == before

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra.errors import InstantiationException
+from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from tests.conftest import ROOT, Compose
@@ -18,7 +19,10 @@ from tests.programs import Programs
 from train import train
 
 RunTrain = Callable[..., "subprocess.CompletedProcess[str]"]
-"""(*overrides) -> what `python train.py` with them came to."""
+"""(*overrides) -> result of `python train.py` with them."""
+
+TINY = ["callbacks=minimal", "rollout.max_new_tokens=4"]
+ONE_BATCH = [*TINY, "trainer.limit_train_batches=1"]
 
 
 @pytest.fixture
@@ -29,19 +33,35 @@ def run_train(programs: Programs) -> RunTrain:
 
 @pytest.fixture
 def places(tracking_uri: str, tiny_policy_folder: Path, tmp_path: Path) -> list[str]:
+    """A tiny policy, few and small packages, and everything written below `tmp_path`."""
     return [
-        "experiment=tiny_sup",
-        f"policy.path={tiny_policy_folder}",
-        f"hydra.run.dir={tmp_path}/out",
-        f"paths.cache_dir={tmp_path}/cache",
-        f"paths.tracking_uri={tracking_uri}",
-        f"paths.artifact_location=file://{tmp_path}/artifacts",
-        f"project={tmp_path.name}",
-        # few and small packages: the point is the way, not the data
-        "packages.train=[urllib3]",
-        "packages.validation=[rich]",
-        "packages.test=[networkx]",
+        *("experiment=tiny_sup", f"policy.path={tiny_policy_folder}", f"project={tmp_path.name}"),
+        *(f"hydra.run.dir={tmp_path}/out", f"paths.output_root={tmp_path}/outputs", f"paths.cache_dir={tmp_path}/cache"),
+        *(f"paths.tracking_uri={tracking_uri}", f"paths.artifact_location=file://{tmp_path}/artifacts"),
+        *("packages.train=[urllib3]", "packages.validation=[rich]", "packages.test=[networkx]"),
     ]
+
+
+def mlflow_runs(client: MlflowClient, project: str) -> list[Run]:
+    experiment = client.get_experiment_by_name(project)
+    assert experiment is not None
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+def reward_steps(client: MlflowClient, run: Run) -> list[int]:
+    return [point.step for point in client.get_metric_history(run.info.run_id, "reward/total/mean")]
+
+
+def stop_at(line: str, command: list[str]) -> tuple[int, str]:
+    """Starts a command as users do and sends it SIGUSR1 when it says a line; returns its exit status and output."""
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        shown = ""
+        for said in process.stdout:
+            shown += said
+            if line in said:
+                process.send_signal(signal.SIGUSR1)
+    return process.returncode, shown
 
 
 def test_train_end_to_end(run_train: RunTrain, places: list[str], tracking_uri: str, tmp_path: Path) -> None:
@@ -49,25 +69,14 @@ def test_train_end_to_end(run_train: RunTrain, places: list[str], tracking_uri: 
     assert done.returncode == 0, done.stderr[-3000:]
     for expected in ("Base + reasoning", "GRACE", "Rationales", f"{tmp_path}/out/report.md", "rollout batch 2/2"):
         assert expected in done.stdout, done.stdout[-3000:]
-    for file in (
-        "report.html",
-        "report.md",
-        "similarities.png",
-        "rationales.md",
-        "reward_terms.png",
-        "test_scores.png",
-        "export/grace.json",
-        "checkpoints/last.ckpt",
-    ):
+    files = ["report.html", "report.md", "similarities.png", "rationales.md", "reward_terms.png", "test_scores.png"]
+    for file in [*files, "export/grace.json", "checkpoints/last.ckpt"]:
         assert (tmp_path / "out" / file).exists(), file
 
     client = MlflowClient(tracking_uri)
-    experiment = client.get_experiment_by_name(tmp_path.name)
-    assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id])
+    (run,) = mlflow_runs(client, tmp_path.name)
     assert run.info.status == "FINISHED"
-    assert run.data.params["seed"] == "7"
-    assert run.data.params["reward._target_"] == "src.modules.objectives.rewards.document"
+    assert (run.data.params["seed"], run.data.params["reward._target_"]) == ("7", "src.modules.objectives.rewards.document")
     assert {"git.commit", "version.lightning", "hardware.cores"} <= set(run.data.tags)
     for metric in ("reward/total/mean", "reward/hard/within_group_std", "kl/from_start", "throughput/rollout_tokens_per_second"):
         assert [entry.step for entry in client.get_metric_history(run.info.run_id, metric)] == [1, 2], metric
@@ -78,60 +87,49 @@ def test_train_end_to_end(run_train: RunTrain, places: list[str], tracking_uri: 
     assert config["paths"]["output_dir"] == f"{tmp_path}/out"
 
 
-def test_a_run_told_to_stop_goes_on_in_its_own_folder_and_mlflow_run(
+def test_stopped_run_resumes_in_its_folder_and_mlflow_run(
     run_train: RunTrain, places: list[str], tracking_uri: str, tmp_path: Path
 ) -> None:
-    own = [place for place in places if not place.startswith("hydra.run.dir")]
-    settings = [*own, f"paths.output_root={tmp_path}/outputs", "callbacks=minimal", "trainer.limit_train_batches=4"]
-    settings += ["rollout.max_new_tokens=4", "module.num_generations=2", "datamodule.modules_per_batch=2"]
-    command = [sys.executable, "train.py", *settings]  # as users start it
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        shown = ""
-        for line in process.stdout:
-            shown += line
-            if "rollout batch 1/4" in line:
-                process.send_signal(signal.SIGUSR1)
-    assert process.returncode == 75, shown[-3000:]
-    assert "stopped by a signal, after saving a checkpoint; exit status 75" in shown
+    settings = [place for place in places if not place.startswith("hydra.run.dir")]
+    settings += [*TINY, "trainer.limit_train_batches=4", "module.num_generations=2", "datamodule.modules_per_batch=2"]
+    code, shown = stop_at("rollout batch 1/4", [sys.executable, "train.py", *settings])
+    assert code == 75, shown[-3000:]
+    assert "exit status 75" in shown
     again = run_train(*settings, "ckpt_path=last")
     assert again.returncode == 0, again.stderr[-3000:]
     (folder,) = (tmp_path / "outputs" / "tiny_sup").iterdir()
     assert "rollout batch 1/4" in (folder / "train.log").read_text()
     assert "rollout batch 4/4" in (folder / "train.log").read_text()
     client = MlflowClient(tracking_uri)
-    experiment = client.get_experiment_by_name(tmp_path.name)
-    assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id])
+    (run,) = mlflow_runs(client, tmp_path.name)
     assert run.info.status == "FINISHED"
-    assert [point.step for point in client.get_metric_history(run.info.run_id, "reward/total/mean")] == [1, 2, 3, 4]
-    traces = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "run.lock"}
+    assert reward_steps(client, run) == [1, 2, 3, 4]
+
+    def traces() -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "run.lock"}
+
+    before = traces()
     refused = run_train(*settings, f"hydra.run.dir={folder}", "reward=paper")
     assert refused.returncode == 1
-    assert f"{folder} holds a run already: go on with it by ckpt_path=last" in refused.stderr
-    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "run.lock"} == traces
+    assert f"{folder} holds a run already" in refused.stderr
+    assert traces() == before
     nothing = run_train(*settings, "ckpt_path=last", "seed=1")
     assert nothing.returncode == 1
-    assert nothing.stderr.startswith(f"train.py: ckpt_path=last: no run with seed=1 was begun in {tmp_path}/outputs/tiny_sup; of another")
+    assert nothing.stderr.startswith("train.py: ckpt_path=last: no run with seed=1")
     assert "\n" not in nothing.stderr.rstrip()
 
 
 @pytest.mark.slow
-def test_a_sweep_over_training_is_grouped_and_goes_on(run_train: RunTrain, places: list[str], tracking_uri: str, tmp_path: Path) -> None:
-    small = ["callbacks=minimal", "trainer.limit_train_batches=1", "rollout.max_new_tokens=4", "optimized_metric=reward/total/mean"]
+def test_sweep_over_training_resumes(run_train: RunTrain, places: list[str], tracking_uri: str, tmp_path: Path) -> None:
     grid = ["-m", "reward=paper", "reward.consistency_weight=0,0.2", "module.num_generations=1,2"]
-    places = [place for place in places if not place.startswith("hydra.run.dir")] + [f"paths.output_root={tmp_path}"]
-    done = run_train(*grid, *small, *places)  # a group of one is refused
+    command = [*grid, *ONE_BATCH, "optimized_metric=reward/total/mean", *places]
+    done = run_train(*command)  # a group of one is refused
     assert done.returncode == 1
     assert "sweep: 2 of 4 points failed" in done.stderr
     assert "  consistency_weight=0, num_generations=1: InstantiationException:" in done.stderr
-    assert "module.num_generations=1: a group of one rollout has no baseline" in done.stderr
-    again = run_train(*grid, *small, *places)
-    assert again.stdout.count("finished before, not repeated") == 2
-    client = MlflowClient(tracking_uri)
-    experiment = client.get_experiment_by_name(tmp_path.name)
-    assert experiment is not None
-    runs = client.search_runs([experiment.experiment_id])
+    assert "module.num_generations=1: a group of one" in done.stderr
+    assert run_train(*command).stdout.count("finished before, not repeated") == 2
+    runs = mlflow_runs(MlflowClient(tracking_uri), tmp_path.name)
     (parent,) = [run for run in runs if "sweep.id" in run.data.tags]
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert len(children) == len(runs) - 1 == 6
@@ -141,34 +139,27 @@ def test_a_sweep_over_training_is_grouped_and_goes_on(run_train: RunTrain, place
 
 
 @pytest.mark.slow
-def test_a_sweep_gives_every_run_a_folder_of_its_own(run_train: RunTrain, places: list[str], tmp_path: Path) -> None:
-    small = ["callbacks=minimal", "logger=none", "trainer.limit_train_batches=1", "rollout.max_new_tokens=4"]
+def test_every_point_of_a_sweep_has_its_folder(run_train: RunTrain, places: list[str], tmp_path: Path) -> None:
     grid = ["hparams_search=lambdas", "reward.consistency_weight=0.2", "reward.hard_weight=0.0,0.2", "seed=0"]
-    grid += ["optimized_metric=reward/total/mean"]
-    done = run_train(*grid, *small, *places, f"hydra.sweep.dir={tmp_path}/sweep")
+    metric = "optimized_metric=reward/total/mean"
+    done = run_train(*grid, metric, *ONE_BATCH, "logger=none", *places, f"hydra.sweep.dir={tmp_path}/sweep")
     assert done.returncode == 0, done.stderr[-3000:]
     for job in ("0", "1"):
         assert (tmp_path / "sweep" / job / "reward_terms.png").exists()
         assert (tmp_path / "sweep" / job / "checkpoints" / "last.ckpt").exists()
 
 
-def test_the_optimised_metric_is_returned(compose: Compose) -> None:
-    settings = ["logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=1"]
-    settings += ["rollout.max_new_tokens=4", "packages.train=[urllib3]", "reward=listwise"]
-    reward = train(compose(*settings, "optimized_metric=reward/total/mean"))
+def test_optimized_metric_is_returned(compose: Compose, tmp_path: Path) -> None:
+    settings = ["logger=none", *ONE_BATCH, "trainer.accelerator=cpu", "packages.train=[urllib3]", "reward=listwise"]
+    reward = train(compose(*settings, "optimized_metric=reward/total/mean", "callbacks.checkpoint=null"))
     assert reward is not None
     assert reward < 0  # of the listwise form, a sum of log-probabilities
-    with pytest.raises(KeyError, match=r"optimized_metric='nope' was never logged; there are: .*reward/total/mean"):
+    assert not list(tmp_path.rglob("*.ckpt"))  # nor does Lightning save one
+    with pytest.raises(KeyError, match=r"optimized_metric='nope' was never logged.*reward/total/mean"):
         train(compose(*settings, "optimized_metric=nope"))
 
 
-def test_without_a_checkpoint_callback_nothing_is_saved(compose: Compose, tmp_path: Path) -> None:
-    settings = ["logger=none", "callbacks=minimal", "callbacks.checkpoint=null", "trainer.accelerator=cpu", "trainer.limit_train_batches=1"]
-    train(compose(*settings, "rollout.max_new_tokens=4", "packages.train=[urllib3]", "optimized_metric=reward/total/mean"))
-    assert not list(tmp_path.rglob("*.ckpt"))
-
-
-def test_a_missing_policy_is_one_clear_line(compose: Compose) -> None:
+def test_missing_policy_is_one_line(compose: Compose) -> None:
     cfg = compose("logger=none", "callbacks=minimal", "trainer.accelerator=cpu")
     cfg.policy.path = "/no/such/folder"
     with pytest.raises(InstantiationException, match="no policy at '/no/such/folder'"):

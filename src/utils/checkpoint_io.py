@@ -1,7 +1,7 @@
 """Checkpoints as folders: weights as safetensors, the rest for weights-only loading, and a list of both with checksums.
 
 batch_40.ckpt/weights.safetensors   the module's state dict
-batch_40.ckpt/state.pt              optimiser, scheduler, loops, random states, callbacks
+batch_40.ckpt/state.pt              optimizer, scheduler, loops, random states, callbacks
 batch_40.ckpt/checkpoint.json       what it is (batches, score), sizes and checksums of the files
 """
 
@@ -23,60 +23,54 @@ from torch import Tensor
 
 WEIGHTS, STATE, CONTENTS = "weights.safetensors", "state.pt", "checkpoint.json"
 ABOUT = "about"
-"""Key of a checkpoint whose plain values are written into checkpoint.json, for people."""
+"""Key of a checkpoint whose plain values are written to checkpoint.json, for people."""
 
 _BLOCK = 1 << 24
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not whole, or could not be written."""
+    """A checkpoint is damaged or could not be written."""
 
 
 class FolderCheckpoints(CheckpointIO):
-    """Writes and reads such folders for Lightning's trainer; single files of `torch.save` are read too.
+    """Writes and reads checkpoint folders for Lightning's trainer; reads single files of `torch.save` too.
 
-    A folder is written aside, brought to the disk and renamed: it is whole or not there.
+    A folder is written under a temporary name, synced to disk and renamed: it is complete or not there.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any = None) -> None:
-        """Writes a checkpoint; one of that name is replaced.
+        """Writes a checkpoint; replaces one of that name.
 
         Raises:
             CheckpointError: the disk is full; what was written of it is removed.
-            OSError: anything else that went wrong on the way to the disk.
+            OSError: any other failure of the file system.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        remove(aside)
+        partial = _hidden(path, "partial")
+        remove(partial)
         try:
-            aside.mkdir()
-            _write(checkpoint, aside)
+            partial.mkdir()
+            _write(checkpoint, partial)
         except (OSError, SafetensorError, RuntimeError) as error:
-            remove(aside)
-            if _is_full(error):
+            remove(partial)
+            if _is_disk_full(error):
                 raise CheckpointError(
-                    f"no room to write {path} ({_short(error)}); checkpoints that were there before are whole. Free some and go on "
+                    f"no room to write {path} ({_first_line(error)}); checkpoints that were there before are intact. Free some and go on "
                     "with ckpt_path=last"
                 ) from error
             raise
         if path.is_symlink() or path.exists():
-            replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
-            path.rename(replaced)
-            aside.rename(path)
-            remove(replaced)
+            path.rename(_hidden(path, "replaced"))
+            partial.rename(path)
+            remove(_hidden(path, "replaced"))
         else:
-            aside.rename(path)
-        _to_disk(path.parent)
+            partial.rename(path)
+        _sync(path.parent)
 
     def load_checkpoint(self, path: Path | str, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint, all of it checked against its checksums; tensors lie on the CPU.
-
-        Raises:
-            FileNotFoundError: nothing there.
-            CheckpointError: not whole; the message names the newest whole one beside it.
-        """
+        """Reads a checkpoint with `read_checkpoint`."""
         return read_checkpoint(path)
 
     def remove_checkpoint(self, path: Path | str) -> None:
@@ -85,7 +79,16 @@ class FolderCheckpoints(CheckpointIO):
 
 
 def read_checkpoint(path: Path | str, mapped: bool = False) -> dict[str, Any]:
-    """See FolderCheckpoints.load_checkpoint; `mapped` reads what is not looked at (of the optimiser, say) never into memory."""
+    """Reads a checkpoint after comparing its files with their checksums; tensors are on the CPU.
+
+    Args:
+        path: a folder, or a single file of `torch.save`.
+        mapped: map state.pt into memory, so that parts that are not used are never read.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: it is damaged; the message names the newest intact checkpoint beside it.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}: training writes them to <output_dir>/checkpoints")
@@ -97,43 +100,30 @@ def read_checkpoint(path: Path | str, mapped: bool = False) -> dict[str, Any]:
 
 
 def check(path: Path) -> None:
-    """Compares a folder's files with its list of them.
+    """Compares a folder's files with checkpoint.json. A single file has no other check than reading it.
 
     Raises:
-        CheckpointError: a file is missing, cut short or changed.
+        CheckpointError: a file is missing, truncated or changed.
     """
     if not path.is_dir():
-        return  # a single file: reading it is the only check there is
-    for name, expected in ({WEIGHTS: None, STATE: None} | contents(path)["files"]).items():
-        if not isinstance(expected, dict) or Path(name).name != name:
-            raise CheckpointError(f"{path} cannot be read as a checkpoint: {CONTENTS} is broken, it says {expected!r} of {name}")
+        return
+    try:
+        files = json.loads((path / CONTENTS).read_text(encoding="utf-8"))["files"]
+        expected = {name: (files[name]["bytes"], files[name]["crc32"]) for name in (WEIGHTS, STATE)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, f"{CONTENTS} is missing or broken") from error
+    for name, (size, checksum) in expected.items():
         file = path / name
         if not file.is_file():
-            raise CheckpointError(f"{path} cannot be read as a checkpoint: {name} is missing")
-        size = file.stat().st_size
-        if size != expected.get("bytes"):
-            raise CheckpointError(f"{path} cannot be read as a checkpoint: {name} has {size} bytes of {expected.get('bytes')}")
-        if _checksum(file) != expected.get("crc32"):
-            raise CheckpointError(f"{path} cannot be read as a checkpoint: {name} is not what was written (its checksum differs)")
+            raise _damaged(path, f"{name} is missing")
+        if file.stat().st_size != size:
+            raise _damaged(path, f"{name} has {file.stat().st_size} bytes of {size}")
+        if _checksum(file) != checksum:
+            raise _damaged(path, f"{name} is not what was written (its checksum differs)")
 
 
-def contents(path: Path) -> dict[str, Any]:
-    """checkpoint.json of a folder.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    try:
-        found = json.loads((path / CONTENTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {CONTENTS} is missing or broken") from error
-    if not isinstance(found, dict) or not isinstance(found.get("files"), dict):
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {CONTENTS} lists no files")
-    return found
-
-
-def whole_checkpoints(folder: Path) -> Iterator[Path]:
-    """The checkpoints of a folder that pass `check`, newest first; links to them are left out."""
+def intact_checkpoints(folder: Path) -> Iterator[Path]:
+    """Yields the checkpoint folders that pass `check`, newest first; no links."""
     found = [path for path in folder.glob("*.ckpt") if not path.is_symlink() and path.is_dir()]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
@@ -144,12 +134,10 @@ def whole_checkpoints(folder: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Removes a checkpoint; renamed first, so that a process killed meanwhile leaves none that looks whole."""
+    """Removes a checkpoint; renames it first, so that a process killed meanwhile leaves none that looks complete."""
     if not path.is_symlink() and not path.exists():
         return
-    doomed = path if path.name.startswith(".") else path.with_name(f".{path.name}.{os.getpid()}.removed")
-    if doomed != path:
-        path.rename(doomed)
+    doomed = path if path.name.startswith(".") else path.rename(_hidden(path, "removed"))
     if doomed.is_dir() and not doomed.is_symlink():
         shutil.rmtree(doomed)
     else:
@@ -157,7 +145,7 @@ def remove(path: Path) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Removes what killed processes left half written or half removed; one that was being replaced is put back."""
+    """Removes what killed processes left half written or half removed; restores a checkpoint that was being replaced."""
     for leftover in folder.glob(".*.ckpt.*"):
         place = folder / (leftover.name[1:].rpartition(".ckpt.")[0] + ".ckpt")
         if leftover.suffix == ".replaced" and not place.exists():
@@ -167,70 +155,66 @@ def tidy(folder: Path) -> None:
 
 
 def other_checkpoint(path: Path) -> str:
-    """What to do where a checkpoint is of no use, as the end of a sentence."""
+    """Returns what to do if a checkpoint cannot be used, as the end of a sentence."""
     path = path.resolve()
-    for other in whole_checkpoints(path.parent):
+    for other in intact_checkpoints(path.parent):
         if other != path:
-            return f"{other} is whole: go on with ckpt_path={other}"
-    return "there is no other whole checkpoint beside it"
+            return f"{other} is intact: go on with ckpt_path={other}"
+    return "there is no other intact checkpoint beside it"
 
 
 def _write(checkpoint: dict[str, Any], folder: Path) -> None:
     rest = {name: value for name, value in checkpoint.items() if name not in ("state_dict", ABOUT)}
-    weights, twins = _apart(checkpoint["state_dict"])
+    weights, twins = _without_ties(checkpoint["state_dict"])
     save_file(weights, folder / WEIGHTS, metadata={"twins": json.dumps(twins)})
     with open(folder / STATE, "wb") as file:
         torch.save(rest, file)
     files = {name: {"bytes": (folder / name).stat().st_size, "crc32": _checksum(folder / name)} for name in (WEIGHTS, STATE)}
     text = json.dumps({**checkpoint.get(ABOUT, {}), "files": files}, indent=2)
     (folder / CONTENTS).write_text(text + "\n", encoding="utf-8")
-    for name in (WEIGHTS, STATE, CONTENTS):
-        _to_disk(folder / name)
-    _to_disk(folder)
+    for path in (folder / WEIGHTS, folder / STATE, folder / CONTENTS, folder):
+        _sync(path)
 
 
 def _read(path: Path, mapped: bool) -> dict[str, Any]:
     try:
         if not path.is_dir():
-            whole = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(whole, dict) or "state_dict" not in whole:
+            single = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(single, dict) or "state_dict" not in single:
                 raise CheckpointError(f"{path} is not a checkpoint: it holds no weights")
-            return whole
+            return single
         with safe_open(path / WEIGHTS, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
             twins = (file.metadata() or {}).get("twins", "{}")
         rest = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {_short(error)}") from error
+        raise _damaged(path, _first_line(error)) from error
     if not isinstance(rest, dict):
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {STATE} holds no state")
-    return {**rest, "state_dict": weights | _twins(path, weights, twins)}
-
-
-def _twins(path: Path, weights: Mapping[str, Tensor], listed: str) -> dict[str, Tensor]:
+        raise _damaged(path, f"{STATE} holds no state")
     try:
-        twins = json.loads(listed)
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: its list of tied weights is broken") from error
-    if not isinstance(twins, dict) or not all(isinstance(first, str) and first in weights for first in twins.values()):
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: its list of tied weights names others than it holds")
-    return {name: weights[first] for name, first in twins.items()}
+        tied = {name: weights[first] for name, first in json.loads(twins).items()}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise _damaged(path, f"its list of tied weights ({twins[:60]}) does not fit its weights") from error
+    return {**rest, "state_dict": weights | tied}
 
 
-def _apart(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors that share no memory, and the names of those that are another's twin (tied weights)."""
+def _without_ties(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns tensors that share no memory, and for each tied tensor the name of the one that is kept."""
     weights: dict[str, Tensor] = {}
-    first: dict[Any, str] = {}
+    kept: dict[Any, str] = {}
     twins: dict[str, str] = {}
     for name, tensor in state.items():
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
-        if place in first:
-            twins[name] = first[place]
-        else:
-            first[place] = name
-            whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-            weights[name] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+        if kept.setdefault(place, name) != name:
+            twins[name] = kept[place]
+            continue
+        exclusive = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        weights[name] = tensor if exclusive else tensor.clone(memory_format=torch.contiguous_format)
     return weights, twins
+
+
+def _hidden(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{suffix}")
 
 
 def _checksum(file: Path) -> int:
@@ -241,7 +225,7 @@ def _checksum(file: Path) -> int:
     return value
 
 
-def _to_disk(path: Path) -> None:
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -249,14 +233,18 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _is_full(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, says that there is no room."""
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Returns whether an error, or one that caused it, says that the disk is full (safetensors says so in its text only)."""
     while error is not None:
-        if (isinstance(error, OSError) and error.errno in _FULL) or any(f"os error {number}" in str(error) for number in _FULL):
+        if (isinstance(error, OSError) and error.errno in _DISK_FULL) or any(f"os error {number}" in str(error) for number in _DISK_FULL):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-def _short(error: BaseException) -> str:
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read as a checkpoint: {reason}")
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]

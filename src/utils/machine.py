@@ -1,4 +1,4 @@
-"""The machine that a run finds: its choices in configs, and how long a run will take on it."""
+"""The machine: what configs choose by it, and its speed."""
 
 import time
 
@@ -7,12 +7,12 @@ from omegaconf import OmegaConf
 
 
 def has_gpu() -> bool:
-    """Tells whether training would take a GPU."""
+    """Returns whether training would use a GPU."""
     return torch.cuda.is_available()
 
 
 def has_bfloat16() -> bool:
-    """Tells whether bfloat16 arithmetic is faster than float32 here: on a GPU, or on a CPU with AVX512-BF16 or AMX."""
+    """Returns whether bfloat16 is faster than float32: on a GPU that has it, or a CPU with AVX512-BF16 or AMX."""
     if has_gpu():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     found = torch.cpu.get_capabilities()
@@ -20,7 +20,7 @@ def has_bfloat16() -> bool:
 
 
 def register_machine_resolvers() -> None:
-    """Makes ${cpu_or_gpu:a,b} and ${fast_precision:} known to configs: a where there is no GPU, else b; a trainer.precision."""
+    """Registers ${cpu_or_gpu:a,b} (a without a GPU, else b) and ${fast_precision:} (a value of trainer.precision) for configs."""
     OmegaConf.register_new_resolver("cpu_or_gpu", lambda cpu, gpu: gpu if has_gpu() else cpu, replace=True)
     OmegaConf.register_new_resolver("fast_precision", lambda: "bf16-mixed" if has_bfloat16() else "32-true", replace=True)
 
@@ -33,15 +33,19 @@ def describe_machine() -> str:
 
 
 def matrix_speed(half: bool, seconds: float = 0.2) -> float:
-    """Returns operations a second of matrix products in a small model's shape, measured for so long."""
+    """Returns operations per second of matrix products in a small model's shape, in bfloat16 or float32.
+
+    Args:
+        half: bfloat16.
+        seconds: how long to measure.
+    """
     device, dtype = ("cuda" if has_gpu() else "cpu"), torch.bfloat16 if half else torch.float32
     left, right = torch.randn(1024, 576, device=device, dtype=dtype), torch.randn(576, 1536, device=device, dtype=dtype)
-    result = left @ right  # the first call prepares
-    began, count = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
+    result = left @ right  # warm-up
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
         for _ in range(4):
             result = left @ right
         count += 4
-    if device == "cuda":
-        float(result[0, 0])  # waits for what was launched
-    return 2 * left.shape[0] * right.numel() * count / (time.perf_counter() - began)
+    float(result[0, 0])  # waits for a GPU's queue
+    return 2 * left.shape[0] * right.numel() * count / (time.perf_counter() - start)

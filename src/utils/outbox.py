@@ -1,43 +1,56 @@
-"""What a tracking server has not been sent yet: kept in a file of the run's folder, in the order in which it was logged."""
+"""Messages that an MLflow server has not accepted yet: kept in a file of the run's folder, in the order in which they were logged."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import requests
+from mlflow.exceptions import MlflowException
+
+from src.utils.secrets import redact
+
 Message = dict[str, Any]
-"""Plain values: what to call on the server's client, and with what."""
+"""Plain values: `call`, a method of RunLogger's sender, and its arguments."""
+
+NO_ANSWER = (MlflowException, requests.RequestException)
+"""Errors of a server that cannot be reached."""
+
+_REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST"}
+_ARTIFACT_STORES = (
+    *(("botocore.exceptions", "BotoCoreError"), ("botocore.exceptions", "ClientError"), ("boto3.exceptions", "Boto3Error")),
+    *(("azure.core.exceptions", "AzureError"), ("google.auth.exceptions", "GoogleAuthError")),
+    ("google.api_core.exceptions", "GoogleAPIError"),
+)
 
 
 class Outbox:
-    """Messages that wait for a server which does not answer; a run that is killed meanwhile finds them again.
+    """A queue on disk for a server that does not answer; the next process of the run finds what a killed one left.
 
     Args:
-        file: where they are kept, a line each.
-        seconds_between_tries: how long a server that did not answer is left alone.
+        file: of the queue, a line per message.
+        seconds_between_tries: how long to wait after a failed try.
     """
 
     def __init__(self, file: Path, seconds_between_tries: float = 30.0) -> None:
         self.file, self.seconds_between_tries = file, seconds_between_tries
         self._tried_at = -float("inf")
-        self._is_whole = False
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self.messages())
+        self._repaired = False
 
     @property
     def waits(self) -> bool:
-        """Whether there is anything in it."""
+        """Whether there are messages."""
         return self.file.exists()
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time to try again."""
+        """Whether it is time for the next try."""
         return time.monotonic() - self._tried_at >= self.seconds_between_tries
 
     def messages(self) -> Iterator[Message]:
-        """What is in it, oldest first. A last line that a killed process wrote in part is left out: it will be logged again."""
+        """Yields the messages, oldest first; not a last line that a killed process wrote in part, as its step is logged again."""
         if self.file.exists():
             with open(self.file, encoding="utf-8") as lines:
                 for line in lines:
@@ -45,34 +58,52 @@ class Outbox:
                         yield json.loads(line)
 
     def put(self, message: Message) -> None:
-        """Adds a message; the time of the next try counts from now where it is the first."""
+        """Appends a message; the first one starts the wait for the next try."""
         if not self.waits:
             self._tried_at = time.monotonic()
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self._drop_half_a_line()
-        with open(self.file, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(message) + "\n")
+        with open(self.file, "ab+") as file:
+            if not self._repaired:  # a partial line of a killed process would merge with this message
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+                self._repaired = True
+            file.write(json.dumps(message).encode() + b"\n")
 
     def empty(self, send: Callable[[Message], bool]) -> int:
-        """Sends all, oldest first, until `send` says that one could not be sent; returns how many were."""
+        """Sends messages, oldest first, until `send` returns False; returns how many were sent."""
         waiting = list(self.messages())
         sent = 0
         while sent < len(waiting) and send(waiting[sent]):
             sent += 1
-        self._tried_at = time.monotonic()  # after the try, which may take longer than what lies between two of them
+        self._tried_at = time.monotonic()  # after the try, which may take longer than the wait
         if sent == len(waiting):
             self.file.unlink(missing_ok=True)
         elif sent:
-            aside = self.file.with_name(f"{self.file.name}.partial")
-            aside.write_text("".join(json.dumps(message) + "\n" for message in waiting[sent:]), encoding="utf-8")
-            aside.replace(self.file)
+            partial = self.file.with_name(f"{self.file.name}.partial")
+            partial.write_text("".join(json.dumps(message) + "\n" for message in waiting[sent:]), encoding="utf-8")
+            partial.replace(self.file)
         return sent
 
-    def _drop_half_a_line(self) -> None:
-        """Before the first message of this process: one written behind half a line could not be told from it."""
-        if self._is_whole:
-            return
-        if self.file.exists():
-            with open(self.file, "r+b") as file:
-                file.truncate(file.read().rfind(b"\n") + 1)
-        self._is_whole = True
+
+def retryable() -> tuple[type[Exception], ...]:
+    """Returns errors that may pass: of the server, of the disk, and of those artifact stores whose clients are loaded."""
+    stores = (getattr(sys.modules.get(module), name, None) for module, name in _ARTIFACT_STORES)
+    return (*NO_ANSWER, OSError, *(error for error in stores if error is not None))
+
+
+def is_refusal(error: Exception) -> bool:
+    """Returns whether the server rejects the content of a message, so that waiting does not help."""
+    return isinstance(error, MlflowException) and error.error_code in _REFUSALS
+
+
+def summary(message: Message) -> str:
+    """Returns what a message holds, in a few words."""
+    points = [f"{point[0]} at step {point[3]}" for point in message.get("metrics", ())]
+    names = [*points, *message.get("params", ()), *message.get("tags", ())] or [message.get("artifact_file") or message.get("local_path")]
+    return ", ".join(map(str, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, without secrets, of at most 160 characters."""
+    text = redact(str(error).splitlines()[0]) if str(error) else type(error).__name__
+    return text if len(text) <= 160 else text[:159] + "…"

@@ -1,9 +1,10 @@
-"""Figures. Pure functions from numbers to matplotlib figures, without pyplot and so without global state."""
+"""Figures: pure functions from numbers to matplotlib figures, without pyplot and its global state."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -35,7 +36,7 @@ class TermHistory:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the last `window` values at each place (of fewer at the beginning)."""
+    """Returns at each place the mean of the last `window` values (of fewer at the start)."""
     means, total = [], 0.0
     for i, value in enumerate(values):
         total += value - (values[i - window] if i >= window else 0.0)
@@ -44,11 +45,11 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def reward_terms_figure(history: Mapping[str, TermHistory], weights: Mapping[str, float] | None = None) -> Figure:
-    """Small multiples: a column a term; its mean above, the spread within groups, which is all that moves the gradient, below.
+    """Draws a column per reward term: its mean above, its spread within groups, which moves the gradient, below.
 
     Args:
-        history: by term; `total` goes last and, where it is there, in the place of honour.
-        weights: of the terms, shown in the titles; those of weight 0 are said to be only watched.
+        history: by term; `total` is drawn last.
+        weights: of the terms, for the titles.
 
     Raises:
         ValueError: no term.
@@ -60,16 +61,15 @@ def reward_terms_figure(history: Mapping[str, TermHistory], weights: Mapping[str
     axes = figure.subplots(2, len(names), sharex=True, squeeze=False)
     for column, name in enumerate(names):
         term = history[name]
-        window = max(1, len(term.steps) // 10)
-        for row, (values, colour) in enumerate([(term.mean, _MEAN), (term.within_group_std, _SPREAD)]):
-            axis = axes[row, column]
+        for axis, values, colour in ((axes[0, column], term.mean, _MEAN), (axes[1, column], term.within_group_std, _SPREAD)):
+            window = max(1, len(values) // 10)
             axis.plot(term.steps, values, color=colour, alpha=0.35, linewidth=1.0, label="rollout batch")
             axis.plot(term.steps, running_mean(values, window), color=colour, linewidth=2.0, label=f"running mean of {window}")
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+            _style(axis)
         axes[1, column].set_ylim(0.0, max(1e-3, 1.05 * max(term.within_group_std, default=0.0)))  # rounding is no spread
-        axes[0, column].set_title(_term_title(name, weights), fontsize=10)
+        weight = (weights or {}).get(name)
+        suffix = "" if weight is None else f" (weight {weight:g})" if weight else " (weight 0: only watched)"
+        axes[0, column].set_title(f"{name}{suffix}", fontsize=10)
         axes[1, column].set_xlabel("rollout batch")
     axes[0, 0].set_ylabel("mean")
     axes[1, 0].set_ylabel("std within groups")
@@ -79,14 +79,8 @@ def reward_terms_figure(history: Mapping[str, TermHistory], weights: Mapping[str
     return figure
 
 
-def _term_title(name: str, weights: Mapping[str, float] | None) -> str:
-    if weights is None or name not in weights:
-        return name
-    return f"{name} (weight {weights[name]:g})" if weights[name] else f"{name} (weight 0: only watched)"
-
-
 def scores_figure(rows: Mapping[str, Mapping[str, float]], title: str) -> Figure:
-    """Grouped bars: a group a category, a bar a row of the table; scores are fractions, shown in percent.
+    """Draws grouped bars: a group per category, a bar per row of the table; scores are fractions, shown in percent.
 
     Raises:
         ValueError: no rows.
@@ -113,7 +107,7 @@ def scores_figure(rows: Mapping[str, Mapping[str, float]], title: str) -> Figure
 
 
 def similarities_figure(groups: Mapping[str, Similarities]) -> Figure:
-    """A panel a group (before training, after it), a histogram a kind of pair; areas are one, so that kinds compare.
+    """Draws a panel per group (before training, after it) with a histogram of unit area per kind of pair.
 
     Raises:
         ValueError: no groups.
@@ -142,16 +136,16 @@ def similarities_figure(groups: Mapping[str, Similarities]) -> Figure:
 
 
 def curves_figure(curves: Mapping[str, Curve], columns: int = 4) -> Figure:
-    """Small multiples of metrics over rollout batches, with a running mean where there are many.
+    """Draws small multiples of metrics over rollout batches, long ones with a running mean.
 
     Raises:
         ValueError: no curves.
     """
     if not curves:
         raise ValueError("no curves to draw")
-    rows = -(-len(curves) // columns)
-    figure = Figure(figsize=(2.7 * min(columns, len(curves)) + 0.4, 2.1 * rows + 0.2), dpi=DPI, layout="constrained")
-    axes = figure.subplots(rows, min(columns, len(curves)), squeeze=False).flatten()
+    rows, columns = -(-len(curves) // columns), min(columns, len(curves))
+    figure = Figure(figsize=(2.7 * columns + 0.4, 2.1 * rows + 0.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (name, curve) in zip(axes, curves.items(), strict=False):
         steps, values = [step for step, _ in curve], [value for _, value in curve]
         window = max(1, len(steps) // 10)
@@ -161,9 +155,13 @@ def curves_figure(curves: Mapping[str, Curve], columns: int = 4) -> Figure:
             axis.plot(steps, running_mean(values, window), color=_MEAN, linewidth=1.8)
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        _style(axis)
     for axis in axes[len(curves) :]:
         axis.set_axis_off()
     return figure
+
+
+def _style(axis: Axes) -> None:
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))

@@ -1,7 +1,8 @@
-"""Runs that a scheduler stops and starts again."""
+"""Runs that a signal stops, that a scheduler starts again, or that lose one of their processes."""
 
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -9,75 +10,95 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import distributed
 
 log = logging.getLogger(__name__)
 
 TRY_AGAIN = 75
-"""Exit status of a run that was stopped by a signal and saved: EX_TEMPFAIL of sysexits.h, "try again later"."""
+"""Exit status of a run that was stopped by a signal and has saved a checkpoint (EX_TEMPFAIL of sysexits.h)."""
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_CONNECTION_LOST = re.compile(r"connection (was )?(closed|reset)|broken pipe|remote process (has )?exited|socket .*closed", re.IGNORECASE)
+
+
+class LostProcessError(RuntimeError):
+    """Another process of this run has ended."""
 
 
 def restarted() -> bool:
-    """Whether a scheduler has started this job before: Slurm after a requeue, or torchrun after a failure."""
+    """Returns whether a scheduler has restarted this job: Slurm after a requeue, or torchrun after a failure."""
     return any(int(os.environ.get(name) or 0) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
-class Signals(_SignalConnector):
-    """In the place of Lightning's handling of signals: while training, SIGTERM and SIGUSR1 do no more than set a flag.
+class _StopFlag:
+    """Replaces Lightning's signal connector: during training, SIGTERM and SIGUSR1 only set a flag.
 
-    Lightning's own handler of SIGTERM talks to the other ranks from wherever the signal finds it, which may be inside of
-    something else that the ranks do together, and its handler of SIGUSR1 saves in the middle of a batch.
+    Lightning's SIGTERM handler broadcasts from wherever the signal arrives, possibly inside another collective, and its SIGUSR1
+    handler saves in the middle of a batch. Both are registered after the last hook before the first collective of training, so
+    no callback could replace them in time; hence the assignment to a private attribute in `StopOnSignal`.
     """
 
     def __init__(self, trainer: L.Trainer) -> None:
         self.trainer = trainer
-        self._original_handlers: dict[Any, Any] = {}
-        self._told = self._agreed = False
+        self.requested = self.agreed = False
+        self._previous: dict[int, Any] = {}
 
     def register_signal_handlers(self) -> None:
-        self._told = self._agreed = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            self._original_handlers[number] = signal.getsignal(number)
-            self._register_signal(number, self._note)
+        self.requested = self.agreed = False
+        self._previous = {number: signal.signal(number, self._request) for number in _STOP_SIGNALS}
 
-    def agree(self) -> None:
-        """All ranks stop where one of them was told to; to be called by all together."""
-        self._agreed = self.trainer.strategy.reduce_boolean_decision(self._told, all=False)
+    def teardown(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
     @property
-    def received_sigterm(self) -> bool:  # type: ignore[override]
-        """What Lightning's loops ask between batches. After the last one nothing is left to be stopped: the run ends.
+    def received_sigterm(self) -> bool:
+        """What Lightning's loops read between batches. After the last batch there is nothing left to stop: the run ends normally."""
+        return self.agreed and not self.trainer.fit_loop.done
 
-        It could not be gone on with either: Lightning begins no training that has no batch to do, and so ends none.
-        """
-        return self._agreed and not self.trainer.fit_loop.done
-
-    def _note(self, *_: Any) -> None:
-        self._told = True
+    def _request(self, *_: Any) -> None:
+        self.requested = True
 
 
-class StopTogether(L.Callback):
-    """Lets every rank end the same rollout batch where a signal tells one of them, or all, to stop; see `preemptible`."""
+class StopOnSignal(L.Callback):
+    """Stops all ranks after the same rollout batch if a signal reaches any of them; see `preemptible`."""
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._signals = Signals(trainer)
-        trainer._signal_connector = self._signals
+    def setup(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        self._flag = _StopFlag(trainer)
+        trainer._signal_connector = self._flag  # type: ignore[assignment]
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        self._signals.agree()
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._flag.agreed = trainer.strategy.reduce_boolean_decision(self._flag.requested, all=False)
+
+
+class BeginNextEpoch(L.Callback):
+    """Starts the next epoch when a run resumes from the last batch of an epoch.
+
+    Lightning 2.6 treats such a checkpoint as one in the middle of the epoch and does not count the next epoch as started. A
+    further resume would then count the epoch's batches from zero and train on more of them than requested.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        loop = trainer.fit_loop
+        epoch: Any = loop.epoch_progress.current
+        if loop.restarted_mid_epoch and epoch.processed == epoch.started:
+            loop.reset_restart_stage()
 
 
 @contextmanager
 def preemptible() -> Iterator[None]:
-    """While training, SIGTERM and SIGUSR1 let the rollout batch end, save a checkpoint and leave with `TRY_AGAIN`.
+    """Turns a stop signal during training into: finish the rollout batch, save a checkpoint, exit with `TRY_AGAIN`.
 
-    For this the trainer needs `StopTogether`. Before training begins both end the process, as there is nothing to save.
+    The trainer needs `StopOnSignal`. Before training starts both signals end the process, as there is nothing to save.
 
     Raises:
-        SystemExit: with `TRY_AGAIN`, after such a signal. Of several processes rank zero does, and is the last; the others
-            leave with 0, as launchers end all where one fails. torchrun alone wants to see the same of all.
+        SystemExit: after such a signal. Of several processes rank 0 exits last and with `TRY_AGAIN`, the others with 0, because
+            launchers end all processes when one fails; under torchrun all exit with `TRY_AGAIN`.
+        LostProcessError: the connection to another rank broke, because its process has ended.
     """
     try:
         yield
@@ -85,10 +106,19 @@ def preemptible() -> Iterator[None]:
         log.warning(
             "stopped by a signal, after saving a checkpoint; exit status %d: the same command with ckpt_path=last goes on", TRY_AGAIN
         )
-        raise SystemExit(_status_when_all_have_saved()) from None
+        raise SystemExit(_exit_status()) from None
+    except RuntimeError as error:
+        ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+        if ranks == 1 or not (isinstance(error, distributed.DistNetworkError) or _CONNECTION_LOST.search(str(error))):
+            raise
+        raise LostProcessError(
+            f"rank {distributed.get_rank()}: another of the {ranks} processes has ended, see its last output (a process killed for "
+            "lack of memory prints none). Go on with ckpt_path=last"
+        ) from error
 
 
-def _status_when_all_have_saved(seconds: float = 2.0) -> int:
+def _exit_status(seconds: float = 2.0) -> int:
+    """Waits until all ranks have saved; see `preemptible`."""
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return TRY_AGAIN
     distributed.barrier()
@@ -96,5 +126,23 @@ def _status_when_all_have_saved(seconds: float = 2.0) -> int:
         return TRY_AGAIN
     if distributed.get_rank() != 0:
         return 0
-    time.sleep(seconds)  # srun --kill-on-bad-exit would take others that are about to leave, and report their end for this one's
+    time.sleep(seconds)  # srun --kill-on-bad-exit would kill ranks that have not left yet and report their status instead
     return TRY_AGAIN
+
+
+def prepare_processes(trainer: L.Trainer) -> None:
+    """Reduces logging to errors on all ranks but 0.
+
+    Raises:
+        ValueError: a sweep over runs that start their own processes; each of these would start the sweep again.
+    """
+    if trainer.world_size == 1:
+        return
+    if not trainer.is_global_zero:
+        logging.getLogger().setLevel(logging.ERROR)
+    sweeping = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
+    if sweeping and trainer.strategy.launcher is not None:
+        raise ValueError(
+            f"a sweep (-m) over runs of {trainer.world_size} processes needs a launcher that starts them: use hydra/launcher=slurm, or "
+            "start the runs one by one without -m"
+        )

@@ -1,4 +1,4 @@
-"""What one needs to know to repeat a run: its config, its code, its packages, its machine."""
+"""What is recorded of a run so that it can be repeated: config, code, packages, machine."""
 
 import importlib.metadata
 import os
@@ -13,14 +13,15 @@ import yaml
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from src.utils.run_logger import RunLogger
 from src.utils.secrets import without_secrets
 
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "mteb", "mlflow", "hydra-core", "datasets", "numpy", "peft", "vllm")
-"""Distributions whose versions are recorded, where installed."""
+"""Distributions whose versions are recorded, if installed."""
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested dicts under dotted names; lists stay whole."""
+    """Yields the leaves of nested dicts under dotted names; lists are leaves."""
     for key, value in config.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and value:
@@ -30,9 +31,9 @@ def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def git_state(root: Path) -> dict[str, str]:
-    """Commit of a working copy, and whether anything in it differs from that commit.
+    """Returns `git.commit` of a working copy and whether it differs from that commit (`git.dirty`).
 
-    Outside a repository, before its first commit, or without git on the machine, the commit says which of these it is.
+    Outside a repository, before the first commit and without git, the commit says so and there is no `git.dirty`.
     """
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -49,7 +50,7 @@ def git_state(root: Path) -> dict[str, str]:
 
 
 def package_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Versions of the installed ones among `packages`, and Python's."""
+    """Returns `version.<name>` of Python and of those packages that are installed."""
     found = {"version.python": platform.python_version()}
     for package in packages:
         try:
@@ -60,7 +61,7 @@ def package_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 def hardware() -> dict[str, str]:
-    """Processor, cores that this process may use, memory, and the visible GPUs."""
+    """Returns platform, usable cores, torch's threads, memory and visible GPUs."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -72,23 +73,22 @@ def hardware() -> dict[str, str]:
     }
 
 
-def log_run_info(loggers: Sequence[Logger], cfg: DictConfig, root: Path, anew: bool = False) -> None:
-    """Gives every logger the resolved config, without its secrets; MLflow also gets it whole as config.yaml, and the rest as tags.
+def log_run_info(loggers: Sequence[Logger], cfg: DictConfig, root: Path, new_run: bool = False) -> None:
+    """Logs the resolved config without secrets as hyperparameters; to MLflow also as config.yaml, and code, packages, machine as tags.
 
-    A run that goes on keeps the parameters and the config.yaml that it was begun with; its new ones are config_resumed.yaml;
-    one that is to compute something else begins `anew` in MLflow.
+    A resumed MLflow run keeps its parameters and its config.yaml; the new config is logged as config_resumed.yaml.
+
+    Args:
+        new_run: start a new MLflow run in place of the one that the folder holds.
 
     Raises:
         omegaconf.errors.MissingMandatoryValue: a value of the config is still `???`.
     """
-    from src.utils.run_logger import RunLogger
-
     config = without_secrets(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
-    params = dict(flatten(config))
-    tags = git_state(root) | package_versions() | hardware()
+    params, tags = dict(flatten(config)), git_state(root) | package_versions() | hardware()
     for logger in loggers:
-        if anew and isinstance(logger, RunLogger):
-            logger.begin_anew()
+        if new_run and isinstance(logger, RunLogger):
+            logger.start_new_run()
         logger.log_hyperparams(params)
         if isinstance(logger, RunLogger):
             logger.log_tags(tags)

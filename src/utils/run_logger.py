@@ -1,4 +1,4 @@
-"""Lightning's MLflow logger for runs that stop and go on, and for servers that go away and come back."""
+"""Lightning's MLflow logger for runs that stop and resume, and for servers that go away and come back."""
 
 import json
 import logging
@@ -6,139 +6,150 @@ import os
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import time
 from typing import Any
 
 import mlflow
+import pandas as pd
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from matplotlib.figure import Figure
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
-from src.utils.mlflow_errors import NO_ANSWER, is_refusal, named, passing, short
-from src.utils.mlflow_history import Held, log_table
-from src.utils.outbox import Message, Outbox
+from src.utils.outbox import NO_ANSWER, Message, Outbox, first_line, is_refusal, retryable, summary
 from src.utils.secrets import redact
 
 log = logging.getLogger(__name__)
 
 RUN, UNSENT, UNSENT_FILES = "run.json", "unsent.jsonl", "unsent_files.jsonl"
 
-# The run waits for each call: what cannot be sent soon is kept, so MLflow's own minutes of trying again would only cost time.
-_IMPATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+# The run waits for each call, and what cannot be sent is kept: MLflow's own minutes of retries would only cost time.
+_FEW_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 
 
 class RunLogger(MLFlowLogger):
-    """Logs to the MLflow run of a folder: the one that was begun in it, if there is one.
+    """Logs to the MLflow run that was started in a folder, if there is one, else to a new run.
 
-    A run that goes on computes again what came after its last checkpoint. MLflow takes every point and every file once: what
-    it has already is left out, so a history has neither gaps nor doubles. While a server does not answer, or its store of files
-    takes none, training goes on, and what is logged is kept in the folder and sent later, if need be by the next process. That is
-    said once. Files wait by themselves: a store that takes none keeps back no metric.
+    A resumed run computes again what followed its last checkpoint. Points and parameters that MLflow holds already are not sent
+    again, so a history has neither gaps nor duplicates. While the server or its artifact store is away, training goes on; messages
+    are kept in the folder and sent later, if need be by the next process of the run. A warning says so once. Files have a queue
+    apart from values, so an artifact store that fails delays no metric.
 
     Args:
         experiment_name: in MLflow.
-        folder: of this logger's own files; None begins a new run, and lets a server's silence be an error.
+        folder: for this logger's files; None starts a new run and makes a server that does not answer an error.
         seconds_between_tries: how long a server that did not answer is left alone.
+        tracking_uri: of the store.
+        artifact_location: of a local SQLite store; any other store has its own place for artifacts.
         settings: of MLFlowLogger.
     """
 
-    def __init__(self, experiment_name: str, *, folder: str | None = None, seconds_between_tries: float = 30.0, **settings: Any) -> None:
-        for name, value in _IMPATIENCE.items():
+    def __init__(
+        self,
+        experiment_name: str,
+        *,
+        tracking_uri: str,
+        folder: str | None = None,
+        seconds_between_tries: float = 30.0,
+        artifact_location: str | None = None,
+        **settings: Any,
+    ) -> None:
+        for name, value in _FEW_RETRIES.items():
             os.environ.setdefault(name, value)
         self._folder = None if folder is None else Path(folder)
-        begun = None if self._folder is None else self._folder / RUN
-        if begun is not None and begun.exists():
-            own = json.loads(begun.read_text(encoding="utf-8"))
-            super().__init__(experiment_name, run_id=own["run_id"], **settings)
-            self._experiment_id = own["experiment_id"]
-        else:
-            super().__init__(experiment_name, **settings)
+        started = {}
+        if self._folder is not None and (self._folder / RUN).exists():
+            started = json.loads((self._folder / RUN).read_text(encoding="utf-8"))
+        settings |= {"tracking_uri": tracking_uri, "artifact_location": artifact_location if tracking_uri.startswith("sqlite:") else None}
+        super().__init__(experiment_name, run_id=started.get("run_id"), **settings)
+        self._experiment_id = started.get("experiment_id")
         self.resumed = self._run_id is not None
-        kept = () if self._folder is None else (self._folder / UNSENT, self._folder / UNSENT_FILES)
-        self._outboxes = [Outbox(file, seconds_between_tries) for file in kept]  # of values and of files, or none
-        self._said: set[str] = set()  # what keeps MLflow from taking something
-        self._held: Held | None = None if self.resumed else Held()
+        queues = () if self._folder is None else (self._folder / UNSENT, self._folder / UNSENT_FILES)
+        self._outboxes = [Outbox(file, seconds_between_tries) for file in queues]  # of values and of files, or none
+        self._warned: set[str] = set()
+        self._history: _History | None = None if self.resumed else _History()
 
     @property
     @rank_zero_experiment
     def experiment(self) -> MlflowClient:
-        """MLflow's client; the first call makes the run, or remembers it.
+        """MLflow's client; the first call starts the run, or resumes it.
 
         Raises:
-            ConnectionError: there is no MLflow at the tracking URI to begin a run with.
+            ConnectionError: no MLflow answers at the tracking URI, to start a run with.
         """
         if self._initialized:
             return self._mlflow_client
         if self.resumed:
             mlflow.set_tracking_uri(self._tracking_uri)
-            self._initialized = True  # what the run holds is asked for with the first message
+            self._initialized = True  # the run's history is read before the first message is sent
             return self._mlflow_client
         try:
             client: MlflowClient = super().experiment
         except NO_ANSWER as error:
             where = redact(self._tracking_uri)
-            raise ConnectionError(f"no MLflow at {where}: {short(error)}. Start it, set paths.tracking_uri, or use logger=none") from error
+            raise ConnectionError(
+                f"no MLflow at {where}: {first_line(error)}. Start it, set paths.tracking_uri, or use logger=none"
+            ) from error
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            aside = self._folder / "run.json.partial"
-            aside.write_text(json.dumps({"run_id": self._run_id, "experiment_id": self._experiment_id}) + "\n", encoding="utf-8")
-            aside.replace(self._folder / RUN)
+            partial = self._folder / "run.json.partial"
+            partial.write_text(json.dumps({"run_id": self._run_id, "experiment_id": self._experiment_id}) + "\n", encoding="utf-8")
+            partial.replace(self._folder / RUN)
         return client
 
-    def begin_anew(self) -> None:
-        """Leaves the run that the folder began as it is, and begins another, tagged with it (`resumed_from`)."""
+    def start_new_run(self) -> None:
+        """Leaves the folder's run as it is and starts another, tagged with the old run's id (`resumed_from`)."""
         if not self.resumed or self._folder is None:
             return
-        begun = str(self._run_id)
-        for outbox in self._last_tries():
-            kept = outbox.file.with_stem(f"{outbox.file.stem}_{begun}")
-            log.warning("what MLflow was not sent of run %s stays in %s", begun, kept)
+        old = str(self._run_id)
+        for outbox in self._unsent():
+            log.warning("messages that MLflow did not accept for run %s stay in %s", old, _renamed(outbox.file, old))
         for file in (self._folder / RUN, self._folder / UNSENT, self._folder / UNSENT_FILES):
             if file.exists():
-                file.replace(file.with_stem(f"{file.stem}_{begun}"))
-        self.tags = {**(self.tags or {}), "resumed_from": begun}
-        self._run_id, self._held = None, Held()
+                file.replace(_renamed(file, old))
+        self.tags = {**(self.tags or {}), "resumed_from": old}
+        self._run_id, self._history = None, _History()
         self.resumed = self._initialized = False
 
     # ---- what is logged
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
-        """As Lightning has it; those that a resumed run began with stay, as MLflow changes none."""
-        plain = _flatten_dict(_convert_params(params))
-        self._send({"call": "log_batch", "params": {key: str(value)[:250] for key, value in plain.items()}})
+        """Logs parameters; those that a resumed run has stay, as MLflow changes none."""
+        values = vars(params) if isinstance(params, Namespace) else params
+        self._send({"call": "log_batch", "params": {name: str(value)[:250] for name, value in _leaves(values)}})
 
     @rank_zero_only
     def log_tags(self, tags: Mapping[str, str]) -> None:
-        """Tags of the run; those of a resumed run are replaced."""
+        """Sets tags; replaces those that a resumed run has."""
         self._send({"call": "log_batch", "tags": dict(tags)})
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         now = int(time() * 1000)
-        named = {re.sub(r"[^a-zA-Z0-9_/. -]+", "", key): float(value) for key, value in metrics.items()}
-        self._send({"call": "log_batch", "metrics": [[key, value, now, step or 0] for key, value in named.items()]})
+        points = [[re.sub(r"[^a-zA-Z0-9_/. -]+", "", key), float(value), now, step or 0] for key, value in metrics.items()]
+        self._send({"call": "log_batch", "metrics": points})
 
     @rank_zero_only
     def log_table(self, columns: Mapping[str, Sequence[Any]], file: str) -> None:
-        """A table of plain values; one that is there already is replaced."""
+        """Logs a table of plain values; replaces one of that name."""
         self._send({"call": "log_table", "data": {name: list(values) for name, values in columns.items()}, "artifact_file": file})
 
     @rank_zero_only
     def log_text(self, text: str, file: str) -> None:
-        """A text file; one that is there already is replaced."""
+        """Logs a text file; replaces one of that name."""
         self._send({"call": "log_text", "text": text, "artifact_file": file})
 
     @rank_zero_only
     def log_figure(self, figure: Figure, file: str) -> None:
-        """A figure, as the kind of image that the file's name says; one that is there already is replaced."""
+        """Logs a figure in the format of the file's suffix; replaces one of that name."""
         if self._folder is None:
             self.experiment.log_figure(self.run_id, figure, file, save_kwargs={"dpi": figure.dpi})
             return
@@ -149,19 +160,16 @@ class RunLogger(MLFlowLogger):
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        """Sends what waits and closes the run: FINISHED, FAILED, or KILLED if a signal stopped it.
-
-        What a server that stays away is not sent remains in the folder.
-        """
+        """Sends what waits and ends the run: FINISHED, FAILED, or KILLED if a signal stopped it."""
         if not self._initialized:
             return
         if isinstance(sys.exc_info()[1], SIGTERMException):
             status = "KILLED"
-        waiting = self._last_tries()
+        waiting = self._unsent()
         if waiting:
             away, places = waiting[0] is self._outboxes[0], " and ".join(str(outbox.file) for outbox in waiting)
             what = "does not answer" if away else "does not store files"
-            log.warning("MLflow still %s: what it was not sent is in %s, and goes with the next ckpt_path=last", what, places)
+            log.warning("MLflow still %s: unsent messages are in %s, and are sent by the next ckpt_path=last", what, places)
             if away:
                 return
         try:
@@ -169,64 +177,64 @@ class RunLogger(MLFlowLogger):
         except NO_ANSWER as error:
             if not self._outboxes:
                 raise
-            log.warning("MLflow does not answer (%s): the run is left open there", short(error))
+            log.warning("MLflow does not answer (%s): the run is left open there", first_line(error))
 
     # ---- how it is sent
 
     def _send(self, message: Message) -> None:
+        """Delivers a message, or queues it behind those that wait."""
         _ = self.experiment
         if not self._outboxes:
             self._deliver(message)
             return
         values, files = self._outboxes
         outbox = values if message["call"] == "log_batch" else files
-        away = self._still_waits(values)  # then so is its store of files, which is not tried
-        if away or (self._still_waits(files) and outbox is files):
-            outbox.put(message)
-            return
-        error = self._try(message)
-        if error is not None:
-            outbox.put(message)
-            what = "does not answer" if isinstance(error, NO_ANSWER) else "does not store files"
-            if what not in self._said:
-                self._said.add(what)
-                log.warning(
-                    "MLflow at %s %s (%s): training goes on; what is logged is kept in %s, and sent when it does",
-                    *(redact(self._tracking_uri), what, short(error), outbox.file),
-                )
+        if reachable := self._flush(values):  # else files are not tried
+            self._flush(files)
+        error = None
+        if reachable and not outbox.waits:
+            error = self._try(message)
+            if error is None:
+                return
+        outbox.put(message)
+        what = "does not answer" if isinstance(error, NO_ANSWER) else "does not store files"
+        if error is not None and what not in self._warned:
+            self._warned.add(what)
+            log.warning(
+                "MLflow at %s %s (%s): training goes on; messages are kept in %s and sent when it does",
+                *(redact(self._tracking_uri), what, first_line(error), outbox.file),
+            )
 
-    def _still_waits(self, outbox: Outbox) -> bool:
-        return outbox.waits and not (outbox.is_due and self._empty(outbox))
-
-    def _last_tries(self) -> list[Outbox]:
-        """The outboxes that wait though they were tried now; files are not where values wait, as nobody answers."""
-        waiting: list[Outbox] = []
-        for outbox in self._outboxes:
-            if outbox.waits and (waiting or not self._empty(outbox)):
-                waiting.append(outbox)
-        return waiting
-
-    def _empty(self, outbox: Outbox) -> bool:
-        """Sends what waits; whether all of it could be sent. What the server calls wrong is left out: it would never be taken."""
+    def _flush(self, outbox: Outbox, force: bool = False) -> bool:
+        """Sends what waits, if it is due; returns whether nothing waits. Messages that the server rejects are dropped with a warning."""
 
         def send(message: Message) -> bool:
             try:
                 return self._try(message) is None
             except MlflowException as error:
-                log.warning("MLflow refuses %s, which waited (%s): it is left out", named(message), short(error))
+                log.warning("MLflow refuses %s, which waited (%s): it is dropped", summary(message), first_line(error))
                 return True
 
-        sent = outbox.empty(send)
-        if sent and not outbox.waits:
-            self._said.clear()
-            log.warning("MLflow answers again: %d entries that waited were sent", sent)
+        if outbox.waits and (force or outbox.is_due):
+            sent = outbox.empty(send)
+            if sent and not outbox.waits:
+                self._warned.clear()
+                log.warning("MLflow answers again: %d messages that waited were sent", sent)
         return not outbox.waits
 
+    def _unsent(self) -> list[Outbox]:
+        """Tries all outboxes now; returns those that still wait. Files are not tried if values wait, as the server is away."""
+        waiting: list[Outbox] = []
+        for outbox in self._outboxes:
+            if outbox.waits and (waiting or not self._flush(outbox, force=True)):
+                waiting.append(outbox)
+        return waiting
+
     def _try(self, message: Message) -> Exception | None:
-        """Why a message could not be sent, or None; what the server calls wrong is raised, as waiting would not mend it."""
+        """Delivers a message; returns the error if it may pass, raises it if the server rejects the content."""
         try:
             self._deliver(message)
-        except passing() as error:
+        except retryable() as error:
             if is_refusal(error):
                 raise
             return error
@@ -234,29 +242,96 @@ class RunLogger(MLFlowLogger):
 
     def _deliver(self, message: Message) -> None:
         client, run_id = self._mlflow_client, str(self._run_id)
-        if self._held is None:
-            self._held = self._recall(client, run_id)
+        if self._history is None:
+            self._history = self._read_history(client, run_id)
         arguments = dict(message)
         call = arguments.pop("call")
         if call == "log_batch":
-            self._held.log_batch(client, run_id, **arguments)
+            self._history.log_batch(client, run_id, **arguments)
         elif call == "log_table":
-            log_table(client, run_id, **arguments)
+            _log_table(client, run_id, **arguments)
         elif call == "log_artifact" and not Path(arguments["local_path"]).exists():
-            log.warning("%s is gone before MLflow was sent it: it is left out", arguments["local_path"])
+            log.warning("%s was removed before MLflow accepted it: it is dropped", arguments["local_path"])
         else:
             getattr(client, call)(run_id, **arguments)
 
-    def _recall(self, client: MlflowClient, run_id: str) -> Held:
+    def _read_history(self, client: MlflowClient, run_id: str) -> "_History":
         try:
-            held = Held.of(client, run_id, self._outboxes[0].messages() if self._outboxes else ())
+            history = _History()
+            history.read(client, run_id, self._outboxes[0].messages() if self._outboxes else ())
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST" or self._folder is None:
                 raise
-            where = redact(self._tracking_uri)
             raise RuntimeError(
-                f"MLflow at {where} has no run {run_id}, which this folder began: set paths.tracking_uri to where it is, or remove "
-                f"{self._folder / RUN} to log to a new run"
+                f"MLflow at {redact(self._tracking_uri)} has no run {run_id}, which this folder started: set paths.tracking_uri to its "
+                f"store, or remove {self._folder / RUN} to log to a new run"
             ) from error
         client.update_run(run_id, status="RUNNING")
-        return held
+        return history
+
+
+class _History:
+    """What MLflow holds of a resumed run; empty for a new run, which logs nothing twice.
+
+    Attributes:
+        steps: of each metric's points.
+        params: names of the parameters.
+        last_step: after which no point can be a duplicate.
+    """
+
+    def __init__(self) -> None:
+        self.steps: dict[str, set[int]] = {}
+        self.params: set[str] = set()
+        self.last_step = -1
+
+    def read(self, client: MlflowClient, run_id: str, waiting: Iterable[Message]) -> None:
+        data = client.get_run(run_id).data
+        self.steps = {key: {point.step for point in client.get_metric_history(run_id, key)} for key in data.metrics}
+        self.params = set(data.params)
+        queued = {point[3] for message in waiting for point in message.get("metrics", ())}
+        self.last_step = max(queued.union(*self.steps.values()), default=-1)
+
+    def log_batch(
+        self,
+        client: MlflowClient,
+        run_id: str,
+        metrics: Iterable[Sequence[Any]] = (),
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Sends what MLflow does not hold yet; tags always.
+
+        A message whose answer was lost may be sent again: MLflow stores a point once that is equal in key, value, time and step.
+
+        Args:
+            metrics: key, value, time in ms and step of each point.
+        """
+        new = [Param(key, value) for key, value in (params or {}).items() if key not in self.params]
+        for start in range(0, len(new), 100):  # MLflow's limit
+            client.log_batch(run_id, params=new[start : start + 100])
+        points = [Metric(*point) for point in metrics if point[3] not in self.steps.get(point[0], ())]
+        if points or tags:
+            client.log_batch(run_id, metrics=points, tags=[RunTag(key, value) for key, value in (tags or {}).items()])
+        for point in points:
+            if point.step <= self.last_step:
+                self.steps.setdefault(point.key, set()).add(point.step)
+
+
+def _log_table(client: MlflowClient, run_id: str, data: Mapping[str, Sequence[Any]], artifact_file: str) -> None:
+    """Logs a table in the format of MLflow's `log_table`, replacing one of that name, where MLflow would append the rows."""
+    client.log_text(run_id, pd.DataFrame(data).to_json(orient="split", index=False, date_format="iso"), artifact_file)
+    tables = json.loads(client.get_run(run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
+    if (table := {"path": artifact_file, "type": "table"}) not in tables:
+        client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, table]))
+
+
+def _leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in params.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _renamed(file: Path, run_id: str) -> Path:
+    return file.with_stem(f"{file.stem}_{run_id}")

@@ -1,12 +1,15 @@
 """Passwords, tokens and keys stay in memory: none reaches a log, a saved config or the tracking store."""
 
+import json
 import logging
 import os
 import re
 import sys
 from collections.abc import MutableMapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
+from urllib.parse import quote
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -14,49 +17,82 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from src.utils.secret_names import environment_secrets, is_secret, spellings
-
 HIDDEN = "***"
 
-# A URI's user and password. What begins with digits is a port, and no password; one that holds a space or a slash ends at the first @.
-_PORT = r"(?!\d{1,5}(?!\w))"
-_PASSWORDS = (
-    re.compile(r"(://[^/@\s:'\"]*):[^/\s'\"]+@"),
-    re.compile(rf"(://[^/@\s:'\"]+):{_PORT}[^\s@]+@"),
-    re.compile(rf"(://[^/@\s:'\"]+):{_PORT}(?!\s)[^@\n]{{1,100}}@"),
-)
-_TOKEN_AS_USER = re.compile(
-    r"(://)(?:[^/@\s:'\"]+:@|(?:gh[a-z]_|github_pat_|glpat-|hf_|sk-|xox|npm_|pypi-|dapi)[^/@\s:'\"]*(?::[^/@\s'\"]*)?@|[^/@\s:'\"]+:x-oauth-basic@)"
-)
-_TOKEN_FOR_USER = re.compile(r"(://)(?!\*\*\*@)[^/@\s:'\"]+@")
+# ---- names of settings and environment variables that hold secrets
+
+_SURE = r"(?:\w*passwords?|passwd|passphrase|secrets?|token|jwt|(?:api|access|private)_?keys?|credentials?|connection_?strings?)"
+_SERVICES = r"(?:openai|anthropic|azure|storage|account|aws|gcp|google|hf|wandb|databricks|signing|encryption|master)"
+_KEYS = re.compile(rf"(^|[._-])({_SURE}|{_SERVICES}[._-]?key)$|(^|[._-])(secret_|aws_)\w*key\w*$", re.IGNORECASE)
+_KEYS_OF_TEXT = re.compile(r"(^|[._-])(pass|pwd)$|(^|\.|(^|[._-])(api|auth|access|bearer|refresh|hf)_)tokens$", re.IGNORECASE)
+"""Only if the value is text: forward_pass=true and tokens=4096 are no secrets."""
+_SPECIAL_TOKENS = re.compile(r"(^|[._-])(pad|bos|eos|unk|cls|sep|mask|stop|start|end|special|image)_token$", re.IGNORECASE)
+_VARIABLES = re.compile(rf"(^|_)({_SURE}|tokens|pwd|pass)(_|$)|(^|_)(secret_|aws_)\w*key", re.IGNORECASE)
+_ANY_KEY = re.compile(r"_key$", re.IGNORECASE)
+
+# ---- secrets in text. A colon followed by digits is a port, not a password.
+
+_NO_PORT = r"(?!\d{1,5}(?!\w))"
+_TOKEN_PREFIX = r"(?:gh[a-z]_|github_pat_|glpat-|hf_|sk-|xox|npm_|pypi-|dapi)"
 _QUERY_NAMES = r"(?:[\w-]*(?:password|passwd|secret|token|api_?key|access_?key|private_?key|credentials?)|sig|signature)"
-_SECRET_QUERY = re.compile(rf"([?&](?:{_QUERY_NAMES}|x-amz-signature|x-amz-security-token)=)[^&\s'\"]*", re.IGNORECASE)
-_CONNECTION = re.compile(r"((?:AccountKey|SharedAccessKey|SharedAccessSignature|;\s*(?:password|pwd))=)[^;\s'\"]+", re.IGNORECASE)
-_HEADER = re.compile(r"(Authorization['\"]?\s*[:=]\s*['\"]?(?:Bearer|Basic)\s+)[^\s'\"]+", re.IGNORECASE)
+_REPLACED = [
+    # a token in place of the user, with or without a password
+    (rf"(://)(?:[^/@\s:'\"]+:@|{_TOKEN_PREFIX}[^/@\s:'\"]*(?::[^/@\s'\"]*)?@|[^/@\s:'\"]+:x-oauth-basic@)", rf"\1{HIDDEN}@"),
+    # a password: plain; with a slash or quote, up to the first @; with a space
+    (r"(://[^/@\s:'\"]*):[^/\s'\"]+@", rf"\1:{HIDDEN}@"),
+    (rf"(://[^/@\s:'\"]+):{_NO_PORT}[^\s@]+@", rf"\1:{HIDDEN}@"),
+    (rf"(://[^/@\s:'\"]+):{_NO_PORT}(?!\s)[^@\n]{{1,100}}@", rf"\1:{HIDDEN}@"),
+    # a user without a password
+    (r"(://)(?!\*\*\*@)[^/@\s:'\"]+@", rf"\1{HIDDEN}@"),
+    # URI queries, connection strings, HTTP headers
+    (rf"(?i)([?&](?:{_QUERY_NAMES}|x-amz-signature|x-amz-security-token)=)[^&\s'\"]*", rf"\1{HIDDEN}"),
+    (r"(?i)((?:AccountKey|SharedAccessKey|SharedAccessSignature|;\s*(?:password|pwd))=)[^;\s'\"]+", rf"\1{HIDDEN}"),
+    (r"(?i)(Authorization['\"]?\s*[:=]\s*['\"]?(?:Bearer|Basic)\s+)[^\s'\"]+", rf"\1{HIDDEN}"),
+]
+_PATTERNS = [(re.compile(pattern), replacement) for pattern, replacement in _REPLACED]
+
+
+def is_secret(name: str, value: object) -> bool:
+    """Returns whether a setting of this (dotted) name holds a secret; null is none."""
+    if value is None or _SPECIAL_TOKENS.search(name):
+        return False
+    return bool(_KEYS.search(name)) or (isinstance(value, str) and not value.isdigit() and bool(_KEYS_OF_TEXT.search(name)))
 
 
 def redact(text: str) -> str:
-    """A text without its secrets: `http://me:pw@host` becomes `http://me:***@host`, `https://key@host` `https://***@host`.
+    """Returns a text with `***` in place of secrets, e.g. `http://me:***@host` and `https://***@host`.
 
-    Hidden are what a URI holds before its host, the secret parameters of its query, keys of a connection string, an
-    Authorization header's value, and the values of environment variables that are named like secrets (HF_TOKEN, PGPASSWORD),
-    wherever they turn up and however they are quoted there.
+    Replaces credentials of URIs, secret query parameters, keys of connection strings, Authorization headers, and the values of
+    environment variables with names of secrets (HF_TOKEN, PGPASSWORD), in plain text or quoted.
     """
-    for secret in environment_secrets():
-        for spelling in spellings(secret):
+    for secret in _environment_secrets():
+        for spelling in _spellings(secret):
             text = text.replace(spelling, HIDDEN)
-    text = _TOKEN_AS_USER.sub(rf"\1{HIDDEN}@", text)
-    for password in _PASSWORDS:
-        text = password.sub(rf"\1:{HIDDEN}@", text)
-    text = _TOKEN_FOR_USER.sub(rf"\1{HIDDEN}@", text)
-    return _HEADER.sub(rf"\1{HIDDEN}", _CONNECTION.sub(rf"\1{HIDDEN}", _SECRET_QUERY.sub(rf"\1{HIDDEN}", text)))
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _environment_secrets() -> list[str]:
+    """Returns values of environment variables with names of secrets, longest first; no paths, numbers or short values.
+
+    A variable with any other name that ends in `_key` counts unless its value is a plain word.
+    """
+    found = {value for name, value in os.environ.items() if _VARIABLES.search(name) or (_ANY_KEY.search(name) and not value.isalpha())}
+    secrets = (value for value in found if len(value) >= 6 and not value.startswith(("/", "~")) and not value.isdigit())
+    return sorted(secrets, key=len, reverse=True)
+
+
+@lru_cache(maxsize=1024)
+def _spellings(secret: str) -> tuple[str, ...]:
+    """Returns a secret as written in plain text, JSON, Python, YAML and URIs; longest first."""
+    found = {secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], repr(secret)[1:-1]}
+    found |= {secret.replace("'", "''"), quote(secret, safe=""), quote(secret)}
+    return tuple(sorted(found, key=len, reverse=True))
 
 
 def without_secrets(config: Any, key: str = "") -> Any:
-    """A plain container (dicts, lists, scalars) with the values of secret-sounding keys and all that `redact` hides replaced.
-
-    Of a mapping under such a key every value is hidden.
-    """
+    """Returns a plain container (dicts, lists, scalars) with secrets replaced: all values under keys that name one, and by `redact`."""
     if isinstance(config, dict):
         inherited = is_secret(key, config)
         return {name: without_secrets(value, key if inherited else str(name)) for name, value in config.items()}
@@ -67,19 +103,24 @@ def without_secrets(config: Any, key: str = "") -> Any:
     return redact(config) if isinstance(config, str) else config
 
 
-def keep_secrets(argv: list[str], environ: MutableMapping[str, str] = os.environ) -> None:
-    """Called before anything is composed: secrets on the command line and in what is printed stay where they are.
+# ---- where secrets would be written
 
-    A setting with a secret (`paths.tracking_uri=http://me:pw@host`) moves into an environment variable of this process and of
-    those that it starts, and an interpolation takes its place in `argv`: so Hydra's saved configs, its errors and a sweep's
-    list of jobs know the interpolation alone. Standard output and error hide what `redact` hides.
+
+def keep_secrets(argv: list[str], environ: MutableMapping[str, str] = os.environ) -> None:
+    """Hides secrets of the command line and of what is printed; to be called before Hydra starts.
+
+    A setting with a secret (`paths.tracking_uri=http://me:pw@host`) moves to an environment variable, which child processes
+    inherit, and an interpolation replaces it in `argv`: saved configs, Hydra's errors and a sweep's job list show that only.
+
+    Raises:
+        SystemExit: a sweep over a secret, or an override that Hydra cannot parse.
     """
     sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
     program, parser = Path(argv[0]).name, OverridesParser.create()
     for place, argument in enumerate(argv[1:], start=1):
         name, _, value = argument.partition("=")
         by_name = bool(value) and is_secret(name.lstrip("+"), value)
-        if argument.startswith("-") or value.startswith("${") or not (by_name or value != redact(value) or _holds_secrets(value)):
+        if argument.startswith("-") or value.startswith("${") or not (by_name or value != redact(value) or _holds_secret_keys(value)):
             continue
         try:
             override = parser.parse_override(argument)
@@ -94,13 +135,12 @@ def keep_secrets(argv: list[str], environ: MutableMapping[str, str] = os.environ
             environ[variable], argv[place] = str(override.value()), f"{name}=${{oc.env:{variable}}}"
 
 
-def _holds_secrets(value: str) -> bool:
-    """Whether a mapping on the command line has a secret-sounding key."""
+def _holds_secret_keys(value: str) -> bool:
     return value.lstrip().startswith(("{", "[")) and any(is_secret(key, "text") for key in re.findall(r"([\w.-]+)['\"]?\s*:", value))
 
 
 class RedactedStream:
-    """A text stream that hides what `redact` hides in each thing written to it; in all else the stream itself."""
+    """A text stream that redacts what is written to it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -117,19 +157,19 @@ class RedactedStream:
 
 
 class RedactingFormatter(logging.Formatter):
-    """Lines of a log file without secrets, those of tracebacks too."""
+    """Formats log records, tracebacks included, without secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
 
 
 class RedactSavedConfigs(Callback):
-    """Takes secrets that stand in YAML files out of the copies that Hydra saves, before the job begins."""
+    """Redacts the copies of YAML configs that Hydra saves, before the job starts."""
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         if config.hydra.output_subdir is not None:
             _redact_files(Path(config.hydra.runtime.output_dir, config.hydra.output_subdir))
-        if config.hydra.mode == RunMode.MULTIRUN:  # multirun.yaml, which would keep them until the sweep ends
+        if config.hydra.mode == RunMode.MULTIRUN:  # multirun.yaml, now and not at the end of the sweep
             _redact_files(Path(config.hydra.sweep.dir))
 
 
@@ -138,6 +178,6 @@ def _redact_files(folder: Path) -> None:
         saved = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
         clean = without_secrets(saved)
         if clean != saved:
-            aside = file.with_name(f".{file.name}.{os.getpid()}.partial")  # jobs may be at it side by side
-            aside.write_text(OmegaConf.to_yaml(OmegaConf.create(clean)), encoding="utf-8")
-            aside.replace(file)
+            partial = file.with_name(f".{file.name}.{os.getpid()}.partial")  # parallel jobs may redact the same file
+            partial.write_text(OmegaConf.to_yaml(OmegaConf.create(clean)), encoding="utf-8")
+            partial.replace(file)

@@ -1,4 +1,4 @@
-"""The phases of a step: how long each takes, and what to lower where one runs out of memory."""
+"""Time and memory of the phases of a training step."""
 
 import time
 from collections.abc import Iterator
@@ -14,19 +14,19 @@ WHAT_TO_LOWER = {
     "reference": "module.micro_batch_tokens",
     "update": "module.micro_batch_tokens, or set policy.gradient_checkpointing=true",
 }
-"""Settings that the memory of each phase goes by."""
+"""Phase -> settings that decide its memory."""
 
 
 class OutOfMemoryError(RuntimeError):
-    """A phase of a step found no memory."""
+    """A phase of a training step ran out of memory."""
 
 
 @contextmanager
 def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Adds the wall time of a phase; waits for a GPU's queue, or its work would be counted in a later phase.
+    """Adds a phase's wall time to `seconds`; waits for the GPU's queue, whose work would count for a later phase otherwise.
 
     Raises:
-        OutOfMemoryError: the phase ran out of memory, of the GPU or of the machine; names the setting to lower.
+        OutOfMemoryError: the phase ran out of GPU or main memory; names the setting to lower.
     """
     start = time.perf_counter()
     try:
@@ -43,7 +43,7 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
+    """Returns seconds as m:ss or h:mm:ss."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

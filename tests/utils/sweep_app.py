@@ -1,6 +1,6 @@
-"""What train.py is to a sweep, with arithmetic in the place of training: the same configs, callback, logger and `run_point`.
+"""train.py for sweeps, with arithmetic in place of training: the same configs, callback, logger and `run_point`.
 
-The environment says at which point it fails (FAIL_AT, FAIL_EARLY) or is killed (KILL_AT), and where it notes what it has computed (RAN).
+Environment: the point at which it fails (FAIL_AT, FAIL_EARLY) or is killed (KILL_AT), and the file of computed points (RAN).
 """
 
 import os
@@ -17,12 +17,12 @@ from src.utils.sweeps import run_point
 
 
 def compute(cfg: DictConfig) -> float:
-    """Highest at consistency_weight 0.2 and hard_weight 0.1, and a little different for every seed."""
+    """Returns a score that is highest at consistency_weight 0.2 and hard_weight 0.1, and differs by seed."""
     a, b = cfg.reward.consistency_weight, cfg.reward.hard_weight
     point = f"{a} {b} {cfg.seed}"
     if point == os.environ.get("FAIL_EARLY"):
         raise ValueError("failed before there was a run")
-    OmegaConf.resolve(cfg.policy)  # as Hydra's instantiate leaves it where a module refers to it
+    OmegaConf.resolve(cfg.policy)  # as Hydra's instantiate does for what a module refers to
     logger = instantiate(cfg.logger)
     logger.log_hyperparams({"seed": cfg.seed})
     if point == os.environ.get("KILL_AT"):

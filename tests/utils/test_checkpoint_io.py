@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: what comes back, what is refused, and what a full disk or a killed process leaves."""
+"""Checkpoints on disk: what comes back, what is refused, and what a full disk or a killed process leaves."""
 
 import json
 import os
@@ -14,43 +14,32 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from src.utils.checkpoint_io import CheckpointError, FolderCheckpoints, read_checkpoint, tidy, whole_checkpoints
+from src.utils.checkpoint_io import CheckpointError, FolderCheckpoints, intact_checkpoints, read_checkpoint, tidy
 
 IO = FolderCheckpoints()
 
 
 def checkpoint(seed: int = 0, size: int = 50) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    matrix = torch.randn(size, size, generator=generator)
-    state = {
-        "a": matrix,
-        "tied": matrix,
-        "half": matrix.to(torch.bfloat16),
-        "view": matrix[:, :3],
-        "turned": matrix.T,
-        "none": torch.empty(0),
-    }
-    return {
-        "state_dict": state,
-        "optimizer_states": [{"state": {0: {"exp_avg": matrix * 2}}}],
-        "seed": seed,
-        "about": {"rollout_batches": 7},
-    }
+    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
+    views = {"view": matrix[:, :3], "transposed": matrix.T, "empty": torch.empty(0)}
+    state = {"a": matrix, "tied": matrix, "half": matrix.to(torch.bfloat16), **views}
+    optimizer = {"state": {0: {"exp_avg": matrix * 2}}}
+    return {"state_dict": state, "optimizer_states": [optimizer], "seed": seed, "about": {"rollout_batches": 7}}
 
 
-def test_what_was_saved_comes_back_tied_weights_and_views_too(tmp_path: Path) -> None:
-    saved = checkpoint()
-    IO.save_checkpoint(saved, tmp_path / "new" / "batch_7.ckpt")
-    loaded = IO.load_checkpoint(tmp_path / "new" / "batch_7.ckpt")
+def test_saved_checkpoint_comes_back(tmp_path: Path) -> None:
+    saved, folder = checkpoint(), tmp_path / "new" / "batch_7.ckpt"
+    IO.save_checkpoint(saved, folder)
+    loaded = IO.load_checkpoint(folder)
     assert loaded["state_dict"].keys() == saved["state_dict"].keys()
     assert all(loaded["state_dict"][name].equal(tensor) for name, tensor in saved["state_dict"].items())
     assert loaded["optimizer_states"][0]["state"][0]["exp_avg"].equal(saved["optimizer_states"][0]["state"][0]["exp_avg"])
     assert loaded["seed"] == 0
-    assert set(load_file(tmp_path / "new" / "batch_7.ckpt" / "weights.safetensors")) == {"a", "half", "view", "turned", "none"}
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["batch_7.ckpt"]  # nothing left of writing it aside
+    assert set(load_file(folder / "weights.safetensors")) == {"a", "half", "view", "transposed", "empty"}
+    assert [path.name for path in folder.parent.iterdir()] == ["batch_7.ckpt"]
 
 
-def test_a_checkpoint_in_the_same_place_is_replaced_and_a_single_file_is_read(tmp_path: Path) -> None:
+def test_replacing_single_files_and_removing(tmp_path: Path) -> None:
     for seed in (0, 1):
         IO.save_checkpoint(checkpoint(seed), tmp_path / "batch_7.ckpt")
     assert IO.load_checkpoint(tmp_path / "batch_7.ckpt")["seed"] == 1
@@ -60,7 +49,10 @@ def test_a_checkpoint_in_the_same_place_is_replaced_and_a_single_file_is_read(tm
     assert [path.name for path in tmp_path.iterdir()] == ["single.ckpt"]
 
 
-def cut(file: Path) -> None:
+# ---- damage
+
+
+def truncate(file: Path) -> None:
     os.truncate(file, file.stat().st_size - 10)
 
 
@@ -72,43 +64,37 @@ def flip(file: Path) -> None:
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "state.pt", "checkpoint.json"])
 @pytest.mark.parametrize(
-    ("damage", "told"), [(cut, r"has \d+ bytes of|broken"), (flip, r"checksum differs|broken"), (Path.unlink, "is missing")]
+    ("damage", "told"), [(truncate, r"has \d+ bytes of|broken"), (flip, r"checksum differs"), (Path.unlink, "is missing")]
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_offered(tmp_path: Path, name: str, damage: Any, told: str) -> None:
+def test_damage_is_named_and_the_one_before_offered(tmp_path: Path, name: str, damage: Any, told: str) -> None:
+    if name == "checkpoint.json" and damage is flip:
+        pytest.skip("a changed number there agrees with no file, or does not matter")
     for batches in (10, 20, 30):
         IO.save_checkpoint(checkpoint(batches), tmp_path / f"batch_{batches}.ckpt")
         os.utime(tmp_path / f"batch_{batches}.ckpt", (batches, batches))
     damage(tmp_path / "batch_30.ckpt" / name)
-    if name == "checkpoint.json" and damage is flip:
-        return  # a changed number there is one that no file agrees with, or is of no account
     with pytest.raises(CheckpointError, match=rf"batch_30.ckpt cannot be read as a checkpoint: {name}.*({told})") as caught:
         IO.load_checkpoint(tmp_path / "batch_30.ckpt")
-    assert str(caught.value).endswith(f"{tmp_path}/batch_20.ckpt is whole: go on with ckpt_path={tmp_path}/batch_20.ckpt")
+    assert str(caught.value).endswith(f"ckpt_path={tmp_path}/batch_20.ckpt")
     assert "\n" not in str(caught.value)
     assert IO.load_checkpoint(tmp_path / "batch_20.ckpt")["seed"] == 20
 
 
 @pytest.mark.parametrize(
     "entries",
-    [
-        {"weights.safetensors": None},
-        {"weights.safetensors": 7, "state.pt": []},
-        {"weights.safetensors": {}, "state.pt": {}},
-        {"../elsewhere": {"bytes": 0, "crc32": 0}},
-        {},
-    ],
+    [{"weights.safetensors": None}, {"weights.safetensors": 7, "state.pt": []}, {"weights.safetensors": {}, "state.pt": {}}, [], {}],
     ids=str,
 )
-def test_an_odd_list_of_files_is_a_damaged_checkpoint(tmp_path: Path, entries: dict[str, Any]) -> None:
+def test_odd_list_of_files_is_damage(tmp_path: Path, entries: Any) -> None:
     IO.save_checkpoint(checkpoint(), tmp_path / "batch_7.ckpt")
     (tmp_path / "batch_7.ckpt" / "checkpoint.json").write_text(json.dumps({"files": entries}))
-    with pytest.raises(CheckpointError, match=r"batch_7.ckpt cannot be read as a checkpoint: "):
+    with pytest.raises(CheckpointError, match=r"batch_7.ckpt cannot be read as a checkpoint: checkpoint.json"):
         IO.load_checkpoint(tmp_path / "batch_7.ckpt")
-    assert list(whole_checkpoints(tmp_path)) == []
+    assert list(intact_checkpoints(tmp_path)) == []
 
 
 @pytest.mark.parametrize("twins", ["{", "[1]", '{"tied": "nowhere"}', '{"tied": ["a"]}', '"a"'])
-def test_odd_tied_weights_are_a_damaged_checkpoint(tmp_path: Path, twins: str) -> None:
+def test_odd_tied_weights_are_damage(tmp_path: Path, twins: str) -> None:
     folder = tmp_path / "batch_7.ckpt"
     IO.save_checkpoint(checkpoint(), folder)
     save_file(load_file(folder / "weights.safetensors"), folder / "weights.safetensors", metadata={"twins": twins})
@@ -120,11 +106,11 @@ def test_odd_tied_weights_are_a_damaged_checkpoint(tmp_path: Path, twins: str) -
         IO.load_checkpoint(folder)
 
 
-def test_without_another_it_says_so_and_nothing_is_offered_that_is_broken_too(tmp_path: Path) -> None:
+def test_no_damaged_checkpoint_is_offered(tmp_path: Path) -> None:
     for batches in (10, 20):
         IO.save_checkpoint(checkpoint(batches), tmp_path / f"batch_{batches}.ckpt")
-        cut(tmp_path / f"batch_{batches}.ckpt" / "state.pt")
-    with pytest.raises(CheckpointError, match="there is no other whole checkpoint beside it"):
+        truncate(tmp_path / f"batch_{batches}.ckpt" / "state.pt")
+    with pytest.raises(CheckpointError, match="no other intact checkpoint"):
         IO.load_checkpoint(tmp_path / "batch_20.ckpt")
     (tmp_path / "old.ckpt").write_bytes(b"no checkpoint")
     with pytest.raises(CheckpointError, match=r"old.ckpt cannot be read as a checkpoint"):
@@ -136,24 +122,26 @@ class Bomb:
         return os.mkdir, (os.environ["BOMB"],)
 
 
-def test_a_checkpoint_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
     torch.save({"state_dict": {}, "bomb": Bomb()}, tmp_path / "single.ckpt", pickle_module=pickle)
-    with pytest.raises(CheckpointError, match=r"single\.ckpt cannot be read"):
-        read_checkpoint(tmp_path / "single.ckpt")
     IO.save_checkpoint({**checkpoint(), "bomb": Bomb()}, tmp_path / "folder.ckpt")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        read_checkpoint(tmp_path / "folder.ckpt")
+    for name in ("single.ckpt", "folder.ckpt"):
+        with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
+            read_checkpoint(tmp_path / name)
     assert not (tmp_path / "exploded").exists()
 
 
-def test_a_file_larger_than_is_allowed_leaves_the_others_whole(tmp_path: Path) -> None:
-    """A real quota: no file of this process may grow beyond 100 kB, as a disk that is full would have it."""
+# ---- full disks, killed processes
+
+
+def test_quota_leaves_other_checkpoints_intact(tmp_path: Path) -> None:
+    """No file of this process may grow beyond 100 kB, as if the disk were full."""
     IO.save_checkpoint(checkpoint(1), tmp_path / "batch_1.ckpt")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        with pytest.raises(CheckpointError, match=r"no room to write .*batch_2.ckpt .*checkpoints that were there before are whole"):
+        with pytest.raises(CheckpointError, match=r"no room to write .*batch_2.ckpt .*ckpt_path=last"):
             IO.save_checkpoint(checkpoint(2, size=300), tmp_path / "batch_2.ckpt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -161,7 +149,7 @@ def test_a_file_larger_than_is_allowed_leaves_the_others_whole(tmp_path: Path) -
     assert IO.load_checkpoint(tmp_path / "batch_1.ckpt")["seed"] == 1
 
 
-def test_a_process_killed_while_it_saves_leaves_whole_checkpoints(tmp_path: Path) -> None:
+def test_process_killed_while_saving_leaves_intact_checkpoints(tmp_path: Path) -> None:
     big = checkpoint(size=400)
     for attempt in range(8):
         child = os.fork()
@@ -175,10 +163,10 @@ def test_a_process_killed_while_it_saves_leaves_whole_checkpoints(tmp_path: Path
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     found = list(tmp_path.glob("*.ckpt"))
     assert len(found) >= 1
-    assert set(whole_checkpoints(tmp_path)) == set(found)
+    assert set(intact_checkpoints(tmp_path)) == set(found)
 
 
-def test_what_a_killed_process_left_is_cleared_and_what_it_was_replacing_is_put_back(tmp_path: Path) -> None:
+def test_tidy_removes_leftovers_and_restores(tmp_path: Path) -> None:
     IO.save_checkpoint(checkpoint(1), tmp_path / "batch_1.ckpt")
     (tmp_path / "batch_1.ckpt").rename(tmp_path / ".batch_1.ckpt.77.replaced")  # killed between the two renames
     (tmp_path / ".batch_1.ckpt.77.partial").mkdir()

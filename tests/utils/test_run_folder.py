@@ -1,8 +1,9 @@
-"""Which folder a run takes, and that nobody else works in it."""
+"""Which folder and checkpoint a run takes, and that no other process works in the folder."""
 
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,37 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from src.utils.checkpoint_io import CheckpointError
-from src.utils.run_folder import OwnFolder, alone_in, choose_folder, starting_point
+from src.utils.run_folder import ReserveFolder, choose_folder, reserve_folder, starting_point
 from src.utils.run_settings import write_settings
 
+Choose = Callable[..., Path]
 
-def begun(folder: Path, at: float) -> Path:
+
+@pytest.fixture
+def choose(tmp_path: Path) -> Choose:
+    """(ckpt_path, **settings) -> the folder, below the root, of a run of "tiny" at "now"."""
+
+    def chosen(ckpt_path: str | None, name: str = "tiny", now: str = "now", **settings: object) -> Path:
+        return Path(choose_folder(str(tmp_path), name, now, ckpt_path, **settings)).relative_to(tmp_path)  # type: ignore[arg-type]
+
+    return chosen
+
+
+@pytest.fixture
+def requeue(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Puts the process into Slurm's job 17; a call tells it that the job was requeued."""
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_JOB_NAME", "grace")
+    return lambda: monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+
+
+def started(folder: Path, at: float, **settings: object) -> Path:
+    """A folder in which a run was started; without settings it failed before training."""
     folder.mkdir(parents=True)
     (folder / "run.lock").touch()
     os.utime(folder / "run.lock", (at, at))
+    if settings:
+        write_settings(folder, settings)
     return folder
 
 
@@ -28,157 +52,144 @@ def saved(folder: Path) -> Path:
     return checkpoint
 
 
-def test_the_run_that_was_started_last_is_gone_on_with_and_another_name_is_another_run(tmp_path: Path) -> None:
-    begun(tmp_path / "tiny" / "b", at=10)
-    latest = begun(tmp_path / "tiny" / "a", at=20)  # an older run, gone on with since
-    (tmp_path / "tiny" / "c").mkdir()  # where nothing was trained
-    assert choose_folder(str(tmp_path), "tiny", "now", "last") == str(latest)
-    assert choose_folder(str(tmp_path), "tiny", "now", None) == str(tmp_path / "tiny" / "now")
-    with pytest.raises(FileNotFoundError, match=rf"^ckpt_path=last: no run with seed=0 was begun in {tmp_path}/other$"):
-        choose_folder(str(tmp_path), "other", "now", "last", seed=0)
-
-
-def test_last_is_a_run_of_the_same_seed(tmp_path: Path) -> None:
-    for seed, at in ((0, 10), (1, 20)):
-        write_settings(begun(tmp_path / "tiny" / f"s{seed}", at), {"seed": seed})
-    assert choose_folder(str(tmp_path), "tiny", "now", "last", seed=0) == str(tmp_path / "tiny" / "s0")
-    with pytest.raises(
-        FileNotFoundError, match=rf"no run with seed=2 .*; of another seed there is ckpt_path={tmp_path}/tiny/s1/checkpoints/"
-    ):
-        choose_folder(str(tmp_path), "tiny", "now", "last", seed=2)
-
-
-def test_a_checkpoint_brings_the_folder_of_its_run_and_one_from_elsewhere_a_new_one(tmp_path: Path) -> None:
-    run = begun(tmp_path / "tiny" / "a", at=10)
-    saved(run)
-    for name in ("last.ckpt", "batch_4.ckpt"):
-        assert choose_folder(str(tmp_path), "tiny", "now", f"{run}/checkpoints/{name}") == str(run)
-    assert choose_folder(str(tmp_path), "tiny", "now", f"{tmp_path}/downloads/last.ckpt") == str(tmp_path / "tiny" / "now")
-
-
-@pytest.fixture
-def in_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
-    monkeypatch.setenv("SLURM_JOB_NAME", "grace")
-
-
 def work(folder: Path, overrides: list[str]) -> Path:
-    """What a process leaves that begins in a folder."""
-    with alone_in(folder, overrides):
+    """Leaves what a process leaves that starts in a folder."""
+    with reserve_folder(folder, overrides):
         return folder
 
 
-@pytest.mark.usefixtures("in_slurm")
-def test_a_job_that_slurm_requeued_finds_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = choose_folder(str(tmp_path), "tiny", "monday", None)
-    assert first == str(tmp_path / "tiny" / "monday_slurm17")
-    work(Path(first), [])
-    begun(tmp_path / "tiny" / "monday_slurm18", at=time.time() + 20)  # another job's
-    assert choose_folder(str(tmp_path), "tiny", "tuesday", None) == str(tmp_path / "tiny" / "tuesday_slurm17")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert choose_folder(str(tmp_path), "tiny", "tuesday", None) == first
-    assert starting_point(None, Path(first)) is None  # killed before its first checkpoint
-    assert starting_point("last", Path(first)) is None
-    checkpoint = saved(Path(first))
-    assert starting_point(None, Path(first)) == str(checkpoint)
+# ---- which folder
 
 
-@pytest.mark.usefixtures("in_slurm")
-def test_runs_of_one_job_are_told_apart_by_their_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = [work(tmp_path / "tiny" / f"s{seed}", [f"seed={seed}"]) for seed in (0, 1)]
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+def test_last_is_the_run_started_last(tmp_path: Path, choose: Choose) -> None:
+    started(tmp_path / "tiny" / "b", at=10)
+    started(tmp_path / "tiny" / "a", at=20)  # an older run that was resumed since
+    (tmp_path / "tiny" / "c").mkdir()  # where nothing was trained
+    assert choose("last") == Path("tiny/a")
+    assert choose(None) == Path("tiny/now")
+    with pytest.raises(FileNotFoundError, match=rf"no run with seed=0 was begun in {tmp_path}/other$"):
+        choose("last", name="other", seed=0)
+
+
+def test_last_is_of_the_same_seed_and_has_trained(tmp_path: Path, choose: Choose) -> None:
+    for seed, at in ((0, 10), (1, 20)):
+        started(tmp_path / "tiny" / f"s{seed}", at, seed=seed)
+    started(tmp_path / "tiny" / "failed", 30)
+    assert choose("last", seed=0) == Path("tiny/s0")
+    (tmp_path / "tiny" / "failed" / "run.lock").unlink()
+    with pytest.raises(FileNotFoundError, match=rf"seed=2 .*of another seed there is ckpt_path={tmp_path}/tiny/s1/checkpoints/"):
+        choose("last", seed=2)
+
+
+def test_a_checkpoint_names_the_folder_of_its_run(tmp_path: Path, choose: Choose) -> None:
+    run = started(tmp_path / "tiny" / "a", at=10)
+    saved(run)
+    for name in ("last.ckpt", "batch_4.ckpt"):
+        assert choose(f"{run}/checkpoints/{name}") == Path("tiny/a")
+    assert choose(f"{tmp_path}/downloads/last.ckpt") == Path("tiny/now")
+
+
+def test_requeued_job_finds_its_folder(tmp_path: Path, choose: Choose, requeue: Callable[[], None]) -> None:
+    first = tmp_path / choose(None, now="monday")
+    assert first == tmp_path / "tiny" / "monday_slurm17"
+    work(first, [])
+    started(tmp_path / "tiny" / "monday_slurm18", at=time.time() + 20)  # of another job
+    assert choose(None, now="tuesday") == Path("tiny/tuesday_slurm17")
+    requeue()
+    assert tmp_path / choose(None, now="tuesday") == first
+    assert starting_point(None, first) is None  # killed before its first checkpoint
+    assert starting_point("last", first) is None
+    assert str(saved(first)) == starting_point(None, first)
+
+
+def test_commands_tell_runs_of_a_job_apart(tmp_path: Path, choose: Choose, requeue: Callable[[], None]) -> None:
     for seed in (0, 1):
-        assert choose_folder(str(tmp_path), "tiny", "now", None, seed, [f"seed={seed}"]) == str(folders[seed])
-    assert choose_folder(str(tmp_path), "tiny", "now", None, 2, ["seed=2"]) == str(tmp_path / "tiny" / "now_slurm17")  # not begun yet
+        work(tmp_path / "tiny" / f"s{seed}", [f"seed={seed}"])
+    requeue()
+    for seed, folder in ((0, "s0"), (1, "s1"), (2, "now_slurm17")):  # the last was not started yet
+        assert choose(None, seed=seed, overrides=[f"seed={seed}"]) == Path("tiny", folder)
 
 
-@pytest.mark.usefixtures("in_slurm")
-def test_a_requeued_job_goes_on_from_its_own_last_state_wherever_its_command_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# ---- which checkpoint
+
+
+def test_requeued_job_resumes_from_its_own_state(tmp_path: Path, choose: Choose, requeue: Callable[[], None]) -> None:
     other, command = tmp_path / "downloads" / "batch_4.ckpt", ["ckpt_path=..."]
     other.mkdir(parents=True)
-    folder = work(Path(choose_folder(str(tmp_path), "tiny", "monday", str(other), 0, command)), command)
+    folder = work(tmp_path / choose(str(other), seed=0, overrides=command), command)
     assert starting_point(str(other), folder) == str(other)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert choose_folder(str(tmp_path), "tiny", "tuesday", str(other), 0, command) == str(folder)
+    requeue()
+    assert tmp_path / choose(str(other), now="tuesday", seed=0, overrides=command) == folder
     assert starting_point(str(other), folder) == str(other)  # nothing saved yet
     checkpoint = saved(folder)
     assert starting_point(str(other), work(folder, command)) == str(checkpoint)
 
 
-@pytest.mark.usefixtures("in_slurm")
-def test_a_job_that_was_stopped_before_it_trained_begins_where_its_command_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = saved(tmp_path / "tiny" / "run")
+def test_requeued_job_that_saved_nothing_starts_as_told(tmp_path: Path, requeue: Callable[[], None]) -> None:
+    checkpoint = saved(tmp_path / "run")
     earlier = checkpoint.with_name("batch_2.ckpt")
     earlier.mkdir()
     os.utime(checkpoint.with_name("last.ckpt"), (10, 10), follow_symlinks=False)
-    folder = work(tmp_path / "tiny" / "run", ["ckpt_path=earlier"])
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    folder = work(tmp_path / "run", ["ckpt_path=earlier"])
+    requeue()
     assert starting_point(str(earlier), work(folder, ["ckpt_path=earlier"])) == str(earlier)
     assert starting_point("last", folder) == str(checkpoint)
 
 
-def test_where_a_run_starts(tmp_path: Path) -> None:
+def test_starting_point(tmp_path: Path) -> None:
     assert starting_point(None, tmp_path) is None
-    with pytest.raises(FileNotFoundError, match=r"^ckpt_path=last: the run in .* has no checkpoint yet; without ckpt_path it begins anew$"):
+    with pytest.raises(FileNotFoundError, match=r"^ckpt_path=last: .* no checkpoint yet"):
         starting_point("last", tmp_path)
     checkpoint = saved(tmp_path)
     assert starting_point("last", tmp_path) == str(checkpoint)
-    assert starting_point(str(checkpoint.parent / "last.ckpt"), tmp_path) == str(checkpoint)  # the link moves on, this does not
-    with pytest.raises(RuntimeError, match=r"holds a run already: go on with it by ckpt_path=last, or name another folder"):
+    assert starting_point(str(checkpoint.parent / "last.ckpt"), tmp_path) == str(checkpoint)  # the link moves, this does not
+    with pytest.raises(RuntimeError, match=r"holds a run already: .*ckpt_path=last.*hydra.run.dir="):
         starting_point(None, tmp_path)
     checkpoint.rename(checkpoint.with_name(".batch_4.ckpt.77.replaced"))  # killed while it was replaced
     assert starting_point("last", tmp_path) == str(checkpoint)
     checkpoint.rmdir()
-    with pytest.raises(CheckpointError, match=r"last.ckpt leads to a checkpoint that is gone; there is no other whole checkpoint"):
+    with pytest.raises(CheckpointError, match=r"last.ckpt leads to a checkpoint that is gone; there is no other"):
         starting_point("last", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at /nowhere/last\.ckpt"):
         starting_point("/nowhere/last.ckpt", tmp_path)
 
 
-def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone_even_if_it_was_killed(tmp_path: Path) -> None:
+# ---- one process
+
+
+def test_second_process_in_a_folder_is_refused(tmp_path: Path) -> None:
     holder = os.fork()
     if holder == 0:
-        with alone_in(tmp_path):
+        with reserve_folder(tmp_path):
             (tmp_path / "held").touch()
             time.sleep(60)
         os._exit(0)
     while not (tmp_path / "held").exists():
         time.sleep(0.01)
-    with pytest.raises(RuntimeError, match=rf"is in use by process {holder} on .*: wait for it, or name another"), alone_in(tmp_path):
+    with pytest.raises(RuntimeError, match=rf"in use by process {holder} on"), reserve_folder(tmp_path):
         pass
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)
-    with alone_in(tmp_path), alone_in(tmp_path):  # one process may, for Hydra's sake
+    with reserve_folder(tmp_path), reserve_folder(tmp_path):  # may be nested
         assert f"process {os.getpid()} " in (tmp_path / "run.lock").read_text()
 
 
-def hydra_config(folder: Path, **settings: object) -> DictConfig:
-    """What Hydra hands its callbacks, as far as is looked at."""
-    logging = {"root": {"handlers": ["console", "file"]}}
-    hydra = {"run": {"dir": str(folder)}, "output_subdir": ".hydra", "overrides": {"task": []}, "job_logging": logging}
-    return OmegaConf.create({"ckpt_path": None, "dry_run": False, **settings, "hydra": hydra})
+def test_refused_run_writes_nothing_and_rank_zero_alone_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(**settings: object) -> DictConfig:
+        logging = {"root": {"handlers": ["console", "file"]}}
+        hydra = {"run": {"dir": str(tmp_path)}, "output_subdir": ".hydra", "overrides": {"task": []}, "job_logging": logging}
+        config = OmegaConf.create({"ckpt_path": None, "dry_run": False, **settings, "hydra": hydra})
+        callback = ReserveFolder()
+        callback.on_run_start(config)
+        callback.on_run_end(config)
+        return config
 
-
-def test_a_run_is_refused_before_hydra_writes_and_rank_zero_alone_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    callback, config = OwnFolder(), hydra_config(tmp_path)
-    callback.on_run_start(config)
-    assert config.hydra.output_subdir == ".hydra"
-    callback.on_run_end(config)
+    assert start().hydra.output_subdir == ".hydra"
     saved(tmp_path)
-    with pytest.raises(SystemExit, match=rf"^train\.py: {tmp_path} holds a run already: go on with it by ckpt_path=last"):
-        OwnFolder().on_run_start(hydra_config(tmp_path))
-    dry = hydra_config(tmp_path, dry_run=True)
-    OwnFolder().on_run_start(dry)
-    assert dry.hydra.output_subdir is None
+    with pytest.raises(SystemExit, match=rf"^train\.py: {tmp_path} holds a run already"):
+        start()
+    assert start(dry_run=True).hydra.output_subdir is None
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    other = hydra_config(tmp_path)
-    OwnFolder().on_run_start(other)
+    other = start()
     assert other.hydra.output_subdir is None
     assert other.hydra.job_logging.root.handlers == ["console"]
-
-
-def test_last_is_not_a_run_that_failed_before_it_had_begun(tmp_path: Path) -> None:
-    good = begun(tmp_path / "tiny" / "a", 10)
-    write_settings(good, {"seed": 0})
-    begun(tmp_path / "tiny" / "b", 20)  # with a lock and no settings, whatever its seed was
-    assert choose_folder(str(tmp_path), "tiny", "now", "last", seed=0) == str(good)

@@ -1,3 +1,6 @@
+"""What is recorded of a run, and which settings make it another run when it resumes."""
+
+import logging
 import subprocess
 from pathlib import Path
 
@@ -7,21 +10,23 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from src.utils.renamed_settings import RENAMED
 from src.utils.run_info import flatten, git_state, hardware, log_run_info, package_versions
 from src.utils.run_logger import RunLogger
+from src.utils.run_settings import FILE, changes, read_settings, settings_changed, settings_of, write_settings
+from tests.conftest import Compose
 
 
 def test_flatten() -> None:
     assert dict(flatten({"a": {"b": 1, "c": {}}, "d": [1, 2]})) == {"a.b": 1, "a.c": {}, "d": [1, 2]}
 
 
-def test_git_state_says_what_it_found(tmp_path: Path) -> None:
+def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert git_state(tmp_path) == {"git.commit": "none: not a git repository"}
 
     def git(*arguments: str) -> None:
-        subprocess.run(
-            ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True, capture_output=True
-        )
+        user = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *user, *arguments], check=True, capture_output=True)
 
     git("init")
     assert git_state(tmp_path) == {"git.commit": "none: nothing committed yet"}
@@ -31,9 +36,6 @@ def test_git_state_says_what_it_found(tmp_path: Path) -> None:
     assert clean["git.dirty"] == "false"
     (tmp_path / "new").write_text("x")
     assert git_state(tmp_path) == clean | {"git.dirty": "true"}
-
-
-def test_git_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert git_state(tmp_path) == {"git.commit": "none: git is not installed"}
 
@@ -44,19 +46,62 @@ def test_versions_and_hardware() -> None:
     assert int(hardware()["hardware.cores"]) >= 1
 
 
-def test_a_run_holds_its_config_and_no_password(tracking_uri: str, tmp_path: Path) -> None:
+def test_run_holds_its_config_without_passwords(tracking_uri: str, tmp_path: Path) -> None:
     logger = RunLogger("run_info", tracking_uri=tracking_uri, artifact_location=f"file://{tmp_path}/artifacts")
     cfg = OmegaConf.create({"paths": {"tracking_uri": "http://me:pw@host", "root": "/r", "out": "${.root}/out"}, "seed": 3})
     log_run_info([logger], cfg, tmp_path)
     run = logger.experiment.get_run(logger.run_id)
-    assert run.data.params == {"paths.tracking_uri": "http://me:***@host", "paths.root": "/r", "paths.out": "/r/out", "seed": "3"}
+    paths = {"tracking_uri": "http://me:***@host", "root": "/r", "out": "/r/out"}
+    assert run.data.params == {f"paths.{name}": value for name, value in paths.items()} | {"seed": "3"}
     assert run.data.tags["git.commit"] == "none: not a git repository"
     assert "version.torch" in run.data.tags
     mlflow.set_tracking_uri(tracking_uri)
-    artifact = mlflow.artifacts.load_text(f"runs:/{logger.run_id}/config.yaml")
-    assert yaml.safe_load(artifact)["paths"] == {"tracking_uri": "http://me:***@host", "root": "/r", "out": "/r/out"}
-
-
-def test_a_config_with_a_hole_is_refused(tmp_path: Path) -> None:
+    assert yaml.safe_load(mlflow.artifacts.load_text(f"runs:/{logger.run_id}/config.yaml"))["paths"] == paths
     with pytest.raises(MissingMandatoryValue, match="name"):
         log_run_info([], OmegaConf.create({"name": "???"}), tmp_path)
+
+
+# ---- settings
+
+
+def test_settings_are_those_that_change_results(compose: Compose) -> None:
+    base = settings_of(compose("seed=3", "experiment=tiny_sup"))
+    assert (base["seed"], base["module.num_generations"]) == (3, 8)
+    assert not [name for name in base if name.startswith(("paths", "logger", "callbacks", "module.policy", "hydra"))]
+    for same in ("trainer.devices=2", "module.micro_batch_tokens=7", "project=other", "trainer.max_epochs=9", "callbacks=minimal"):
+        assert settings_of(compose("seed=3", "experiment=tiny_sup", same)) == base
+    others = ("reward=paper", "algorithm.kl_coef=0.1", "module.num_generations=4", "datamodule.modules_per_batch=2", "policy.pooling=eos")
+    for other in others:
+        assert settings_of(compose("seed=3", "experiment=tiny_sup", other)) != base
+
+
+def test_changed_settings_are_named_and_make_another_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint, run = str(tmp_path / "run" / "checkpoints" / "batch_4.ckpt"), tmp_path / "run"
+    base = {"seed": 0, "reward.hard": "mean", "packages": ["a"]}
+    assert not settings_changed(base, run, checkpoint)  # an older run, which saved none
+    write_settings(run, base)
+    with caplog.at_level(logging.WARNING):
+        assert not settings_changed(base, run, None)
+        assert not settings_changed({**base, "packages": ("a",)}, run, checkpoint)
+        assert caplog.records == []
+        assert settings_changed({**base, "seed": 1, "reward.hard": "max"}, run, checkpoint)
+        assert not settings_changed({**base, "seed": 1}, tmp_path / "branch", checkpoint)
+    said = [record.message.partition(": ")[2] for record in caplog.records]
+    assert said == ["reward.hard=max in place of mean; seed=1 in place of 0", "seed=1 in place of 0"]
+    (run / FILE).write_text("{")
+    assert read_settings(run) is None
+
+
+def test_renamed_settings_and_moved_classes_are_no_change(compose: Compose) -> None:
+    now = settings_of(compose("experiment=smollm2_sup", "reward=listwise", "reward@module.pathwise_reward=listwise"))
+    old_name = {new: old for old, new in RENAMED.items()}
+    old_name |= {
+        new.replace("reward", "module.pathwise_reward"): old.replace("reward", "module.pathwise_reward") for new, old in old_name.items()
+    }
+    before = {old_name.get(name, name): value for name, value in now.items()}
+    before |= {"reward._target_": "src.modules.rewards.listwise", "rollout._target_": "src.modules.rollout_hf.HFRollouts"}
+    assert "module.num_rollouts" in before
+    assert "module.pathwise_reward.query_weight" in before
+    assert changes(before, now) == []
+    before["module.num_rollouts"] += 1
+    assert changes(before, now) == [f"module.num_generations={now['module.num_generations']} in place of {before['module.num_rollouts']}"]

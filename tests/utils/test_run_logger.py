@@ -1,11 +1,10 @@
-"""The MLflow logger against a real store and a real server that is killed and comes back."""
+"""The MLflow logger and its outbox, against a real store, a full disk, and a real server that is killed and comes back."""
 
 import json
 import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,78 +17,89 @@ import mlflow
 import pytest
 from matplotlib.figure import Figure
 from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
 
-from src.utils.outbox import Outbox
+from src.utils.outbox import Message, Outbox
 from src.utils.run_logger import RunLogger
+from tests.programs import free_port
 from tests.small_disk import small_disk
 
-
-def steps(client: MlflowClient, run_id: str, key: str) -> list[int]:
-    return [point.step for point in client.get_metric_history(run_id, key)]
+MakeLogger = Callable[..., RunLogger]
+NEWS = "a report " * 9000
 
 
 @pytest.fixture
-def logger(tracking_uri: str, tmp_path: Path) -> Callable[[], RunLogger]:
+def logger(tracking_uri: str, tmp_path: Path) -> MakeLogger:
     """Makes the logger of one run folder, as each process of a run does."""
-    settings = {"tracking_uri": tracking_uri, "artifact_location": f"file://{tmp_path}/artifacts"}
-    return lambda: RunLogger(tmp_path.name, folder=str(tmp_path / "run"), **settings)
+
+    def make(**settings: object) -> RunLogger:
+        given = {"tracking_uri": tracking_uri, "artifact_location": f"file://{tmp_path}/artifacts", "folder": str(tmp_path / "run")}
+        return RunLogger(tmp_path.name, **given | settings)  # type: ignore[arg-type]
+
+    return make
 
 
-def test_a_run_that_goes_on_is_the_same_run_and_holds_everything_once(logger: Callable[[], RunLogger]) -> None:
+def steps(logger: RunLogger, key: str = "loss") -> list[int]:
+    return [point.step for point in logger.experiment.get_metric_history(logger.run_id, key)]
+
+
+def status(logger: RunLogger) -> str:
+    return str(logger.experiment.get_run(logger.run_id).info.status)
+
+
+# ---- one run
+
+
+def test_resumed_run_logs_everything_once(logger: MakeLogger) -> None:
     first = logger()
     first.log_hyperparams({"rate": 1, "nested": {"a": "x" * 300}})
     for step in (1, 2, 3):
         first.log_metrics({"loss": float(step), "mteb/seconds": 0.1 * step}, step)
     first.log_table({"step": [3], "text": ["a"]}, "rationales/step_3.json")
-    second = logger()  # the first was killed; its checkpoint was of step 1, so 2 and 3 are done again
+    second = logger()  # the first was killed after a checkpoint of step 1
     second.log_hyperparams({"rate": 2, "new": 3})
     for step in (2, 3, 4):
         second.log_metrics({"loss": float(step), "mteb/seconds": 0.7}, step)
-    second.log_table({"step": [3], "text": ["a"]}, "rationales/step_3.json")
-    second.log_table({"step": [4], "text": ["b"]}, "rationales/step_4.json")
+    for step in (3, 4):
+        second.log_table({"step": [step], "text": ["a"]}, f"rationales/step_{step}.json")
     client, run_id = second.experiment, second.run_id
-    assert first.run_id == run_id
-    assert client.get_run(run_id).info.status == "RUNNING"
+    assert (first.run_id, status(second)) == (run_id, "RUNNING")
     assert [(p.step, p.value) for p in client.get_metric_history(run_id, "loss")] == [(n, float(n)) for n in (1, 2, 3, 4)]
     assert [p.value for p in client.get_metric_history(run_id, "mteb/seconds")] == pytest.approx([0.1, 0.2, 0.3, 0.7])
-    params = client.get_run(run_id).data.params
-    assert params == {"rate": "1", "nested/a": "x" * 250, "new": "3"}
+    assert client.get_run(run_id).data.params == {"rate": "1", "nested/a": "x" * 250, "new": "3"}
     assert len(mlflow.artifacts.load_dict(f"runs:/{run_id}/rationales/step_3.json")["data"]) == 1
     second.finalize("success")
-    assert client.get_run(run_id).info.status == "FINISHED"
+    assert status(second) == "FINISHED"
 
 
-def test_a_message_that_is_sent_twice_is_one_point(logger: Callable[[], RunLogger]) -> None:
+def test_message_sent_twice_is_one_point(logger: MakeLogger) -> None:
     ours = logger()
-    client, run_id = ours.experiment, str(ours.run_id)
+    _ = ours.experiment
     for _ in range(2):
         ours._deliver({"call": "log_batch", "metrics": [["loss", 0.5, 1_700_000_000_000, 3]]})
-    assert steps(client, run_id, "loss") == [3]
+    assert steps(ours) == [3]
 
 
-def test_a_table_that_is_sent_twice_is_one_table_of_mlflow_s_own_kind(logger: Callable[[], RunLogger]) -> None:
+def test_table_sent_twice_is_one_mlflow_table(logger: MakeLogger) -> None:
     ours = logger()
     rows = {"step": [3, 3], "reward": [0.5, float("nan")], "text": ["a", 'é "quoted"']}
     client, run_id = ours.experiment, str(ours.run_id)
     for _ in range(2):
         ours.log_table(rows, "rationales/step_3.json")
     table = client.load_table(str(ours.experiment_id), "rationales/step_3.json", [run_id])
-    assert table["step"].tolist() == [3, 3]
-    assert table["text"].tolist() == rows["text"]
+    assert (table["step"].tolist(), table["text"].tolist()) == ([3, 3], rows["text"])
     assert table["reward"].isna().tolist() == [False, True]
     client.log_table(run_id, rows, "theirs.json")
-    theirs = mlflow.artifacts.load_text(f"runs:/{run_id}/theirs.json")
-    assert mlflow.artifacts.load_text(f"runs:/{run_id}/rationales/step_3.json") == theirs
-    tables = json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])  # what its UI goes by
+    ours_text, theirs = (mlflow.artifacts.load_text(f"runs:/{run_id}/{file}") for file in ("rationales/step_3.json", "theirs.json"))
+    assert ours_text == theirs
+    tables = json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])  # read by MLflow's UI
     assert tables == [{"path": path, "type": "table"} for path in ("rationales/step_3.json", "theirs.json")]
 
 
-def test_a_run_with_other_settings_is_another_one_tagged_with_the_first(logger: Callable[[], RunLogger], tmp_path: Path) -> None:
+def test_new_run_is_tagged_with_the_old(logger: MakeLogger, tmp_path: Path) -> None:
     first = logger()
     first.log_metrics({"loss": 1.0}, 1)
     second = logger()
-    second.begin_anew()
+    second.start_new_run()
     second.log_metrics({"loss": 2.0}, 1)
     client = second.experiment
     assert second.run_id != first.run_id
@@ -101,80 +111,31 @@ def test_a_run_with_other_settings_is_another_one_tagged_with_the_first(logger: 
     assert (tmp_path / "run" / f"run_{first.run_id}.json").exists()
 
 
-def test_what_waited_and_is_refused_is_left_out_and_named(
-    logger: Callable[[], RunLogger], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_artifact_location_is_of_local_stores_only(logger: MakeLogger) -> None:
+    assert logger(artifact_location="file:///here")._artifact_location == "file:///here"
+    assert logger(artifact_location="file:///here", tracking_uri="http://localhost:5000")._artifact_location is None
+
+
+# ---- what goes wrong
+
+
+def test_refused_messages_are_dropped_and_named(logger: MakeLogger, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ours = logger()
-    client, run_id = ours.experiment, str(ours.run_id)
-    client.log_param(run_id, "rate", "1")
-    waiting = Outbox(tmp_path / "run" / "unsent.jsonl")
-    waiting.put({"call": "log_batch", "params": {"rate": "2"}})
-    files = Outbox(tmp_path / "run" / "unsent_files.jsonl")
+    ours.experiment.log_param(ours.run_id, "rate", "1")
+    values, files = Outbox(tmp_path / "run" / "unsent.jsonl"), Outbox(tmp_path / "run" / "unsent_files.jsonl")
+    values.put({"call": "log_batch", "params": {"rate": "2"}})
     files.put({"call": "log_artifact", "local_path": str(tmp_path / "gone.png"), "artifact_path": "figures"})
-    waiting.put({"call": "log_batch", "metrics": [["loss", 0.5, 1_700_000_000_000, 3]]})
+    values.put({"call": "log_batch", "metrics": [["loss", 0.5, 1_700_000_000_000, 3]]})
     with caplog.at_level(logging.WARNING):
         ours.log_metrics({"loss": 1.0}, 4)
-    assert steps(client, run_id, "loss") == [3, 4]
-    assert not waiting.waits
+    assert steps(ours) == [3, 4]
+    assert not values.waits
     assert not files.waits
-    said = [record.message for record in caplog.records]
-    assert any(line.startswith("MLflow refuses rate, which waited (") for line in said)
-    assert f"{tmp_path}/gone.png is gone before MLflow was sent it: it is left out" in said
+    assert "MLflow refuses rate, which waited (" in caplog.text
+    assert f"{tmp_path}/gone.png was removed before MLflow accepted it" in caplog.text
 
 
-def test_a_full_disk_below_the_store_s_files_does_not_end_a_run(
-    tracking_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with small_disk(tmp_path / "disk", megabytes=1) as disk:
-        settings = {"tracking_uri": tracking_uri, "artifact_location": f"file://{disk}/artifacts"}
-        ours = RunLogger(tmp_path.name, folder=str(tmp_path / "run"), seconds_between_tries=0.0, **settings)
-        ours.log_metrics({"loss": 1.0}, 1)
-        (disk / "someone_elses").write_bytes(bytes(shutil.disk_usage(disk).free))
-        with caplog.at_level(logging.WARNING):
-            ours.log_text("a report " * 9000, "report.md")
-            ours.log_metrics({"loss": 0.5}, 2)
-            ours.log_table({"text": ["a" * 90_000]}, "table.json")
-        assert caplog.text.count(f"MLflow at {tracking_uri} does not store files ([Errno 28] No space left on device") == 1
-        assert steps(ours.experiment, str(ours.run_id), "loss") == [1, 2]  # the store of files keeps no metric back
-        (disk / "someone_elses").unlink()
-        ours.finalize("success")
-        assert mlflow.artifacts.load_text(f"runs:/{ours.run_id}/report.md") == "a report " * 9000
-        assert ours.experiment.get_run(str(ours.run_id)).info.status == "FINISHED"
-
-
-def test_a_store_that_stays_full_lets_a_run_end_and_the_next_process_sends_its_files(
-    tracking_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with small_disk(tmp_path / "disk", megabytes=1) as disk:
-        settings = {"tracking_uri": tracking_uri, "artifact_location": f"file://{disk}/artifacts"}
-
-        def logger() -> RunLogger:
-            return RunLogger(tmp_path.name, folder=str(tmp_path / "run"), seconds_between_tries=0.0, **settings)
-
-        ours = logger()
-        ours.log_metrics({"loss": 1.0}, 1)
-        (disk / "someone_elses").write_bytes(bytes(shutil.disk_usage(disk).free))
-        with caplog.at_level(logging.WARNING):
-            ours.log_text("a report " * 9000, "report.md")
-            ours.finalize("success")
-        kept = tmp_path / "run" / "unsent_files.jsonl"
-        assert f"MLflow still does not store files: what it was not sent is in {kept}, and goes with" in caplog.text
-        assert ours.experiment.get_run(str(ours.run_id)).info.status == "FINISHED"
-        (disk / "someone_elses").unlink()
-        again = logger()
-        again.log_metrics({"loss": 0.5}, 2)
-        assert not kept.exists()
-        assert mlflow.artifacts.load_text(f"runs:/{ours.run_id}/report.md") == "a report " * 9000
-
-
-def test_a_run_that_mlflow_does_not_know_is_one_line(logger: Callable[[], RunLogger], tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text('{"run_id": "0123456789abcdef0123456789abcdef", "experiment_id": "1"}')
-    with pytest.raises(RuntimeError, match=r"has no run 0123456789abcdef.* or remove .*/run/run\.json to log to a new run$"):
-        logger().log_metrics({"loss": 1.0}, 1)
-
-
-def test_a_call_that_is_wrong_is_an_error_and_waits_for_nothing(logger: Callable[[], RunLogger], tmp_path: Path) -> None:
+def test_refused_call_is_an_error(logger: MakeLogger, tmp_path: Path) -> None:
     ours = logger()
     ours.log_hyperparams({"rate": 1})
     with pytest.raises(MlflowException, match="rate"):
@@ -182,28 +143,43 @@ def test_a_call_that_is_wrong_is_an_error_and_waits_for_nothing(logger: Callable
     assert not (tmp_path / "run" / "unsent.jsonl").exists()
 
 
-def test_no_server_to_begin_with_is_one_line(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        uri = f"http://me:secret@127.0.0.1:{free.getsockname()[1]}"
-    ours = RunLogger("x", folder=str(tmp_path), tracking_uri=uri)
-    with pytest.raises(ConnectionError, match=r"^no MLflow at http://me:\*\*\*@127.0.0.1:\d+: .* or use logger=none$") as caught:
+def test_full_artifact_store_delays_files_only(logger: MakeLogger, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with small_disk(tmp_path / "disk", megabytes=1) as disk, caplog.at_level(logging.WARNING):
+        settings = {"artifact_location": f"file://{disk}/artifacts", "seconds_between_tries": 0.0}
+        ours = logger(**settings)
         ours.log_metrics({"loss": 1.0}, 1)
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free))
+        ours.log_text(NEWS, "report.md")
+        ours.log_metrics({"loss": 0.5}, 2)
+        ours.log_table({"text": ["a" * 90_000]}, "table.json")
+        assert caplog.text.count("does not store files ([Errno 28] No space left on device") == 1
+        assert steps(ours) == [1, 2]
+        ours.finalize("success")  # the run ends while the store stays full
+        kept = tmp_path / "run" / "unsent_files.jsonl"
+        assert f"MLflow still does not store files: unsent messages are in {kept}" in caplog.text
+        assert status(ours) == "FINISHED"
+        (disk / "filler").unlink()
+        again = logger(**settings)  # the next process sends them
+        again.log_metrics({"loss": 0.5}, 3)
+        assert not kept.exists()
+        assert mlflow.artifacts.load_text(f"runs:/{ours.run_id}/report.md") == NEWS
+
+
+def test_unknown_run_is_one_line(logger: MakeLogger, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"run_id": "0123456789abcdef0123456789abcdef", "experiment_id": "1"}')
+    with pytest.raises(RuntimeError, match=r"no run 0123456789abcdef.* remove .*/run/run\.json"):
+        logger().log_metrics({"loss": 1.0}, 1)
+
+
+def test_no_server_to_start_with_is_one_line(logger: MakeLogger) -> None:
+    with pytest.raises(ConnectionError, match=r"^no MLflow at http://me:\*\*\*@127.0.0.1:\d+: .*logger=none$") as caught:
+        logger(tracking_uri=f"http://me:secret@127.0.0.1:{free_port()}").log_metrics({"loss": 1.0}, 1)
     assert "secret" not in str(caught.value)
 
 
-def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
-    while process.poll() is None:
-        try:
-            urllib.request.urlopen(url, timeout=5)
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise RuntimeError(f"the server ended with status {process.returncode}")
-
-
 @contextmanager
-def server(store: str, artifacts: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+def server(store: str, artifacts: Path, port: int) -> Iterator[None]:
     """A real MLflow server; it answers when this returns."""
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--artifacts-destination", str(artifacts)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
@@ -211,57 +187,102 @@ def server(store: str, artifacts: Path, port: int) -> Iterator[subprocess.Popen[
         environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # it starts sooner
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        wait_for(f"http://127.0.0.1:{port}/health", process)
-        yield process
+        while True:
+            assert process.poll() is None, "the server has ended"
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-@pytest.mark.timeout(900)  # two starts of a server, which is seconds on an idle machine and minutes on a busy one
-def test_a_server_that_goes_away_and_comes_back_misses_nothing(tracking_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    uri, folder = f"http://127.0.0.1:{port}", tmp_path / "run"
-
-    def logger() -> RunLogger:
-        return RunLogger(tmp_path.name, folder=str(folder), seconds_between_tries=0.2, tracking_uri=uri)
-
-    def said() -> list[str]:
-        return [record.message for record in caplog.records if record.name == "src.utils.run_logger"]
-
-    kept = f"{folder}/unsent.jsonl and {folder}/unsent_files.jsonl"
-    still_away = f"MLflow still does not answer: what it was not sent is in {kept}, and goes with the next ckpt_path=last"
-    first = logger()
+@pytest.mark.timeout(900)  # two starts of a server: seconds on an idle machine, minutes on a busy one
+def test_server_that_goes_and_returns_misses_nothing(
+    logger: MakeLogger, tracking_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    port, folder = free_port(), tmp_path / "run"
+    settings = {"tracking_uri": f"http://127.0.0.1:{port}", "seconds_between_tries": 0.2}
+    first = logger(**settings)
     with server(tracking_uri, tmp_path / "artifacts", port):
         for step in (1, 2):
             first.log_metrics({"loss": float(step)}, step)
-    with caplog.at_level(logging.WARNING):
-        began = time.monotonic()
+    with caplog.at_level(logging.WARNING, logger="src.utils.run_logger"):
+        start = time.monotonic()
         for step in (3, 4, 5):
             first.log_metrics({"loss": float(step)}, step)
             time.sleep(0.15)  # a try in between finds it still away
         first.log_table({"step": [5], "text": ["a"]}, "rationales/step_5.json")
         first.log_text("a report", "report.md")
         first.log_figure(Figure(), "figures/empty.png")
-        assert time.monotonic() - began < 60
-        first.finalize("failed")  # the process ends; what it could not send is on the disk
-        assert [line.partition(" (")[0] for line in said()] == [f"MLflow at {uri} does not answer", still_away]  # said once, and at the end
-    assert "training goes on" in said()[0]
-    second = logger()  # goes on from a checkpoint of step 3, and the server is still away
+        assert time.monotonic() - start < 60
+        first.finalize("failed")  # the process ends
+    said = [record.message for record in caplog.records if record.name == "src.utils.run_logger"]
+    assert len(said) == 2  # once, and at the end
+    assert f"http://127.0.0.1:{port} does not answer" in said[0]
+    assert f"in {folder}/unsent.jsonl and {folder}/unsent_files.jsonl" in said[1]
+    second = logger(**settings)  # resumes from a checkpoint of step 3, and the server is still away
     second.log_metrics({"loss": 4.0}, 4)
     with server(tracking_uri, tmp_path / "artifacts", port):
         time.sleep(0.2)
         for step in (5, 6):
             second.log_metrics({"loss": float(step)}, step)
         second.finalize("success")
-        client, run_id = second.experiment, str(second.run_id)
+        run_id = str(second.run_id)
         assert run_id == first.run_id
-        assert steps(client, run_id, "loss") == [1, 2, 3, 4, 5, 6]
-        assert client.get_run(run_id).info.status == "FINISHED"
+        assert steps(second) == [1, 2, 3, 4, 5, 6]
+        assert status(second) == "FINISHED"
         assert mlflow.artifacts.load_text(f"runs:/{run_id}/report.md") == "a report"
         assert mlflow.artifacts.load_dict(f"runs:/{run_id}/rationales/step_5.json")["data"] == [[5, "a"]]
-        assert [file.path for file in client.list_artifacts(run_id, "figures")] == ["figures/empty.png"]
-    assert any("entries that waited were sent" in line for line in said())
+        assert [file.path for file in second.experiment.list_artifacts(run_id, "figures")] == ["figures/empty.png"]
+    assert "messages that waited were sent" in caplog.text
     assert not (folder / "unsent.jsonl").exists()
+
+
+# ---- the outbox
+
+
+def test_outbox_keeps_order_over_processes(tmp_path: Path) -> None:
+    box = Outbox(tmp_path / "new" / "unsent.jsonl")
+    assert not box.waits
+    for number in range(3):
+        box.put({"number": number})
+    with open(box.file, "a") as file:
+        file.write('{"number": 3')  # the process was killed here
+    again = Outbox(box.file, seconds_between_tries=0)
+    assert again.waits
+    sent: list[Message] = []
+
+    def send(message: Message) -> bool:
+        if len(sent) == 2:
+            return False
+        sent.append(message)
+        return True
+
+    assert again.empty(send) == 2
+    assert list(again.messages()) == [{"number": 2}]
+    sent.clear()
+    assert again.empty(send) == 1
+    assert not again.waits
+    assert again.empty(send) == 0
+
+
+def test_outbox_drops_a_partial_line(tmp_path: Path) -> None:
+    file = tmp_path / "unsent.jsonl"
+    file.write_text('{"number": 0}\n{"number": 1')
+    box = Outbox(file)
+    for number in (2, 3):
+        box.put({"number": number})
+    assert list(Outbox(file).messages()) == [{"number": number} for number in (0, 2, 3)]
+
+
+def test_outbox_waits_between_tries(tmp_path: Path) -> None:
+    box = Outbox(tmp_path / "unsent.jsonl", seconds_between_tries=0.2)
+    box.put({})
+    assert not box.is_due
+    assert Outbox(box.file, seconds_between_tries=0.2).is_due  # a new process tries at once
+    assert box.empty(lambda message: bool(time.sleep(0.3))) == 0
+    assert not box.is_due  # the wait starts at the end of a try

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from urllib.parse import quote
@@ -22,7 +23,7 @@ PASSWORD, TOKEN, KEY = "hunter2-s3cr3t", "hf_abcdefTOKENabcdef", "k3y-0f-the-hou
 
 @pytest.fixture(autouse=True)
 def streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`keep_secrets` replaces them."""
+    """Restores the streams that `keep_secrets` replaces."""
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     monkeypatch.setattr(sys, "stderr", sys.stderr)
 
@@ -45,13 +46,18 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> None:
         ("postgresql://u:p w@db/x and more", "postgresql://u:***@db/x and more"),
         ("postgresql://u:it's@db/x", "postgresql://u:***@db/x"),
         ("AccountName=me;AccountKey=abc+/==;Suffix=x", "AccountName=me;AccountKey=***;Suffix=x"),
-        ("http://host:5000 says no to user@host", "http://host:5000 says no to user@host"),
-        ("['http://host:5000/x', 'user@host']", "['http://host:5000/x', 'user@host']"),
-        ("see https://host/a:b and me@host", "see https://host/a:b and me@host"),
-        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
-        ("http://host:5000/a@b", "http://host:5000/a@b"),
-        ("file:///a/b@c", "file:///a/b@c"),
-        ("Bearer bonds, basic authentication: user@host", "Bearer bonds, basic authentication: user@host"),
+        *(
+            (plain, plain)
+            for plain in (
+                "http://host:5000 says no to user@host",
+                "['http://host:5000/x', 'user@host']",
+                "see https://host/a:b and me@host",
+                "sqlite:////data/mlflow.db",
+                "http://host:5000/a@b",
+                "file:///a/b@c",
+                "Bearer bonds, basic authentication: user@host",
+            )
+        ),
     ],
 )
 def test_redact(text: str, expected: str) -> None:
@@ -59,36 +65,22 @@ def test_redact(text: str, expected: str) -> None:
     assert redact(expected) == expected
 
 
-def test_secrets_of_the_environment_are_hidden_wherever_they_turn_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "MLFLOW_TRACKING_PASSWORD": PASSWORD,
-        "HF_TOKEN": TOKEN,
-        "AWS_SECRET_ACCESS_KEY": KEY,
-        "TOKENIZERS_PARALLELISM": "parallel-and-plain",  # a token of another kind
-        "GOOGLE_CREDENTIALS": "/home/me/key.json",  # a path is where one lies, and is none
-        "MY_TOKEN": "short",  # would be found in any text
-    }.items():
+def test_environment_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    services = ("PGPASSWORD", "MYSQL_PWD", "DB_PASS", "OPENAI_KEY", "AZURE_STORAGE_KEY", "AZURE_STORAGE_CONNECTION_STRING", "SLURM_JWT")
+    secrets = {name: f"{name}-v4lue" for name in (*services, "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")}
+    plain = {
+        "TOKENIZERS_PARALLELISM": "parallel-and-plain",
+        "GOOGLE_CREDENTIALS": "/home/me/key.json",  # the path of a secret
+        "MY_TOKEN": "short",  # would match any text
+        **{"SORT_KEY": "document", "MAX_TOKENS": "1234567", "PWD": "/home/me/work", "COMPASS": "northwest"},
+    }
+    for name, value in {**secrets, **plain}.items():
         monkeypatch.setenv(name, value)
-    said = f"{PASSWORD}, x{TOKEN}x, {KEY}, parallel-and-plain, /home/me/key.json, short"
-    assert redact(said) == "***, x***x, ***, parallel-and-plain, /home/me/key.json, short"
+    assert redact(" ".join(f"x{value}x" for value in secrets.values())) == " ".join(["x***x"] * len(secrets))
+    assert redact(" ".join(plain.values())) == " ".join(plain.values())
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["PGPASSWORD", "MYSQL_PWD", "DB_PASS", "OPENAI_KEY", "AZURE_STORAGE_KEY", "AZURE_STORAGE_CONNECTION_STRING", "HF_TOKEN", "SLURM_JWT"],
-)
-def test_secrets_of_other_services_are_known_by_their_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(name, KEY)
-    assert redact(f"x{KEY}x") == "x***x"
-
-
-def test_a_plain_word_or_a_number_is_no_secret_whatever_key_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"SORT_KEY": "document", "MAX_TOKENS": "1234567", "PWD": "/home/me/work", "COMPASS": "northwest"}.items():
-        monkeypatch.setenv(name, value)
-    assert redact("document 1234567 /home/me/work northwest") == "document 1234567 /home/me/work northwest"
-
-
-def test_a_secret_is_hidden_however_it_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quoted_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     secret = "o\"ne\\t'wo é"
     monkeypatch.setenv("DB_PASSWORD", secret)
     for text in (secret, json.dumps({"a": secret}), repr({"a": secret}), yaml.safe_dump({"a": secret}, allow_unicode=True), quote(secret)):
@@ -98,76 +90,49 @@ def test_a_secret_is_hidden_however_it_is_quoted(monkeypatch: pytest.MonkeyPatch
 
 
 def test_secret_keys_are_hidden_and_token_counts_are_not() -> None:
+    plain = {"max_new_tokens": 8, "tokens": 10, "tokenizer": "x", "pad_token": "<pad>", "forward_pass": True, "key_value_heads": 2}
+    plain |= {"special_tokens": ["<a>"], "token": None}
+    names = ("pgpassword", "db_pass", "pwd", "passphrase", "connection_string", "hf_token", "aws_secret_access_key")
     config = {
-        "db": {"password": "pw", "api_key": ["a", "b"], "aws_secret_access_key": "c"},
-        "hf_token": "t",
-        "max_prompt_tokens": 96,
-        "key_value_heads": 2,
-        "uri": ["http://a:b@c"],
-        "token": None,
-        "pg": {"pgpassword": "p", "db_pass": "p", "pwd": "p", "passphrase": "p", "connection_string": "p", "tokens": ["p", "q"]},
+        "store": dict.fromkeys(names, "p") | {"api_key": ["a", "b"], "tokens": ["p", "q"]},
         "credentials": {"user": "u", "more": {"id": 7}},
-        "counts": {
-            "max_new_tokens": 8,
-            "micro_batch_tokens": 9,
-            "tokens": 10,
-            "tokenizer": "x",
-            "pad_token": "<pad>",
-            "forward_pass": True,
-        },
-        "special_tokens": ["<a>"],
+        "uri": ["http://a:b@c"],
+        **plain,
     }
     assert without_secrets(config) == {
-        "db": {"password": "***", "api_key": ["***", "***"], "aws_secret_access_key": "***"},
-        "hf_token": "***",
-        "max_prompt_tokens": 96,
-        "key_value_heads": 2,
-        "uri": ["http://a:***@c"],
-        "token": None,
-        "pg": {
-            **dict.fromkeys(("pgpassword", "db_pass", "pwd", "passphrase", "connection_string"), "***"),
-            "tokens": ["***", "***"],
-        },
+        "store": dict.fromkeys(names, "***") | {"api_key": ["***", "***"], "tokens": ["***", "***"]},
         "credentials": {"user": "***", "more": {"id": "***"}},
-        "counts": config["counts"],
-        "special_tokens": ["<a>"],
+        "uri": ["http://a:***@c"],
+        **plain,
     }
 
 
-def test_settings_with_secrets_leave_the_command_line() -> None:
-    plain = ["train.py", "-m", "seed=1,2", "paths.tracking_uri=sqlite:///x.db", "~logger", "+a.b=[1,2]", "x.token=${oc.env:HF_TOKEN}"]
-    argv = [*plain, f"paths.tracking_uri=http://me:{PASSWORD}@host:5000", f"+store.password='a, {KEY}'", "x.api_key="]
-    environment: dict[str, str] = {}
+def test_secrets_leave_the_command_line() -> None:
+    plain = ["-m", "seed=1,2", "paths.tracking_uri=sqlite:///x.db", "~logger", "+a.b=[1,2]", "x.token=${oc.env:HF_TOKEN}", "x.api_key="]
+    plain += ["rollout.max_new_tokens=8", "x.tokens=9"]
+    given = [f"paths.tracking_uri=http://me:{PASSWORD}@host:5000", f"+store.password='a, {KEY}'"]
+    mappings = [f"+store={{user: me, password: {PASSWORD}}}", f"x.tokens=[{TOKEN},b]"]
+    argv, environment = ["train.py", *given, *mappings, *plain], dict[str, str]()
     keep_secrets(argv, environment)
-    assert argv[: len(plain)] == plain
-    assert argv[len(plain) :] == ["paths.tracking_uri=${oc.env:GRACE_SETTING_7}", "+store.password=${oc.env:GRACE_SECRET_8}", "x.api_key="]
-    given = [f"+store={{user: me, password: {PASSWORD}}}", f"x.tokens=[{TOKEN},b]", "rollout.max_new_tokens=8", "x.tokens=9"]
-    more: dict[str, str] = {}
-    argv = ["train.py", *given]
-    keep_secrets(argv, more)
-    assert more == {"GRACE_SETTING_1": given[0].partition("=")[2], "GRACE_SECRET_2": given[1].partition("=")[2]}
     assert argv[1:] == [
-        "+store=${oc.decode:${oc.env:GRACE_SETTING_1}}",
-        "x.tokens=${oc.decode:${oc.env:GRACE_SECRET_2}}",
-        *given[2:],
+        "paths.tracking_uri=${oc.env:GRACE_SETTING_1}",
+        "+store.password=${oc.env:GRACE_SECRET_2}",
+        "+store=${oc.decode:${oc.env:GRACE_SETTING_3}}",
+        "x.tokens=${oc.decode:${oc.env:GRACE_SECRET_4}}",
+        *plain,
     ]
-    assert environment == {"GRACE_SETTING_7": f"http://me:{PASSWORD}@host:5000", "GRACE_SECRET_8": f"a, {KEY}"}
+    values = [f"http://me:{PASSWORD}@host:5000", f"a, {KEY}", *(mapping.partition("=")[2] for mapping in mappings)]
+    assert environment == dict(zip(("GRACE_SETTING_1", "GRACE_SECRET_2", "GRACE_SETTING_3", "GRACE_SECRET_4"), values, strict=True))
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        (
-            f"db.password={PASSWORD},other",
-            "train.py: db.password holds a secret, and a sweep over it would write it down; give it one value",
-        ),
-        (
-            f"paths.tracking_uri=http://me:{PASSWORD}@host/[",
-            "train.py: paths.tracking_uri=http://me:***@host/[ cannot be read: put its value",
-        ),
+        (f"db.password={PASSWORD},other", "train.py: db.password holds a secret, and a sweep"),
+        (f"paths.tracking_uri=http://me:{PASSWORD}@host/[", "train.py: paths.tracking_uri=http://me:***@host/[ cannot be read"),
     ],
 )
-def test_what_cannot_leave_the_command_line_is_refused(argument: str, message: str) -> None:
+def test_secrets_that_cannot_be_moved_are_refused(argument: str, message: str) -> None:
     with pytest.raises(SystemExit) as caught:
         keep_secrets(["/somewhere/train.py", argument], {})
     assert str(caught.value).startswith(message)
@@ -175,81 +140,63 @@ def test_what_cannot_leave_the_command_line_is_refused(argument: str, message: s
 
 
 def test_streams_and_log_lines_hide_secrets() -> None:
-    into = StringIO()
+    into, uri = StringIO(), f"http://me:{PASSWORD}@host"
     stream = RedactedStream(into)
-    print(f"http://me:{PASSWORD}@host", file=stream)  # type: ignore[arg-type]
-    stream.writelines([f"http://me:{PASSWORD}@host"])
+    print(uri, file=stream)  # type: ignore[arg-type]
+    stream.writelines([uri])
     assert into.getvalue() == "http://me:***@host\nhttp://me:***@host"
     assert stream.isatty() is False
-    record = logging.LogRecord("x", logging.ERROR, "", 0, "no %s", (f"http://me:{PASSWORD}@host",), None)
+    record = logging.LogRecord("x", logging.ERROR, "", 0, "no %s", (uri,), None)
     assert RedactingFormatter("%(message)s").format(record) == "no http://me:***@host"
 
 
-def test_copies_of_a_sweep_s_config_are_cleared_when_its_first_job_starts(tmp_path: Path) -> None:
-    saved = {file: tmp_path / file for file in ("multirun.yaml", "0/.hydra/config.yaml")}
-    for file in saved.values():
+def test_saved_configs_of_a_sweep_are_redacted(tmp_path: Path) -> None:
+    saved = [tmp_path / file for file in ("multirun.yaml", "0/.hydra/config.yaml")]
+    for file in saved:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(yaml.safe_dump({"store": {"uri": f"http://me:{PASSWORD}@host", "api_key": KEY}, "seed": 1}))
-    runtime = {
-        "mode": "MULTIRUN",
-        "output_subdir": ".hydra",
-        "runtime": {"output_dir": str(tmp_path / "0")},
-        "sweep": {"dir": str(tmp_path)},
-    }
-    config = OmegaConf.create({"hydra": runtime})
-    config.hydra.mode = RunMode.MULTIRUN
-    RedactSavedConfigs().on_job_start(config)
-    for file in saved.values():
+    hydra = {"output_subdir": ".hydra", "runtime": {"output_dir": str(tmp_path / "0")}, "sweep": {"dir": str(tmp_path)}}
+    RedactSavedConfigs().on_job_start(OmegaConf.create({"hydra": {**hydra, "mode": RunMode.MULTIRUN}}))
+    for file in saved:
         assert yaml.safe_load(file.read_text()) == {"store": {"uri": "http://me:***@host", "api_key": "***"}, "seed": 1}
     assert sorted(file.name for file in tmp_path.iterdir()) == ["0", "multirun.yaml"]
 
 
-# ---- whole runs
+# ---- runs
+
+Run = Callable[..., tuple[int, str]]
 
 
-def run(programs: Programs, folder: Path, program: str, *overrides: str) -> tuple[int, str]:
-    """Exit code, and all that a run said and wrote below `folder`, byte for byte."""
+@pytest.fixture
+def run(programs: Programs, tiny_policy_folder: Path, tmp_path: Path) -> Run:
+    """(*overrides) -> exit code of a small run, and all that it printed and wrote, byte for byte."""
+    small = [
+        *("trainer.accelerator=cpu", "callbacks=minimal", "trainer.limit_train_batches=1", "rollout.max_new_tokens=2"),
+        *(f"policy.path={tiny_policy_folder}", f"paths.cache_dir={ROOT}/data/cache", "packages.train=[urllib3]"),
+        *("packages.test=[networkx]", f"paths.output_root={tmp_path}/outputs", f"paths.artifact_location=file://{tmp_path}/artifacts"),
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "PROJECT_ROOT"}
     environment |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "HF_TOKEN": TOKEN, "MLFLOW_TRACKING_PASSWORD": KEY}
-    done = programs.run(program, *overrides, cwd=folder, env=environment)
-    files = [file.read_bytes().decode("latin-1") for file in folder.rglob("*") if file.is_file() and "given" not in file.parts]
-    return done.returncode, "\n".join([done.stdout, done.stderr, *files, *(str(file) for file in folder.rglob("*"))])
+
+    def call(*overrides: str, experiment: str = "tiny_sup") -> tuple[int, str]:
+        done = programs.run("train.py", *overrides, *small, f"experiment={experiment}", cwd=tmp_path, env=environment)
+        files = [file.read_bytes().decode("latin-1") for file in tmp_path.rglob("*") if file.is_file() and "given" not in file.parts]
+        return done.returncode, "\n".join([done.stdout, done.stderr, *files, *(str(file) for file in tmp_path.rglob("*"))])
+
+    return call
 
 
-def small(tiny_policy_folder: Path, tmp_path: Path) -> list[str]:
-    return [
-        "experiment=tiny_sup",
-        *("trainer.accelerator=cpu", "callbacks=minimal", "trainer.limit_train_batches=1", "rollout.max_new_tokens=2"),
-        *(
-            f"policy.path={tiny_policy_folder}",
-            f"paths.cache_dir={ROOT}/data/cache",
-            "packages.train=[urllib3]",
-            "packages.test=[networkx]",
-        ),
-        *(f"paths.output_root={tmp_path}/outputs", f"paths.artifact_location=file://{tmp_path}/artifacts"),
-    ]
-
-
-def test_a_run_writes_no_secret_anywhere(programs: Programs, tiny_policy_folder: Path, tmp_path: Path) -> None:
-    given = tmp_path / "given" / "experiment"  # a user's own config, with a password in it
+def test_run_writes_no_secret(run: Run, tmp_path: Path) -> None:
+    given = tmp_path / "given" / "experiment"  # a user's config with a password
     given.mkdir(parents=True)
-    (given / "mine.yaml").write_text(
-        f"# @package _global_\ndefaults:\n  - tiny_sup\nstore:\n  uri: http://me:{PASSWORD}@host\n  api_key: {KEY}\n"
-    )
+    store = f"store:\n  uri: http://me:{PASSWORD}@host\n  api_key: {KEY}\n"
+    (given / "mine.yaml").write_text(f"# @package _global_\ndefaults:\n  - tiny_sup\n{store}")
     settings = [f"paths.tracking_uri=sqlite:///{tmp_path}/mlflow.db", "+note=${oc.env:HF_TOKEN}", f"+db=mysql://u:{PASSWORD}@h/x"]
-    code, everything = run(
-        programs,
-        tmp_path,
-        "train.py",
-        f"--config-dir={tmp_path}/given",
-        *settings,
-        *small(tiny_policy_folder, tmp_path)[1:],
-        "experiment=mine",
-    )
+    code, everything = run(f"--config-dir={tmp_path}/given", *settings, experiment="mine")
     assert code == 0, everything[:3000]
     for secret in (PASSWORD, TOKEN, KEY):
         assert secret not in everything
-    assert "mysql://u:***@h/x" in everything  # what is no secret is there
+    assert "mysql://u:***@h/x" in everything
     assert "http://me:***@host" in everything
     (saved,) = (tmp_path / "outputs").rglob(".hydra/config.yaml")
     assert yaml.safe_load(saved.read_text())["store"] == {"uri": "http://me:***@host", "api_key": "***"}
@@ -257,19 +204,16 @@ def test_a_run_writes_no_secret_anywhere(programs: Programs, tiny_policy_folder:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("uri", ["ftp://me:{}@nowhere", "http://me:{}@127.0.0.1:9"], ids=["no such store", "closed port"])
-def test_a_store_that_fails_is_named_without_its_password(programs: Programs, uri: str, tiny_policy_folder: Path, tmp_path: Path) -> None:
-    code, everything = run(
-        programs, tmp_path, "train.py", f"paths.tracking_uri={uri.format(PASSWORD)}", *small(tiny_policy_folder, tmp_path)
-    )
+def test_failing_store_is_named_without_password(run: Run, uri: str) -> None:
+    code, everything = run(f"paths.tracking_uri={uri.format(PASSWORD)}")
     assert code != 0
     assert "127.0.0.1" in everything or "ftp://me:***@nowhere" in everything
     assert PASSWORD not in everything
 
 
 @pytest.mark.slow
-def test_a_sweep_writes_no_secret_anywhere(programs: Programs, tiny_policy_folder: Path, tmp_path: Path) -> None:
-    settings = ["logger=none", f"+db=mysql://u:{PASSWORD}@h/x", "seed=1,2", f"hydra.sweep.dir={tmp_path}/sweep"]
-    code, everything = run(programs, tmp_path, "train.py", "-m", *settings, *small(tiny_policy_folder, tmp_path))
+def test_sweep_writes_no_secret(run: Run, tmp_path: Path) -> None:
+    code, everything = run("-m", "logger=none", f"+db=mysql://u:{PASSWORD}@h/x", "seed=1,2", f"hydra.sweep.dir={tmp_path}/sweep")
     assert code == 0, everything[:3000]
     assert (tmp_path / "sweep" / "multirun.yaml").exists()
     assert PASSWORD not in everything

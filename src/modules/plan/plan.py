@@ -1,6 +1,5 @@
-"""What a run would do and hold, from its config alone: `python train.py ... dry_run=true`. No weights are read."""
+"""Plans a run from its config alone: `python train.py ... dry_run=true`. No weights are read."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,90 +8,32 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from src.modules.plan.memory import Load, Row, always, while_sampling, while_updating
-from src.modules.plan.model_shape import Shape, find_config, shape_of
+from src.modules.plan.memory import Row, Shape, Work, always, find_config, shape_of, while_sampling, while_updating
 
 _GIB = 2**30
 
 
 class PlanError(ValueError):
-    """Settings that do not go together."""
+    """Settings do not fit together."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """How a rollout batch is shared out.
-
-    Attributes:
-        nodes, devices: N = nodes * devices ranks.
-        strategy: `one`, `ddp` or `fsdp`.
-        instances: B of all ranks.
-        rollouts, negatives: K and M.
-        learned: sides with K rollouts.
-        updates: optimiser steps.
-        prompt, rationale, tokens: longest prompt and rationale, and a micro-batch, in tokens.
-    """
-
-    nodes: int
-    devices: int
-    strategy: str
-    instances: int
-    rollouts: int
-    negatives: int
-    learned: tuple[str, ...]
-    updates: int
-    prompt: int
-    rationale: int
-    tokens: int
-
-    @property
-    def ranks(self) -> int:
-        return self.nodes * self.devices
-
-    @property
-    def share(self) -> int:
-        return self.instances // self.ranks
-
-    def calls(self) -> tuple[tuple[int, int], ...]:
-        """(texts, rollouts of each) that a rank asks of the rollout engine."""
-        texts = {"positive": self.share, "query": self.share, "negative": self.share * self.negatives}
-        rest = sum(count for side, count in texts.items() if side not in self.learned)
-        return tuple((texts[side], self.rollouts) for side in self.learned) + (((rest, 1),) if rest else ())
-
-
-def plan(cfg: DictConfig) -> tuple[Work, Shape, Load]:
-    """What a config comes to.
+def plan(cfg: DictConfig) -> tuple[Work, Shape]:
+    """Returns how a config's rollout batch is shared out, and the shape of its model.
 
     Raises:
-        PlanError: numbers that do not divide, or a config that this cannot plan.
+        PlanError: numbers that do not divide, or a config of something else than GRACE training.
         FileNotFoundError: no config of the model.
     """
     if OmegaConf.select(cfg, "module.algorithm") is None or OmegaConf.select(cfg, "policy.path", default=None) is None:
         raise PlanError("dry_run plans GRACE training (module=grace) from a policy.path, and this config is of something else")
-    work = _work(cfg)
+    work, policy, lora = _work(cfg), cfg.policy, cfg.policy.lora
     _check(work)
-    policy, lora = cfg.policy, cfg.policy.lora
     config = find_config(policy.path, Path(cfg.paths.root, "configs", "shapes", "published.yaml"), policy.trust_remote_code)
-    shape = shape_of(config, policy.train_embeddings, None if lora is None else instantiate(lora))
-    load = Load(
-        ranks=work.ranks,
-        sharded=work.strategy == "fsdp",
-        half=str(cfg.trainer.precision) in ("bf16", "bf16-mixed"),
-        calls=work.calls(),
-        at_once=cfg.rollout.get("batch_tokens", 0),
-        prompt=work.prompt,
-        rationale=work.rationale,
-        rollouts=work.rollouts,
-        tokens=max(work.tokens, work.prompt + work.rationale),
-        prefixes=cfg.algorithm.gae_lambda is not None,
-        checkpointing=policy.gradient_checkpointing,
-        copies=int(cfg.algorithm.kl_coef > 0 and lora is None) + int(policy.encoder == "frozen"),
-    )
-    return work, shape, load
+    return work, shape_of(config, policy.train_embeddings, None if lora is None else instantiate(lora))
 
 
 def _work(cfg: DictConfig) -> Work:
-    data = cfg.datamodule
+    data, prompt, rationale = cfg.datamodule, cfg.module.max_prompt_tokens, cfg.rollout.max_new_tokens
     instances = data.get("batch_size") or data.get("modules_per_batch", 0) * data.get("docstrings_per_module", 0)
     if not instances:
         raise PlanError(f"dry_run: {data._target_} names no batch_size (nor modules_per_batch), so there is no batch to plan")
@@ -105,9 +46,14 @@ def _work(cfg: DictConfig) -> Work:
         negatives=data.get("negatives") or OmegaConf.select(data, "reader.negatives", default=0),
         learned=("positive", *cfg.module.also_learn_from),
         updates=cfg.algorithm.updates_per_batch,
-        prompt=cfg.module.max_prompt_tokens,
-        rationale=cfg.rollout.max_new_tokens,
-        tokens=cfg.module.micro_batch_tokens,
+        prompt=prompt,
+        rationale=rationale,
+        tokens=max(cfg.module.micro_batch_tokens, prompt + rationale),
+        engine_tokens=cfg.rollout.get("batch_tokens", 0),
+        half=str(cfg.trainer.precision) in ("bf16", "bf16-mixed"),
+        token_credit=cfg.algorithm.gae_lambda is not None,
+        checkpointing=cfg.policy.gradient_checkpointing,
+        copies=int(cfg.algorithm.kl_coef > 0 and cfg.policy.lora is None) + int(cfg.policy.encoder == "frozen"),
     )
 
 
@@ -142,48 +88,41 @@ def _check(work: Work) -> None:
 
 
 def show(cfg: DictConfig) -> None:
-    """Prints the plan."""
+    """Prints the plan; raises what `plan` raises."""
     Console(width=150, highlight=False, markup=False).print(text(cfg), soft_wrap=True)
 
 
 def text(cfg: DictConfig) -> str:
-    """The plan as lines; errors as of `plan`."""
-    work, shape, load = plan(cfg)
-    lines = [f"dry run of {cfg.name} with {cfg.policy.path}: {shape.parameters:,} parameters, {shape.trained:,} of them trained", ""]
-    lines += _arithmetic(work)
-    held = always(shape, load)
-    phases = {"while rationales are written": while_sampling(shape, load), "while updating": while_updating(shape, load)}
-    lines += ["", f"memory of each device, GiB (an estimate from above, at {load.prompt} + {load.rationale} tokens a text)"]
-    lines += _table("always", held)
-    for name, rows in phases.items():
-        lines += _table(name, rows)
-    base = sum(row.bytes for row in held)
-    peaks = {name: base + sum(row.bytes for row in rows) for name, rows in phases.items()}
-    worst = max(peaks, key=lambda name: peaks[name])
-    lines += [f"  {peaks[worst] / _GIB:8.1f}  peak, {worst}; the CUDA context and the allocator take some 2 more"]
-    if not load.at_once:
-        lines.append(
-            f"  vLLM takes rollout.gpu_memory_utilization={cfg.rollout.gpu_memory_utilization} of the device besides while it writes"
-        )
+    """Returns the plan as lines; raises what `plan` raises."""
+    work, shape = plan(cfg)
+    k, m, b, calls = work.rollouts, work.negatives, work.share, work.calls()
+    asked, sequences = " + ".join(f"{texts} texts x {n}" for texts, n in calls), sum(texts * n for texts, n in calls)
+    groups = sum(texts for texts, n in calls if n == k) // work.updates
+    base = always(shape, work)
+    phases = {"while rationales are written": while_sampling(shape, work), "while updating": while_updating(shape, work)}
+    worst = max(phases, key=lambda name: _sum(phases[name]))
+    lines = [
+        f"dry run of {cfg.name} with {cfg.policy.path}: {shape.parameters:,} parameters, {shape.trained:,} of them trained",
+        "",
+        f"ranks        {work.nodes} node(s) x {work.devices} device(s) = {work.ranks}, {work.strategy}",
+        f"batch        {work.instances} instances / {work.ranks} ranks = {b} each, with K = {k} rollouts and M = {m} negatives",
+        f"rollouts     {asked} = {sequences} sequences a rank, of at most {work.prompt} + {work.rationale} tokens",
+        f"rewards      among the texts of all {work.instances} instances",
+        f"updates      {work.updates} a batch, each of {groups} groups a rank ({groups * work.ranks} in all), in micro-batches of at most "
+        f"{work.tokens:,} tokens",
+        "",
+        f"memory of each device, GiB (an estimate from above, at {work.prompt} + {work.rationale} tokens a text)",
+    ]
+    for name, rows in {"always": base, **phases}.items():
+        lines += [f"  {name}", *(f"  {row.bytes / _GIB:8.2f}  {row.what:28s} {row.arithmetic}" for row in rows)]
+        lines += [f"  {_sum(rows) / _GIB:8.2f}  together"]
+    peak = (_sum(base) + _sum(phases[worst])) / _GIB
+    lines += [f"  {peak:8.1f}  peak, {worst}; the CUDA context and the allocator take some 2 more"]
+    if not work.engine_tokens:
+        share = cfg.rollout.gpu_memory_utilization
+        lines += [f"  vLLM takes rollout.gpu_memory_utilization={share} of the device in addition while it writes"]
     return "\n".join(lines)
 
 
-def _arithmetic(work: Work) -> list[str]:
-    k, m, b = work.rollouts, work.negatives, work.share
-    calls = " + ".join(f"{texts} texts x {n}" for texts, n in work.calls())
-    sequences = sum(texts * n for texts, n in work.calls())
-    groups = sum(texts for texts, n in work.calls() if n == k) // work.updates
-    tokens = max(work.tokens, work.prompt + work.rationale)
-    return [
-        f"ranks        {work.nodes} node(s) x {work.devices} device(s) = {work.ranks}, {work.strategy}",
-        f"batch        {work.instances} instances / {work.ranks} ranks = {b} each, with K = {k} rollouts and M = {m} negatives",
-        f"rollouts     {calls} = {sequences} sequences a rank, of at most {work.prompt} + {work.rationale} tokens",
-        f"rewards      among the texts of all {work.instances} instances",
-        f"updates      {work.updates} a batch, each of {groups} groups a rank ({groups * work.ranks} in all), in micro-batches of at most "
-        f"{tokens:,} tokens",
-    ]
-
-
-def _table(name: str, rows: list[Row]) -> list[str]:
-    lines = [f"  {name}"] + [f"  {row.bytes / _GIB:8.2f}  {row.what:28s} {row.how}" for row in rows]
-    return [*lines, f"  {sum(row.bytes for row in rows) / _GIB:8.2f}  together"]
+def _sum(rows: list[Row]) -> float:
+    return sum(row.bytes for row in rows)

@@ -1,4 +1,4 @@
-"""The arithmetic of the memory plan against what autograd keeps, and against the published models' sizes."""
+"""The memory plan's arithmetic against what autograd keeps and against published sizes."""
 
 from pathlib import Path
 
@@ -8,8 +8,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from src.modules.plan.memory import per_token
-from src.modules.plan.model_shape import find_config, shape_of
+from src.modules.plan.memory import find_config, per_token, shape_of
 from src.modules.policy.attention.shared_prompt import checkpoint_contexts
 from src.modules.policy.model import Policy
 from src.modules.types import Rollouts
@@ -23,23 +22,23 @@ PUBLISHED = {
     "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
     "Qwen/Qwen3-4B-Instruct-2507": 4_022_468_096,
 }
-"""Parameters as their model cards' safetensors count them."""
+"""Parameters, from the model cards."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_shapes_are_those_of_transformers_classes(name: str) -> None:
+def test_published_shapes(name: str) -> None:
     settings = dict(OmegaConf.load(SHAPES)[name])
     known = AutoConfig.for_model(settings["model_type"]).to_dict()
     assert set(settings) <= set(known), "a key that the config class does not know"
     assert shape_of(find_config(name, SHAPES)).parameters == PUBLISHED[name]
 
 
-def test_every_published_experiment_has_its_shape() -> None:
+def test_published_experiments_have_shapes() -> None:
     named = {OmegaConf.load(file).get("policy", {}).get("path") for file in (ROOT / "configs" / "experiment").glob("*_*sup.yaml")}
     assert {name for name in named if name} == set(PUBLISHED)
 
 
-def test_a_folder_with_a_config_alone_is_enough(tmp_path: Path) -> None:
+def test_config_without_weights_is_enough(tmp_path: Path) -> None:
     config = Qwen2Config(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     config.save_pretrained(tmp_path)
     model = Qwen2ForCausalLM(config)
@@ -49,8 +48,8 @@ def test_a_folder_with_a_config_alone_is_enough(tmp_path: Path) -> None:
     assert shape.layer == sum(p.numel() for p in model.model.layers[0].parameters())
 
 
-def test_a_model_without_a_config_is_one_line() -> None:
-    with pytest.raises(FileNotFoundError, match=r"no config\.json for 'some/model': give policy\.path a folder that has one") as error:
+def test_missing_config_is_one_line() -> None:
+    with pytest.raises(FileNotFoundError, match=r"no config\.json for 'some/model': give policy\.path") as error:
         find_config("some/model", SHAPES)
     assert "\n" not in str(error.value)
 
@@ -59,7 +58,7 @@ G, K, P, R = 2, 4, 40, 60
 
 
 def kept(model: PreTrainedModel, half: bool, k: int = K, r: int = R) -> int:
-    """Bytes that autograd keeps of an update's pass over G prompts with k rationales of r tokens each, parameters aside."""
+    """Bytes that autograd keeps of an update over G prompts with k rationales of r tokens each, without parameters."""
     policy = Policy(model, small_tokenizer()).train()
     n = G * k
     ones = torch.ones(n, dtype=torch.long)
@@ -78,7 +77,7 @@ def kept(model: PreTrainedModel, half: bool, k: int = K, r: int = R) -> int:
 
 
 def model_of(layers: int, heads: int, hidden: int, intermediate: int) -> PreTrainedModel:
-    """Random; as many keys as queries, as a GPU's kernels have them after grouped ones are repeated."""
+    """A random model with as many keys as queries, as GPU kernels have after repeating grouped ones."""
     widths = {"hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": heads, "num_key_value_heads": heads}
     config = Qwen2Config(vocab_size=400, num_hidden_layers=layers, max_position_embeddings=256, tie_word_embeddings=True, **widths)
     return Qwen2ForCausalLM(config)
@@ -86,7 +85,7 @@ def model_of(layers: int, heads: int, hidden: int, intermediate: int) -> PreTrai
 
 @pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize("widths", [(4, 64, 256), (8, 64, 512), (4, 128, 192)])
-def test_the_estimate_of_activations_is_what_autograd_keeps_or_a_little_more(widths: tuple[int, int, int], half: bool) -> None:
+def test_activations_match_autograd(widths: tuple[int, int, int], half: bool) -> None:
     small, large = (model_of(layers, *widths) for layers in (1, 3))
     a_layer = (kept(large, half) - kept(small, half)) / 2
     shape, tokens = shape_of(large.config), G * (P + K * R)
@@ -94,12 +93,12 @@ def test_the_estimate_of_activations_is_what_autograd_keeps_or_a_little_more(wid
     assert 0.9 * estimate <= a_layer <= estimate
 
 
-def test_what_is_kept_of_a_micro_batch_does_not_grow_with_the_number_of_its_rationales() -> None:
+def test_memory_depends_on_tokens_not_rationales() -> None:
     few, many = (kept(model_of(2, 4, 64, 256), False, k, 240 // k) for k in (2, 60))
     assert many == pytest.approx(few, rel=0.02)
 
 
-def test_checkpointing_keeps_one_state_a_layer() -> None:
+def test_checkpointing_keeps_one_state_per_layer() -> None:
     small, large = (model_of(layers, 4, 64, 256) for layers in (1, 3))
     for model in (small, large):
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts(model)})

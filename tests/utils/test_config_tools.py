@@ -1,4 +1,4 @@
-"""What configs ask of the machine, and the line that says how long a run will take."""
+"""What configs ask of the machine, groups of configs as objects, and the estimate of a run's time."""
 
 import logging
 import re
@@ -12,7 +12,23 @@ from omegaconf import OmegaConf
 from src.callbacks.progress import TimeEstimate
 from src.modules.policy.model import Policy
 from src.utils import machine
+from src.utils.instantiate import instantiate_all
 from tests.callbacks.conftest import FewTriplets, make_module
+
+FRACTION = {"_target_": "fractions.Fraction", "numerator": 1, "denominator": 2}
+
+
+def test_groups_of_configs_are_instantiated_in_order() -> None:
+    group = OmegaConf.create({"b": FRACTION, "off": None, "a": {**FRACTION, "numerator": 3}})
+    assert [fraction.numerator for fraction in instantiate_all(group, "callbacks")] == [1, 3]
+    assert len(instantiate_all(OmegaConf.create(FRACTION), "logger")) == 1
+    assert instantiate_all(None, "logger") == instantiate_all(OmegaConf.create({}), "logger") == []
+
+
+@pytest.mark.parametrize("entry", [{"numerator": 1}, "fractions.Fraction", 3])
+def test_an_entry_without_target_is_named(entry: object) -> None:
+    with pytest.raises(ValueError, match=r"callbacks\.wrong has no _target_"):
+        instantiate_all(OmegaConf.create({"wrong": entry}), "callbacks")
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -30,7 +46,7 @@ def test_bfloat16_is_what_the_processor_says() -> None:
         assert machine.has_bfloat16() == bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
 
 
-def test_a_run_says_what_it_will_do_and_how_long(tiny_policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_time_estimate_is_logged(tiny_policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     module, data = make_module(tiny_policy), FewTriplets(2)
     data.batch_size = 2  # type: ignore[attr-defined]
     trainer = L.Trainer(
