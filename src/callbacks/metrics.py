@@ -142,7 +142,7 @@ def needs_spread(module: GRACE) -> bool:
 
     It can through the pathwise term, which has no baseline, and where rollouts of queries or negatives are trained on.
     """
-    pathwise = module.hparams["pathwise_weight"] > 0 and module.pathwise_by_reward
+    pathwise = module.hparams["pathwise_weight"] > 0 and module.pathwise_reward is None
     return _has_group_baseline(module.algorithm) and not module.hparams["also_learn_from"] and not pathwise
 
 

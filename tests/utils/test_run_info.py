@@ -77,17 +77,17 @@ def test_settings_are_those_that_change_results(compose: Compose) -> None:
 
 def test_changed_settings_are_named_and_make_another_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint, run = str(tmp_path / "run" / "checkpoints" / "batch_4.ckpt"), tmp_path / "run"
-    base = {"seed": 0, "reward.hard": "mean", "packages": ["a"]}
+    base = {"seed": 0, "reward.hard_reduction": "mean", "packages": ["a"]}
     assert not settings_changed(base, run, checkpoint)  # an older run, which saved none
     write_settings(run, base)
     with caplog.at_level(logging.WARNING):
         assert not settings_changed(base, run, None)
         assert not settings_changed({**base, "packages": ("a",)}, run, checkpoint)
         assert caplog.records == []
-        assert settings_changed({**base, "seed": 1, "reward.hard": "max"}, run, checkpoint)
+        assert settings_changed({**base, "seed": 1, "reward.hard_reduction": "max"}, run, checkpoint)
         assert not settings_changed({**base, "seed": 1}, tmp_path / "branch", checkpoint)
     said = [record.message.partition(": ")[2] for record in caplog.records]
-    assert said == ["reward.hard=max in place of mean; seed=1 in place of 0", "seed=1 in place of 0"]
+    assert said == ["reward.hard_reduction=max in place of mean; seed=1 in place of 0", "seed=1 in place of 0"]
     (run / FILE).write_text("{")
     assert read_settings(run) is None
 
