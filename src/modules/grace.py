@@ -11,9 +11,9 @@ from torch import Tensor
 from src.modules.distributed.fsdp import gradient_sync, shard, summon_full_params
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.credit import at_tokens, token_advantages
-from src.modules.objectives.pathwise import first_of_group, reward_and_gradients
+from src.modules.objectives.pathwise import RewardGradients, first_of_group, reward_and_gradients
 from src.modules.objectives.rewards import RewardFunction, without_autocast
-from src.modules.objectives.roles import ids_of, role_reward
+from src.modules.objectives.roles import role_reward
 from src.modules.objectives.shaping import ShapedRewards, shape_rewards
 from src.modules.policy.model import Policy
 from src.modules.policy.reference import Reference
@@ -115,14 +115,14 @@ class GRACE(PolicyModule):
         self.policy.eval()
         with torch.no_grad(), summon_full_params(self.policy):
             rollouts = self.collector.collect(batch, self.rollout_batches)  # rationales and embeddings, gathered over ranks once
-            reward, gradients, pathwise_mean = self.rewards_of(rollouts.embeddings)  # terms and total [B, K]; dR/dh
-            shaped, advantages = self.shaped_and_advantages(rollouts, reward, batch)  # truncation, length, KL; [G, K, R]
-        experience, context = self.experience_of(rollouts, shaped, advantages, gradients)
+            reward, gradients = self.rewards_of(rollouts.embeddings)  # terms and total [B, K]; dR/dh for the pathwise part
+            shaped, advantages = self.shaped_and_advantages(rollouts, reward)  # truncation, length, KL; [G, K, R]
+            experience, context = self.experience_of(rollouts, shaped, advantages, gradients)  # what this rank learns from
         self.policy.train()
         with timed(seconds, "update"):
-            update = self.updater.update(experience, context, len(batch), self._measures_parts)
+            update = self.updater.update(experience, context, len(batch))
         self.rollout_batches += 1
-        update |= {} if pathwise_mean is None else {"pathwise_reward": pathwise_mean}
+        update |= {} if gradients is None else {"pathwise_reward": gradients.mean_reward}
         self.batch_metrics = grace_metrics(
             *(rollouts, reward, shaped, advantages["positive"]),
             *(experience, update, seconds["update"], self.ranks),
@@ -136,24 +136,24 @@ class GRACE(PolicyModule):
         own = {f.name: self.hparams[f.name] for f in fields(Collector) if f.name in self.hparams}
         return Collector(self.policy, self.engine, self.renderer, self.reference, self.algorithm, self.ranks, **own)
 
-    def rewards_of(self, embeddings: Embeddings) -> tuple[Reward, dict[Role, Tensor] | None, float | None]:
-        """Computes the positives' reward; with a pathwise term also dR/dh by role, and the mean of the R that it differentiates."""
+    def rewards_of(self, embeddings: Embeddings) -> tuple[Reward, RewardGradients | None]:
+        """Computes the positives' reward, and with a pathwise term the derivative of the reward that moves the embeddings."""
         if not self.hparams["pathwise_weight"]:
-            return self.reward(embeddings), None, None
-        pathwise, gradients = reward_and_gradients(self.pathwise_reward or self.reward, embeddings, self.hparams["pathwise_roles"])
-        reward = pathwise if self.pathwise_reward is None else self.reward(embeddings)
-        return reward, gradients, float(pathwise.total.mean())
+            return self.reward(embeddings), None
+        differentiated = self.pathwise_reward or self.reward
+        reward, gradients = reward_and_gradients(differentiated, embeddings, self.hparams["pathwise_roles"])
+        return (reward if self.pathwise_reward is None else self.reward(embeddings)), gradients
 
-    def shaped_and_advantages(
-        self, rollouts: RolloutBatch, reward: Reward, batch: Sequence[Triplet]
-    ) -> tuple[dict[Role, ShapedRewards], dict[Role, Tensor]]:
+    def shaped_and_advantages(self, rollouts: RolloutBatch, reward: Reward) -> tuple[dict[Role, ShapedRewards], dict[Role, Tensor]]:
         """Shapes the rewards of each role that is learned from, and computes its advantages, [G, K, R] or [G, K, 1]."""
-        require_finite_rewards({**reward.terms, "total": reward.total}, rollouts.instance_ids, self.rollout_batches)
+        ids = rollouts.instance_ids
+        require_finite_rewards({**reward.terms, "total": reward.total}, ids, self.rollout_batches)
         shaped, advantages = {}, {}
         for role, group in rollouts.roles.items():
             function = role_reward(self.reward, rollouts.embeddings, role)
             raw = reward.total if role == "positive" else function(group.embeddings)
-            require_finite_rewards({f"{role} rollouts": raw}, ids_of(batch, role), self.rollout_batches)
+            texts = [name for name in ids for _ in range(len(raw) // len(ids))]
+            require_finite_rewards({f"{role} rollouts": raw}, texts, self.rollout_batches)
             shaped[role] = shape_rewards(self.algorithm, raw, group, function)
             advantages[role] = token_advantages(self.algorithm, shaped[role], group, function)
         return shaped, advantages
@@ -163,11 +163,11 @@ class GRACE(PolicyModule):
         batch: RolloutBatch,
         shaped: dict[Role, ShapedRewards],
         advantages: dict[Role, Tensor],
-        gradients: dict[Role, Tensor] | None,
+        gradients: RewardGradients | None,
     ) -> tuple[Experience | None, Context | None]:
         """Returns what this rank learns from: its groups of all roles, mixed; and the context that only the pathwise term moves."""
         instances, k = len(batch.instance_ids) // self.ranks.count, self.hparams["num_generations"]
-        rows = {} if gradients is None else {role: self.ranks.own(g.flatten(0, -2), instances) for role, g in gradients.items()}
+        rows = {} if gradients is None else {role: self.ranks.own(g.flatten(0, -2), instances) for role, g in gradients.by_role.items()}
         parts, rewards = [], []
         for role, group in batch.roles.items():
             derivatives = rows.get(role)
@@ -205,15 +205,12 @@ class GRACE(PolicyModule):
     @property
     def updater(self) -> Updater:
         """Takes the optimiser steps."""
-        h, weights = self.hparams, (self.hparams["score_function_weight"], self.hparams["pathwise_weight"])
-        parts = (self.policy, self.algorithm, self.ranks, h["temperature"], h["micro_batch_tokens"])
-        return Updater(*parts, *weights, self._backward, self.take_step)
-
-    @property
-    def _measures_parts(self) -> bool:
-        h = self.hparams
-        both, every = h["pathwise_weight"] > 0 and h["score_function_weight"] > 0, h["gradient_parts_every_n_rollout_batches"]
-        return bool(both and every and self.rollout_batches % every == 0)
+        h, every = self.hparams, self.hparams["gradient_parts_every_n_rollout_batches"]
+        measures = h["pathwise_weight"] > 0 and h["score_function_weight"] > 0 and every and self.rollout_batches % every == 0
+        return Updater(
+            *(self.policy, self.algorithm, self.ranks, h["temperature"], h["micro_batch_tokens"]),
+            *(h["score_function_weight"], h["pathwise_weight"], bool(measures), self._backward, self.take_step),
+        )
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         with gradient_sync(self.policy, self.trainer.strategy, now=last):

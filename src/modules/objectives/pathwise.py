@@ -12,6 +12,7 @@ arXiv 2101.06983).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,10 +23,21 @@ from src.modules.objectives.rewards import RewardFunction
 from src.modules.types import ROLES, Embeddings, Reward, Role
 
 
-def reward_and_gradients(
-    reward: RewardFunction, embeddings: Embeddings, roles: Sequence[Role] = ROLES
-) -> tuple[Reward, dict[Role, Tensor]]:
-    """Returns the reward, detached, and the derivative of sum_i mean_k R[i, k] in every unit vector, by role, float32.
+@dataclass(frozen=True)
+class RewardGradients:
+    """The derivative of the rewards of a batch in every unit vector.
+
+    Attributes:
+        by_role: [B, D], [B, K, D], [B, M, D] float32, derivative of sum_i mean_k R[i, k].
+        mean_reward: mean of R.
+    """
+
+    by_role: dict[Role, Tensor]
+    mean_reward: float
+
+
+def reward_and_gradients(reward: RewardFunction, embeddings: Embeddings, roles: Sequence[Role] = ROLES) -> tuple[Reward, RewardGradients]:
+    """Returns the reward, detached, and its derivative in every unit vector.
 
     It is the sum over instances, not their mean: an update divides by the number of instances that it has.
 
@@ -56,7 +68,8 @@ def reward_and_gradients(
     zeros: dict[Role, Tensor] = {role: torch.zeros_like(leaf.detach()) for role, leaf in leaves.items()}
     terms = {name: term.detach() for name, term in found.terms.items()}
     known: dict[Any, Tensor] = {role: g for role, g in zip(asked, derivatives, strict=True) if g is not None}
-    return Reward(terms, found.weights, found.total.detach()), zeros | known
+    total = found.total.detach()
+    return Reward(terms, found.weights, total), RewardGradients(zeros | known, float(total.mean()))
 
 
 def pathwise_loss(embeddings: Tensor, gradients: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ class Updater:
         temperature: of sampling, which log-probs are taken at.
         micro_batch_tokens: most tokens in one forward and backward pass, a prompt counted once for its rationales.
         score_function_weight, pathwise_weight: factors of the algorithm's loss and of the pathwise loss; at 0 that part is not computed.
+        measure_parts: whether the first step logs the norms of both parts of the gradient and their cosine.
         backward: takes a scalar and accumulates its gradient; with True, the minibatch's last, every rank is left with the mean over the
             ranks of what they have accumulated.
         take_step: takes the record ids of a minibatch; clips, checks and applies the gradient; returns its norm.
@@ -75,16 +76,16 @@ class Updater:
     micro_batch_tokens: int
     score_function_weight: float
     pathwise_weight: float
+    measure_parts: bool
     backward: Callable[[Tensor, bool], None]
     take_step: Callable[[Sequence[str]], float]
 
-    def update(self, experience: Experience | None, context: Context | None, instances: int, measure_parts: bool) -> dict[str, float]:
+    def update(self, experience: Experience | None, context: Context | None, instances: int) -> dict[str, float]:
         """Takes `updates_per_batch` steps, each on its share of the groups of all ranks; a step without anything to learn is left out.
 
         Args:
             experience, context: this rank's.
             instances: of the rollout batch, of all ranks.
-            measure_parts: whether the first step logs the norms of both parts of the gradient and their cosine.
 
         Returns:
             Means over the steps of what `accumulate_gradients` returns and of grad_norm; updates, the number of steps; groups, how many
@@ -96,7 +97,7 @@ class Updater:
             ids = () if minibatch.experience is None else minibatch.experience.instance_ids
             if not self.ranks.total(self._size(minibatch))[0]:
                 continue  # all masked out, still gathering groups, or more updates than groups
-            stats = self.accumulate_gradients(minibatch) if steps or not measure_parts else self._accumulate_in_parts(minibatch)
+            stats = self.accumulate_gradients(minibatch) if steps or not self.measure_parts else self._accumulate_in_parts(minibatch)
             of_first = {name: stats.pop(name) for name in FIRST_STEP_ALONE if name in stats}
             once = once if steps else of_first
             stats["grad_norm"] = self.take_step(ids)

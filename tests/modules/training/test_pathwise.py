@@ -153,7 +153,7 @@ def test_reward_gradients_are_finite_differences(reward: Any, m: int) -> None:
                 moved.view(-1)[place] += sign
                 values.append(reward(replace(e, **{side: moved})).total.mean(dim=1).sum())
             exact.view(-1)[place] = (values[0] - values[1]) / (2 * step)
-        ours = found[side]
+        ours = found.by_role[side]
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours.double(), exact, atol=2e-4, rtol=2e-4)
 
@@ -161,7 +161,7 @@ def test_reward_gradients_are_finite_differences(reward: Any, m: int) -> None:
 @pytest.mark.parametrize("side", ROLES)
 def test_reward_gradients_of_sides_that_are_not_asked_for_are_0(side: Any) -> None:
     e = random_embeddings(2)
-    found, everything = reward_and_gradients(listwise, e, [side])[1], reward_and_gradients(listwise, e)[1]
+    found, everything = reward_and_gradients(listwise, e, [side])[1].by_role, reward_and_gradients(listwise, e)[1].by_role
     for other in ROLES:
         expected = everything[other]
         assert torch.equal(found[other], expected if other == side else torch.zeros_like(expected))
@@ -171,8 +171,8 @@ def test_reward_gradients_are_there_without_a_graph_around_them() -> None:
     e = random_embeddings(2)
     with torch.no_grad():
         reward, found = reward_and_gradients(document, e)
-    assert float(found["positive"].norm()) > 0
-    assert not found["positive"].requires_grad
+    assert float(found.by_role["positive"].norm()) > 0
+    assert not found.by_role["positive"].requires_grad
     assert not reward.total.requires_grad
 
 
