@@ -13,6 +13,7 @@ import pandas as pd
 
 HERE = Path(__file__).parent
 ARMS = {
+    "protected": "GRACE, both parts, KL to the start",
     "both": "GRACE, both parts",
     "truescale": "GRACE, both, true scale",
     "pathwise": "GRACE, pathwise part alone",

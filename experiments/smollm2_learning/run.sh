@@ -20,9 +20,10 @@ run() { # name, seed, settings
 
 mkdir -p "$folder"
 for seed in $seeds; do
-  run both "$seed" experiment=smollm2_sup $grace
-  run truescale "$seed" experiment=smollm2_sup $grace module.score_function_weight=16 # the sum over the tokens of a rationale, not their mean
-  run pathwise "$seed" experiment=smollm2_sup $grace module.score_function_weight=0
+  run protected "$seed" experiment=smollm2_sup $grace
+  run both "$seed" experiment=smollm2_sup $grace algorithm.kl_coef=0
+  run truescale "$seed" experiment=smollm2_sup $grace algorithm.kl_coef=0 module.score_function_weight=16 # the sum over the tokens of a rationale, not their mean
+  run pathwise "$seed" experiment=smollm2_sup $grace algorithm.kl_coef=0 module.score_function_weight=0
   run published "$seed" experiment=smollm2_paper $grace module.learning_rate=1e-5 # at 1e-6 so few steps change nothing
   run cl "$seed" experiment=smollm2_baseline_cl_sup $contrastive $triplets
   run simcse "$seed" experiment=smollm2_baseline_simcse_unsup $contrastive datamodule.batch_size=16
