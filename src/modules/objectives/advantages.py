@@ -1,7 +1,7 @@
-"""Advantages: rewards made relative to what the policy does anyway. Pure functions [B, K] -> [B, K].
+"""Advantages: rewards relative to a baseline. Pure functions [B, K] -> [B, K].
 
-The B instances are those of the whole rollout batch. `keep`, [B, K] bool, is False on rollouts that are left out: they
-have advantage 0 and no part in any mean.
+The B instances are those of the global batch. `keep`, [B, K] bool, is False on rollouts that are left out: they have advantage 0 and no
+part in any mean.
 """
 
 import torch
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def grpo(rewards: Tensor, keep: Tensor, *, std: bool = False, epsilon: float = 1e-6) -> Tensor:
-    """Group-relative advantages: reward less the mean of its group (GRPO, Shao et al., arXiv 2402.03300, section 4.1.2).
+    """Returns group-relative advantages: the reward minus the mean of its group (GRPO, Shao et al., arXiv 2402.03300, section 4.1.2).
 
-    GRPO divides by the group's standard deviation (`std=True`). GRACE leaves that out, as does Dr. GRPO (Liu et al., arXiv
-    2503.20783), which shows that it weighs up the groups whose rollouts hardly differ.
+    GRPO divides by the group's standard deviation (`std=True`). GRACE does not, nor does Dr. GRPO (Liu et al., arXiv 2503.20783), which
+    shows that the division gives more weight to groups whose rollouts hardly differ.
 
     Args:
         rewards: [B, K] float32.
@@ -20,7 +20,7 @@ def grpo(rewards: Tensor, keep: Tensor, *, std: bool = False, epsilon: float = 1
         std: divide by the group's (unbiased) standard deviation plus `epsilon`.
 
     Returns:
-        [B, K] float32; zero where a group keeps fewer than two rollouts, which have nothing to be compared with.
+        [B, K] float32; zero where a group keeps fewer than two rollouts.
     """
     counts = keep.sum(dim=1, keepdim=True)
     mean = (rewards * keep).sum(dim=1, keepdim=True) / counts.clamp(min=1)
@@ -32,10 +32,10 @@ def grpo(rewards: Tensor, keep: Tensor, *, std: bool = False, epsilon: float = 1
 
 
 def rloo(rewards: Tensor, keep: Tensor) -> Tensor:
-    """Leave-one-out advantages: reward less the mean of the group's others (RLOO, Ahmadian et al., arXiv 2402.14740, eq. 7).
+    """Returns leave-one-out advantages: the reward minus the mean of the group's others (RLOO, Ahmadian et al., arXiv 2402.14740, eq. 7).
 
-    They are GRPO's without the standard deviation times n / (n - 1), n the group's kept rollouts: the same direction for
-    groups of one size, and a baseline that does not depend on the rollout itself.
+    They are GRPO's without the standard deviation times n / (n - 1), n the group's kept rollouts. The baseline does not depend on the
+    rollout itself.
 
     Args:
         rewards, keep: [B, K] float32 and bool.
@@ -49,9 +49,9 @@ def rloo(rewards: Tensor, keep: Tensor) -> Tensor:
 
 
 def remax(rewards: Tensor, keep: Tensor, baseline: Tensor) -> Tensor:
-    """Reward less that of the greedy rollout of the same text (ReMax, Li et al., arXiv 2310.10505, algorithm 1).
+    """Returns the reward minus that of the greedy rollout of the same text (ReMax, Li et al., arXiv 2310.10505, algorithm 1).
 
-    It needs `algorithm.greedy_baseline=true`. Rollouts that are all alike keep an advantage, where a group mean leaves none.
+    It needs `algorithm.greedy_baseline=true`. Equal rollouts keep an advantage; with a group mean they have none.
 
     Args:
         rewards, keep: [B, K] float32 and bool.
@@ -64,11 +64,11 @@ def remax(rewards: Tensor, keep: Tensor, baseline: Tensor) -> Tensor:
 
 
 def reinforce_pp(rewards: Tensor, keep: Tensor, *, epsilon: float = 1e-6) -> Tensor:
-    """Rewards standardised over the whole batch (REINFORCE++, Hu et al., arXiv 2501.03262, section 3).
+    """Returns rewards standardised over the global batch (REINFORCE++, Hu et al., arXiv 2501.03262, section 3).
 
     A = (R - mean) / (std + epsilon), mean and (unbiased) standard deviation over all kept rollouts of all instances. The
-    paper's penalty for leaving the reference is in R: `algorithm.kl_in=reward`. Some implementations count a rollout once
-    for each of its tokens in the two; here each counts once.
+    paper's penalty for leaving the reference is in R: `algorithm.kl_in=reward`. Some implementations count a rollout once for each of its
+    tokens; here each counts once.
 
     Args:
         rewards, keep: [B, K] float32 and bool.
@@ -80,10 +80,9 @@ def reinforce_pp(rewards: Tensor, keep: Tensor, *, epsilon: float = 1e-6) -> Ten
 
 
 def reinforce_pp_baseline(rewards: Tensor, keep: Tensor, *, epsilon: float = 1e-6) -> Tensor:
-    """Reward less the group's mean, then standardised over the whole batch (REINFORCE++-baseline, arXiv 2501.03262).
+    """Returns the reward minus the group's mean, standardised over the global batch (REINFORCE++-baseline, arXiv 2501.03262).
 
-    Unlike GRPO's division group by group, every group is divided by the same number: a group whose rollouts hardly differ
-    stays small.
+    Every group is divided by the same number, so that a group whose rollouts hardly differ keeps small advantages.
 
     Args:
         rewards, keep: [B, K] float32 and bool.

@@ -1,4 +1,4 @@
-"""What belongs together in a batch, and what is to be told apart: the views of contrastive learning."""
+"""Pairs of texts that contrastive learning brings together, and the candidates that it separates."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from src.records import Triplet
 
 @dataclass(frozen=True)
 class Pairs:
-    """B queries over N different documents.
+    """B queries and N different documents.
 
     Attributes:
         queries: B texts.
         documents: N different texts.
         own: [B] int64, the place of each query's document among them.
-        left_out: [B, N] bool, True on further documents that belong to the query, which are no negatives of it.
+        left_out: [B, N] bool, True on further documents that belong to the query and so are no negatives of it.
     """
 
     queries: tuple[str, ...]
@@ -27,16 +27,15 @@ class Pairs:
 
     @property
     def texts(self) -> list[str]:
-        """Queries, then documents: what is embedded."""
+        """Returns queries, then documents."""
         return [*self.queries, *self.documents]
 
 
 def supervised(batch: Sequence[Triplet]) -> Pairs:
-    """Each query with its positive, over all positives and hard negatives of the batch.
+    """Pairs each query with its positive; all positives and hard negatives of the batch are candidates.
 
-    A text that stands in a batch several times (the hard negative of one instance is often another's positive) is embedded
-    once and is one candidate: a second copy of a query's own document could not be told from it. Nor is the positive of
-    another instance with the same query a negative.
+    A text that occurs several times (the hard negative of one instance is often the positive of another) is embedded once and is one
+    candidate. The positive of another instance with the same query is not a negative.
     """
     documents = tuple(dict.fromkeys([t.positive for t in batch] + [n for t in batch for n in t.negatives]))
     place = {text: i for i, text in enumerate(documents)}
@@ -52,10 +51,9 @@ def supervised(batch: Sequence[Triplet]) -> Pairs:
 
 
 def dropout_twice(batch: Sequence[Triplet]) -> Pairs:
-    """Each text with itself, over the texts of the batch (unsupervised SimCSE, Gao et al., arXiv 2104.08821).
+    """Pairs each text with itself (unsupervised SimCSE, Gao et al., arXiv 2104.08821): dropout makes two embeddings of it.
 
-    What makes two embeddings of one text is the dropout of its two passes. The texts are the positives; one that stands in
-    the batch several times counts once.
+    The texts are the positives; one that occurs several times counts once.
     """
     texts = tuple(dict.fromkeys(t.positive for t in batch))
     return Pairs(texts, texts, torch.arange(len(texts)), torch.zeros(len(texts), len(texts), dtype=torch.bool))
