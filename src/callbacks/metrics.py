@@ -104,8 +104,8 @@ def batch_metrics(report: BatchMetrics) -> dict[str, float]:
         if report.seconds.get(phase):
             metrics[f"throughput/{phase}_tokens_per_second"] = tokens / report.seconds[phase]
     if isinstance(report, ContrastiveMetrics):
-        names = ("accuracy", "positive_similarity", "unrelated_similarity")
-        metrics |= {f"contrastive/{name}": getattr(report, name) for name in names}
+        names = ("accuracy", "positive_similarity", "unrelated_similarity", "false_negatives")
+        metrics |= {f"contrastive/{name}": float(getattr(report, name)) for name in names}
     if isinstance(report, GRACEMetrics):
         others = {f"of_{role}": values for role, values in report.other_rewards.items()}
         for name, values in {**report.reward.terms, "total": report.reward.total, **others}.items():
@@ -116,6 +116,7 @@ def batch_metrics(report: BatchMetrics) -> dict[str, float]:
             "rollout/rationale_length": float(report.rationale_lengths.float().mean()),
             "rollout/distinct_rationales": report.distinct_rationales,
             "rollout/unrelated_similarity": report.unrelated_similarity,
+            "rollout/false_negatives": float(report.false_negatives),
             "rollout/logprob_mismatch_mean": report.logprob_mismatch[0],
             "rollout/logprob_mismatch_max": report.logprob_mismatch[1],
             "advantage/std": float(report.advantages.std(correction=0)),

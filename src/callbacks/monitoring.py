@@ -14,7 +14,7 @@ from torch import Tensor
 
 from src.modules.distributed.fsdp import summon_full_params
 from src.modules.grace import GRACE
-from src.modules.objectives.roles import texts_of
+from src.modules.objectives.roles import same_texts, texts_of
 from src.modules.policy.model import evaluation_mode
 from src.modules.policy_module import PolicyModule
 from src.modules.training import collector
@@ -138,4 +138,5 @@ def embed_triplets(module: GRACE, triplets: Sequence[Triplet], n: int, seed: int
     positive = sample(module, texts_of(triplets, "positive"), module.hparams["temperature"], seed, n)
     texts = texts_of(triplets, "query") + texts_of(triplets, "negative")
     others = unit_vectors(module, sample(module, texts, module.hparams["context_temperature"], seed + 1))
-    return Embeddings(others[:b], unit_vectors(module, positive).unflatten(0, (b, n)), others[b:].unflatten(0, (b, m)))
+    rollouts = unit_vectors(module, positive).unflatten(0, (b, n))
+    return Embeddings(others[:b], rollouts, others[b:].unflatten(0, (b, m)), same_texts(triplets, others.device))

@@ -107,11 +107,21 @@ class Embeddings:
         query: [B, D] float32, one rollout each.
         positive: [B, K, D] float32.
         negative: [B, M, D] float32, M >= 0, one rollout each.
+        same: [B, B] bool, True where two instances have the same query or the same positive, so that neither is a negative of the other
+            (roles.same_texts); None if all differ.
     """
 
     query: Tensor
     positive: Tensor
     negative: Tensor
+    same: Tensor | None = None
+
+    @property
+    def others(self) -> Tensor:
+        """[B, B] bool, True where instance j is an in-batch negative of instance i."""
+        b = len(self.query)
+        apart = ~torch.eye(b, dtype=torch.bool, device=self.query.device)
+        return apart if self.same is None else apart & ~self.same
 
     @classmethod
     def normalised(cls, query: Tensor, positive: Tensor, negative: Tensor) -> "Embeddings":

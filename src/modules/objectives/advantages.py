@@ -28,7 +28,14 @@ def grpo(rewards: Tensor, keep: Tensor, *, std: bool = False, epsilon: float = 1
     if std:
         deviation = (advantages.square().sum(dim=1, keepdim=True) / (counts - 1).clamp(min=1)).sqrt()
         advantages = advantages / (deviation + epsilon)
-    return advantages
+    return torch.where(varies(rewards, keep, dim=1), advantages, 0.0)
+
+
+def varies(values: Tensor, counted: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Returns whether the counted values differ. The mean of equal values may be off by a rounding, which a division by the deviation,
+    a rounding as well, would scale up to the size of an advantage."""
+    high = values.masked_fill(~counted, -torch.inf).amax(dim=dim, keepdim=True)
+    return high > values.masked_fill(~counted, torch.inf).amin(dim=dim, keepdim=True)
 
 
 def rloo(rewards: Tensor, keep: Tensor) -> Tensor:
@@ -45,7 +52,8 @@ def rloo(rewards: Tensor, keep: Tensor) -> Tensor:
     """
     counts = keep.sum(dim=1, keepdim=True)
     others = (rewards * keep).sum(dim=1, keepdim=True) - rewards
-    return torch.where(keep & (counts > 1), rewards - others / (counts - 1).clamp(min=1), 0.0)
+    advantages = torch.where(keep & (counts > 1), rewards - others / (counts - 1).clamp(min=1), 0.0)
+    return torch.where(varies(rewards, keep, dim=1), advantages, 0.0)
 
 
 def remax(rewards: Tensor, keep: Tensor, baseline: Tensor) -> Tensor:
@@ -98,4 +106,4 @@ def _standardised(values: Tensor, counted: Tensor, epsilon: float) -> Tensor:
     n = counted.sum()
     centred = torch.where(counted, values - (values * counted).sum() / n.clamp(min=1), 0.0)
     deviation = (centred.square().sum() / (n - 1).clamp(min=1)).sqrt()
-    return torch.where(n > 1, centred / (deviation + epsilon), 0.0)
+    return torch.where(varies(values, counted, dim=(0, 1)), centred / (deviation + epsilon), 0.0)

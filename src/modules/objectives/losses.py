@@ -30,8 +30,11 @@ def k2(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 
 def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Returns (r - 1) - log r: unbiased, never negative (GRPO, arXiv 2402.03300, eq. 4); as a loss it pushes as the reverse divergence."""
-    log_ratio = reference - logprobs
+    """Returns (r - 1) - log r: unbiased, never negative (GRPO, arXiv 2402.03300, eq. 4); as a loss it pushes as the reverse divergence.
+
+    log r is bounded to [-20, 20] nats, as r overflows; beyond the bound the gradient is 0.
+    """
+    log_ratio = (reference - logprobs).clamp(-20.0, 20.0)
     return log_ratio.exp() - 1 - log_ratio
 
 

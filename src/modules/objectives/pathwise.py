@@ -12,7 +12,7 @@ arXiv 2101.06983).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def reward_and_gradients(reward: RewardFunction, embeddings: Embeddings, roles: 
     # autocast would take the products of the backward pass in bfloat16, whatever the forward pass did
     with torch.enable_grad(), torch.autocast(embeddings.positive.device.type, enabled=False):
         leaves = {role: getattr(embeddings, role).detach().float().requires_grad_() for role in ROLES}
-        found = reward(Embeddings(**leaves))
+        found = reward(replace(embeddings, **leaves))
         derivatives: Sequence[Tensor | None] = [None]
         if found.total.requires_grad:
             derivatives = torch.autograd.grad(found.total.mean(dim=1).sum(), [leaves[role] for role in asked], allow_unused=True)

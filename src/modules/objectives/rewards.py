@@ -3,6 +3,8 @@
 B instances of the global batch, K rollouts of each positive, M negatives an instance, D hidden size. Equations are from GRACE (Sun et al.,
 arXiv 2510.04506, section 3), except for forms of this project, which say so. To try another reward, write one more function here with the
 same first argument and result, and one YAML in configs/reward that names it.
+
+In-batch terms are over the j in `Embeddings.others` of i: not i itself, and no instance with the same query or the same positive.
 """
 
 from collections.abc import Callable
@@ -49,15 +51,9 @@ def to_queries(e: Embeddings) -> tuple[Tensor, Tensor]:
     return similarity, similarity.diagonal(dim1=0, dim2=2).T
 
 
-def others(b: int, device: torch.device) -> Tensor:
-    """Returns [B, B] bool, True off the diagonal."""
-    return ~torch.eye(b, dtype=torch.bool, device=device)
-
-
-def mean_of_others(similarity: Tensor) -> Tensor:
-    """Returns [B, n], the mean over j != i of a [B, n, B] tensor; 0 if B = 1."""
-    b = similarity.shape[2]
-    return (similarity * others(b, similarity.device).unsqueeze(1)).sum(dim=2) / max(b - 1, 1)
+def mean_of_others(similarity: Tensor, others: Tensor) -> Tensor:
+    """Returns [B, n], the mean of a [B, n, B] tensor over the in-batch negatives j of i, [B, B] bool; 0 without any."""
+    return (similarity * others.unsqueeze(1)).sum(dim=2) / others.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def paper(e: Embeddings, *, consistency_weight: float = 0.2, hard_weight: float = 0.2, temperature: float = 0.1) -> Reward:
@@ -71,7 +67,7 @@ def paper(e: Embeddings, *, consistency_weight: float = 0.2, hard_weight: float 
     """
     b, k = e.positive.shape[:2]
     cross = torch.einsum("id,jld->ijl", e.query, e.positive).max(dim=2).values  # [B, B]
-    hard = -(cross * others(b, cross.device)).sum(dim=1) / max(b - 1, 1)
+    hard = -(cross * e.others).sum(dim=1) / e.others.sum(dim=1).clamp(min=1)
     terms = {
         "positive": torch.einsum("id,ikd->ik", e.query, e.positive),
         "negative": -torch.einsum("id,imd->i", e.query, e.negative).unsqueeze(1).expand(b, k),
@@ -97,12 +93,13 @@ def document(
     """
     if hard_reduction not in ("mean", "max"):
         raise ValueError(f"reward.hard_reduction={hard_reduction!r}: it is mean or max")
-    b = len(e.query)
     similarity, own = to_queries(e)
-    if hard_reduction == "mean" or b == 1:
-        in_batch = -mean_of_others(similarity)
+    others = e.others
+    if hard_reduction == "mean":
+        in_batch = -mean_of_others(similarity, others)
     else:
-        in_batch = -similarity.masked_fill(~others(b, similarity.device).unsqueeze(1), -torch.inf).max(dim=2).values
+        nearest = similarity.masked_fill(~others.unsqueeze(1), -torch.inf).max(dim=2).values
+        in_batch = torch.where(others.any(dim=1, keepdim=True), -nearest, 0.0)
     terms = {
         "positive": own,
         "negative": -torch.einsum("ikd,imd->ik", e.positive, e.negative),
@@ -125,7 +122,7 @@ def unsupervised(e: Embeddings, *, consistency_weight: float = 0.2, hard_weight:
     if e.negative.shape[1]:
         raise ValueError("reward=unsupervised has no term for negatives: use reward=document, or a datamodule of texts (datamodule=wiki1m)")
     similarity, own = to_queries(e)
-    terms = {"self": own, "consistency": consistency(e.positive), "in_batch": -mean_of_others(similarity)}
+    terms = {"self": own, "consistency": consistency(e.positive), "in_batch": -mean_of_others(similarity, e.others)}
     weights = {"self": 1.0, "consistency": consistency_weight, "in_batch": hard_weight}
     return combine(terms, weights, 1 / temperature)
 
@@ -172,11 +169,13 @@ def listwise(
     if centre == "both":
         similarity, to_negatives = similarity - popular, to_negatives - popular
     own = similarity.diagonal(dim1=0, dim2=2).T  # [B, K]
+    candidates = e.others | torch.eye(b, dtype=torch.bool, device=own.device)  # [B, B], with the own query
     rivals = similarity.mean(dim=1).T  # [B, B]: of query i to document j
-    rivals = rivals.masked_fill(~others(b, rivals.device), -torch.inf)
+    rivals = rivals.masked_fill(~e.others, -1e9)
+    # a number and not minus infinity: the gradient of a logsumexp of nothing but that is nan
     against = torch.cat([rivals, to_negatives.diagonal(dim1=0, dim2=2).T], dim=1).logsumexp(dim=1, keepdim=True)  # [B, 1]
     terms = {
-        "to_query": own - similarity.logsumexp(dim=2),
+        "to_query": own - similarity.masked_fill(~candidates.unsqueeze(1), -torch.inf).logsumexp(dim=2),
         "to_document": own - torch.logaddexp(own, against),
         "consistency": consistency(e.positive),
     }

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,16 @@ def texts_of(batch: Sequence[Triplet], role: Role) -> list[str]:
 def ids_of(batch: Sequence[Triplet], role: Role) -> tuple[str, ...]:
     """Returns the record id of each text of a role."""
     return tuple(triplet.id for triplet in batch for _ in (triplet.negatives if role == "negative" else [None]))
+
+
+def same_texts(batch: Sequence[Triplet], device: torch.device) -> Tensor | None:
+    """Returns [B, B] bool, True where two instances have the same query or the same positive; None if no two have."""
+    same = torch.zeros(len(batch), len(batch), dtype=torch.bool)
+    for role in ("query", "positive"):
+        _, texts = np.unique(texts_of(batch, role), return_inverse=True)
+        numbers = torch.from_numpy(texts)
+        same |= numbers.unsqueeze(0) == numbers.unsqueeze(1)
+    return same.to(device) if int(same.sum()) > len(batch) else None
 
 
 def role_reward(reward: RewardFunction, embeddings: Embeddings, role: Role) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from src.modules.distributed.ranks import Ranks
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.credit import from_tokens
-from src.modules.objectives.roles import ids_of, texts_of
+from src.modules.objectives.roles import ids_of, same_texts, texts_of
 from src.modules.policy.batching import packed_batches
 from src.modules.policy.model import Policy
 from src.modules.policy.pooling import pool, pool_prefixes
@@ -86,6 +86,7 @@ class Collector:
             query=self.ranks.gather(first["query"], len(own)),
             positive=roles["positive"].embeddings,
             negative=self.ranks.gather(negative.unflatten(0, (len(own), m)), len(own)),
+            same=same_texts(batch, negative.device),
         )
         return RolloutBatch(
             roles=roles,

@@ -46,6 +46,7 @@ class GRACEMetrics:
         rationale_lengths: [B, K] int64, tokens.
         distinct_rationales: share of different rationales among the B*K.
         unrelated_similarity: mean cosine between positives of different instances; nan if B = 1.
+        false_negatives: pairs of instances with the same query or positive, which are left out of in-batch terms.
         update: what Updater.update returns, and with a pathwise term pathwise_reward, the mean of the reward that it differentiates.
         logprob_mismatch: mean and largest absolute difference between the log-probs of engine and trainer, in nats a token; nan if no
             step was taken or the engine does not report them.
@@ -68,6 +69,7 @@ class GRACEMetrics:
     rollout_tokens: int
     update_tokens: int
     instance_ids: list[str]
+    false_negatives: int = 0
 
     def headline(self) -> dict[str, str]:
         """Returns mean reward and sampled tokens a second."""
@@ -103,6 +105,7 @@ def grace_metrics(
         rationale_lengths=positive.lengths.cpu(),
         distinct_rationales=batch.distinct_rationales,
         unrelated_similarity=unrelated_similarity(batch.embeddings.positive),
+        false_negatives=0 if batch.embeddings.same is None else int(batch.embeddings.same.sum() - len(batch.instance_ids)) // 2,
         logprob_mismatch=(update.pop("logprob_mismatch_mean", torch.nan), update.pop("logprob_mismatch_max", torch.nan)),
         update=update,
         seconds=dict(zip(phases, ranks.largest(*phases.values()), strict=True)),
@@ -130,6 +133,7 @@ class ContrastiveMetrics:
         accuracy: share of the queries whose own document is the most similar of all candidates.
         positive_similarity: mean cosine of queries and their documents.
         unrelated_similarity: mean cosine of different documents of the batch.
+        false_negatives: pairs of a query and another document that belongs to it, which are left out.
         update: loss (InfoNCE, nats), grad_norm (before clipping), and updates, which is 1.
         seconds: of the phase update.
         update_tokens: tokens of all texts, without padding.
@@ -145,6 +149,7 @@ class ContrastiveMetrics:
     update_tokens: int
     instance_ids: list[str]
     rollout_tokens: int = 0
+    false_negatives: int = 0
 
     def headline(self) -> dict[str, str]:
         """Returns InfoNCE and tokens a second."""
@@ -163,6 +168,7 @@ def contrastive_metrics(
         accuracy=float((similarity.argmax(dim=1) == pairs.own).float().mean()),
         positive_similarity=float(similarity[torch.arange(len(queries)), pairs.own].mean()),
         unrelated_similarity=float((among.sum() - among.trace()) / (n * (n - 1))),
+        false_negatives=int(pairs.left_out.sum()),
         update=update,
         seconds=seconds,
         update_tokens=tokens,
