@@ -25,13 +25,16 @@ def token_advantages(algorithm: Algorithm, shaped: ShapedRewards, group: RoleRol
         return algorithm.advantage(shaped.rewards, shaped.keep, *baseline).unsqueeze(2)
     after = prefix_rewards(reward, group.prefixes)
     # the reward of a prefix as long as the rationale is not the rationale's reward: the other rollouts are cut at that length too
-    at_end = shaped.rewards - after.gather(2, group.lengths.unsqueeze(2)).squeeze(2)
-    costs = None
-    if group.divergence is not None:  # charged to the token that caused it, not to the last one
+    at_end = shaped.raw - after.gather(2, group.lengths.unsqueeze(2)).squeeze(2)
+    penalty, costs = shaped.rewards - shaped.raw, None
+    if group.divergence is not None:  # charged to the token that caused it
         costs = algorithm.kl_coef * group.divergence
-        at_end = at_end + costs.sum(dim=2)
+        penalty = penalty + costs.sum(dim=2)
         costs = torch.nn.functional.pad(costs, (0, after.shape[2] - 1 - costs.shape[2]))
     returns = token_returns(after, at_end, group.lengths, algorithm.gae_lambda, costs)
+    # a penalty is of the whole rationale and does not decay: at the end of one that is longer than the others it would meet no comparison
+    reached = torch.arange(returns.shape[2], device=returns.device) < group.lengths.unsqueeze(2)
+    returns = returns + penalty.unsqueeze(2) * reached
     return compare_by_position(algorithm.advantage, returns, group.lengths, shaped.keep)
 
 

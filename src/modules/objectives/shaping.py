@@ -1,7 +1,7 @@
 """Reward shaping: what is added to raw rewards before advantages are computed. Pure functions.
 
-The order is: overlong slope, truncation penalty, divergence from the reference. A greedy rollout, if the baseline is one, is shaped as one
-more of its group, but is not charged for divergence.
+The order is: truncation penalty, overlong slope, divergence from the reference; each is added to what the one before gave. A greedy
+rollout, if the baseline is one, is shaped by the numbers of its group and has no part in them; it is not charged for divergence.
 """
 
 from collections.abc import Callable
@@ -47,30 +47,33 @@ def shape_rewards(algorithm: Algorithm, raw: Tensor, group: RoleRollouts, reward
         scored = torch.cat([raw, together[:, -1:]], dim=1)
         lengths, finished = torch.cat([lengths, group.greedy.lengths], dim=1), torch.cat([finished, group.greedy.finished], dim=1)
         divergence = None if divergence is None else torch.nn.functional.pad(divergence, (0, 1))
-    rewards, keep = shape(algorithm, scored, lengths, finished, divergence)
+    rewards, keep = shape(algorithm, scored, lengths, finished, divergence, k)
     return ShapedRewards(raw, rewards[:, :k], keep[:, :k], None if group.greedy is None else rewards[:, k])
 
 
 def shape(
-    algorithm: Algorithm, rewards: Tensor, lengths: Tensor, finished: Tensor, divergence: Tensor | None = None
+    algorithm: Algorithm, rewards: Tensor, lengths: Tensor, finished: Tensor, divergence: Tensor | None = None, k: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Applies the overlong slope, the truncation penalty and the divergence, in this order.
+    """Applies the truncation penalty, the overlong slope and the divergence, in this order.
 
     Args:
         rewards, lengths, finished: [G, K] float32, int64 and bool.
+        k: how many of the columns are the group; None: all.
         divergence: [G, K] float32, from the reference, summed over each rollout's tokens; None subtracts nothing.
 
     Returns:
         rewards [G, K], and [G, K] bool that is False on rollouts to leave out.
     """
-    if algorithm.overlong is not None:
+    rewards, keep = penalise_truncated(rewards, finished, algorithm.truncation, algorithm.truncation_size, k)
+    if algorithm.overlong is not None:  # after a penalty, which would replace it
         rewards = rewards + algorithm.overlong(lengths)
-    rewards, keep = penalise_truncated(rewards, finished, algorithm.truncation, algorithm.truncation_size)
     # last: a truncated rationale is charged for its distance like any other
     return rewards if divergence is None else rewards - algorithm.kl_coef * divergence, keep
 
 
-def penalise_truncated(rewards: Tensor, finished: Tensor, penalty: Penalty = "relative", size: float = 1.0) -> tuple[Tensor, Tensor]:
+def penalise_truncated(
+    rewards: Tensor, finished: Tensor, penalty: Penalty = "relative", size: float = 1.0, k: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Replaces the rewards of rollouts that met the length limit.
 
     Args:
@@ -80,6 +83,7 @@ def penalise_truncated(rewards: Tensor, finished: Tensor, penalty: Penalty = "re
             where rewards lie below it, as those of `listwise` do); `mask`, the rollout is left out of the group's baseline and of the
             loss; `none`, it keeps its reward.
         size: of the penalty.
+        k: how many of the columns are the group, whose numbers `relative` takes; None: all.
 
     Returns:
         rewards [B, K], and [B, K] bool that is False on rollouts to leave out. A group in which no rollout finished keeps its rewards
@@ -97,10 +101,10 @@ def penalise_truncated(rewards: Tensor, finished: Tensor, penalty: Penalty = "re
         return rewards, everything
     if penalty != "relative":
         raise ValueError(f"truncation penalty {penalty!r}: it is relative, constant, mask or none")
-    some = finished.any(dim=1, keepdim=True)
-    lowest = rewards.masked_fill(~finished, torch.inf).min(dim=1, keepdim=True).values
+    some = finished[:, :k].any(dim=1, keepdim=True)
+    lowest = rewards[:, :k].masked_fill(~finished[:, :k], torch.inf).min(dim=1, keepdim=True).values
     # of all rewards: a single finished one has no spread, and the others would not be penalised
-    std = rewards.std(dim=1, keepdim=True, correction=0)
+    std = rewards[:, :k].std(dim=1, keepdim=True, correction=0)
     return torch.where(finished | ~some, rewards, lowest - size * std), everything
 
 
