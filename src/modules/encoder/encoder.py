@@ -1,7 +1,7 @@
 """Texts to embeddings: the policy writes a rationale about each text, and both are pooled."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +108,7 @@ class RationaleEncoder:
 
     def encode(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         prompt_type: str | None = None,
         rationale: bool | None = None,
         batch_size: int | None = None,
@@ -117,7 +117,7 @@ class RationaleEncoder:
         """Embeds texts, in their order.
 
         Args:
-            texts: any number of them; a repeated text is embedded once.
+            texts: any iterable of strings (a list, a generator, a pandas Series, a numpy array); a repeated text is embedded once.
             prompt_type: `query` or `document`. Both have the same prompt, as GRACE was trained, unless the settings have a
                 `query_instruction`.
             rationale: whether rationales are written; None: the encoder's setting.
@@ -128,13 +128,13 @@ class RationaleEncoder:
             [N, D] float32, pooled and not normalised; compare them by cosine.
 
         Raises:
-            TypeError: a string in place of a list.
+            TypeError: one string in place of several, or something that is no string; its place and type are named.
             ValueError: an embedding that is not finite, an unknown prompt type, a batch size below one.
         """
         return self._run(texts, prompt_type, rationale, batch_size, show_progress)[0]
 
     def encode_both(
-        self, texts: Sequence[str], prompt_type: str | None = None, batch_size: int | None = None
+        self, texts: Iterable[str], prompt_type: str | None = None, batch_size: int | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns embeddings with rationales and without, [N, D] float32 each, from one pass; see `encode`.
 
@@ -145,7 +145,7 @@ class RationaleEncoder:
 
     def explain(
         self,
-        texts: Sequence[str],
+        texts: Iterable[str],
         prompt_type: str | None = None,
         rationale: bool | None = None,
         batch_size: int | None = None,
@@ -159,11 +159,10 @@ class RationaleEncoder:
         return embeddings, [str(self.policy.tokenizer.decode(ids.tolist(), skip_special_tokens=False)) for ids in rationales]
 
     def _run(
-        self, texts: Sequence[str], prompt_type: str | None, rationale: bool | None, batch_size: int | None, show_progress: bool
+        self, texts: Iterable[str], prompt_type: str | None, rationale: bool | None, batch_size: int | None, show_progress: bool
     ) -> tuple[np.ndarray, list[Tensor], np.ndarray | None]:
         """Returns embeddings, the rationales' ids without their end token, and the prompts' embeddings if the engine gives them."""
-        if isinstance(texts, str):
-            raise TypeError("texts is one string: give a list of texts, as in encode([text])")
+        texts = strings_of(texts)
         self.settings.instruction_for(prompt_type)  # checks the type
         size = self.batch_size if batch_size is None else _positive(batch_size)
         if not texts:
@@ -207,6 +206,21 @@ class RationaleEncoder:
             )
         index = [place[text] for text in texts]
         return embeddings[index], [rationales[i] for i in index], None if plain is None else plain[index]
+
+
+def strings_of(texts: Iterable[str]) -> list[str]:
+    """Returns the texts of any iterable as a list.
+
+    Raises:
+        TypeError: one string in place of several, or something that is no string.
+    """
+    if isinstance(texts, str):
+        raise TypeError("texts is one string: give a list of texts, as in encode([text])")
+    found = list(texts)
+    for place, text in enumerate(found):
+        if not isinstance(text, str):
+            raise TypeError(f"texts[{place}] is {text!r:.80}, of type {type(text).__name__}: every text must be a string")
+    return found
 
 
 def _seed(text: str, seed: int) -> int:

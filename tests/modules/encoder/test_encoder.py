@@ -183,3 +183,17 @@ def test_progress_bar(tiny_policy: Policy, capsys: pytest.CaptureFixture[str]) -
 def test_bad_arguments(tiny_policy: Policy, options: dict[str, Any], call: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         encoder(tiny_policy, **options).encode(**call)
+
+
+@pytest.mark.parametrize("form", [list, tuple, iter, np.array, pd.Series, lambda texts: pd.Series(texts, index=[7, 3])], ids=str)
+def test_any_iterable_of_strings_is_embedded(form: Any) -> None:
+    encoder = RationaleEncoder(small_policy(), EncoderSettings(instruction="Name the terms.", max_prompt_tokens=100), HFEngine(4))
+    texts = ["a text", "another"]
+    np.testing.assert_array_equal(encoder.encode(form(texts)), encoder.encode(texts))
+
+
+@pytest.mark.parametrize(("value", "kind"), [(None, "NoneType"), (float("nan"), "float"), (3, "int"), (b"x", "bytes"), (["x"], "list")])
+def test_what_is_no_string_is_named_with_its_place(value: Any, kind: str) -> None:
+    encoder = RationaleEncoder(small_policy(), EncoderSettings(instruction="Name the terms.", max_prompt_tokens=100), HFEngine(4))
+    with pytest.raises(TypeError, match=rf"texts\[1\].*{kind}"):
+        encoder.encode(["a text", value])
