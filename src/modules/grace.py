@@ -117,6 +117,7 @@ class GRACE(PolicyModule):
             rollouts = self.collector.collect(batch, self.rollout_batches)  # rationales and embeddings, gathered over ranks once
             reward, gradients, pathwise_mean = self.rewards_of(rollouts.embeddings)  # terms and total [B, K]; dR/dh
             shaped, advantages = self.shaped_and_advantages(rollouts, reward, batch)  # truncation, length, KL; [G, K, R]
+        rollouts = rollouts.without_prefixes()  # not held through the update
         experience, context = self.experience_of(rollouts, shaped, advantages, gradients)
         self.policy.train()
         with timed(seconds, "update"):
@@ -173,7 +174,7 @@ class GRACE(PolicyModule):
             derivatives = rows.get(role)
             parts.append(
                 Experience(
-                    rollouts=group.rollouts.tokens_alone(),
+                    rollouts=group.rollouts,
                     advantages=at_tokens(self.ranks.own(advantages[role], instances).flatten(0, 1), group.rollouts),
                     keep=self.ranks.own(shaped[role].keep, instances),
                     old_logprobs=group.old_logprobs,
@@ -200,7 +201,7 @@ class GRACE(PolicyModule):
             return None
         places = torch.cat([torch.arange(count) // (count // instances) for count in counts])
         derivatives = torch.cat([gradients[role] for role in batch.context_roles])
-        return Context(batch.context.tokens_alone()[taken], derivatives[taken], places[taken])
+        return Context(batch.context[taken], derivatives[taken], places[taken])
 
     @property
     def updater(self) -> Updater:

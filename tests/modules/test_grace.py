@@ -1,4 +1,5 @@
 import functools
+import gc
 import math
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from src.modules.objectives.rewards import document, listwise, paper
 from src.modules.rollouts.hf import HFEngine
 from src.modules.training.finite import NonFiniteError
 from src.modules.training.metrics import unrelated_similarity
+from src.modules.training.update import Updater
 from src.modules.types import Embeddings, Reward, Rollouts
 from src.records import Triplet
 from src.utils.timing import OutOfMemoryError
@@ -359,6 +361,23 @@ def test_tokens_are_those_of_what_was_updated_on() -> None:
     assert both.update_tokens == alone.update_tokens > 0
     gathering = make(algorithm={"min_group_std": 1e9, "max_extra_batches": 1})
     assert [report.update_tokens for report in fit(gathering, [TRIPLETS[:3]] * 2).reports] == [0, 0]
+
+
+def test_prefix_embeddings_are_released_before_the_update(monkeypatch):
+    held, update = [], Updater.update
+
+    def watched(self: Updater, *args: Any) -> dict[str, float]:
+        held.extend(x.shape for x in gc.get_objects() if type(x) is Tensor and x.dim() == 4 and x.shape[-1] == 32)
+        return update(self, *args)
+
+    monkeypatch.setattr(Updater, "update", watched)
+    module = make(algorithm={"gae_lambda": 0.9})
+    fit(module, [TRIPLETS])
+    assert held == []
+    positive = module.collector.collect(TRIPLETS, 0).roles["positive"]
+    assert positive.prefixes is not None
+    assert positive.rollouts.embeddings is None
+    assert positive.rollouts.prefix_embeddings is None
 
 
 class Novelty(torch.nn.Module):
