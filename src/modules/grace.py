@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.modules.distributed.fsdp import gradient_sync, shard, summon_full_params
 from src.modules.objectives.algorithm import Algorithm
@@ -42,8 +42,8 @@ class GRACE(PolicyModule):
     Args:
         policy: writes the rationales, and embeds.
         engine: samples them.
-        reward: Embeddings -> Reward. An nn.Module keeps its buffers in checkpoints; if it has a method `remember(embeddings)`, that is
-            called once after each rollout batch with the unit vectors of the global batch.
+        reward: Embeddings -> Reward. An nn.Module keeps its buffers, of any shape, in checkpoints, and its parameters are not trained; if
+            it has a method `remember(embeddings)`, that is called once after each rollout batch with the unit vectors of the global batch.
         algorithm: see Algorithm.
         instruction, max_prompt_tokens, template_kwargs: of the prompt renderer.
         num_generations: K.
@@ -102,7 +102,9 @@ class GRACE(PolicyModule):
         pathwise_roles = tuple(map(str, pathwise_roles or ()))  # type: ignore[arg-type]
         self.save_hyperparameters(ignore=["policy", "engine", "reward", "algorithm", "template_kwargs", "pathwise_reward"])
         check_settings(self.hparams, policy.frozen_encoder is not None, algorithm)
-        self.algorithm, self.reward_function = algorithm, reward
+        self.algorithm, self.reward_function, self.pathwise_reward_function = algorithm, reward, pathwise_reward
+        for function in self._reward_modules.values():
+            function.requires_grad_(False)  # no optimiser has their weights, and DDP would wait for the gradients
         self.reward = without_autocast(reward)
         self.pathwise_reward = None if pathwise_reward is None else without_autocast(pathwise_reward)
         self.reference = Reference(policy) if algorithm.kl_coef else None
@@ -128,8 +130,14 @@ class GRACE(PolicyModule):
             *(rollouts, reward, shaped, advantages["positive"]),
             *(experience, update, seconds["update"], self.ranks),
         )
-        if hasattr(self.reward_function, "remember"):
-            self.reward_function.remember(rollouts.embeddings)
+        for function in (self.reward_function, self.pathwise_reward_function):
+            if function is not None and hasattr(function, "remember"):
+                function.remember(rollouts.embeddings)
+
+    @property
+    def _reward_modules(self) -> dict[str, nn.Module]:
+        functions = {"reward_function": self.reward_function, "pathwise_reward_function": self.pathwise_reward_function}
+        return {name: function for name, function in functions.items() if isinstance(function, nn.Module)}
 
     @property
     def collector(self) -> Collector:
@@ -241,3 +249,7 @@ class GRACE(PolicyModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.buffer.load_state_dict(shared_out(checkpoint["grace"]["held"], self.ranks))
+        for name, function in self._reward_modules.items():
+            for part, buffer in function.named_buffers(name):
+                if part in checkpoint["state_dict"]:  # of the batch before, say, whose size a new module cannot know
+                    buffer.resize_(checkpoint["state_dict"][part].shape)
