@@ -62,8 +62,7 @@ class MetricsMonitor(MonitoringCallback[PolicyModule]):
         if isinstance(report, GRACEMetrics):
             self._remember(report, metrics, module.rollout_batches)
             self._warn(report, metrics)
-        if is_due(module, trainer.log_every_n_steps):  # type: ignore[attr-defined]
-            log_values(trainer, metrics, module.rollout_batches)
+        log_values(trainer, metrics, module.rollout_batches, send=is_due(module, trainer.log_every_n_steps))  # type: ignore[attr-defined]
 
     def _remember(self, report: GRACEMetrics, metrics: dict[str, float], step: int) -> None:
         self.weights = dict(report.reward.weights)

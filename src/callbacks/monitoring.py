@@ -79,13 +79,14 @@ def is_due(module: PolicyModule, every_n_rollout_batches: int) -> bool:
     return every_n_rollout_batches > 0 and module.rollout_batches % every_n_rollout_batches == 0
 
 
-def log_values(trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
-    """Sends metrics to the loggers, and keeps them in `trainer.callback_metrics` for checkpoints and sweeps.
+def log_values(trainer: L.Trainer, metrics: Mapping[str, float], step: int, send: bool = True) -> None:
+    """Sends metrics to the loggers (if `send`), and keeps them in `trainer.callback_metrics` for checkpoints and sweeps.
 
     Unlike Lightning's `log` this works in all hooks, logs before a checkpoint of the batch is saved, and repeats no metric of an
     earlier batch.
     """
-    log_metrics(trainer, metrics, step)
+    if send:
+        log_metrics(trainer, metrics, step)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.modules.distributed.fsdp import gradient_sync, shard, summon_full_params
 from src.modules.objectives.algorithm import Algorithm
@@ -42,8 +42,8 @@ class GRACE(PolicyModule):
     Args:
         policy: writes the rationales, and embeds.
         engine: samples them.
-        reward: Embeddings -> Reward. An nn.Module keeps its buffers in checkpoints; if it has a method `remember(embeddings)`, that is
-            called once after each rollout batch with the unit vectors of the global batch.
+        reward: Embeddings -> Reward. An nn.Module keeps its buffers, of any shape, in checkpoints, and its parameters are not trained; if
+            it has a method `remember(embeddings)`, that is called once after each rollout batch with the unit vectors of the global batch.
         algorithm: see Algorithm.
         instruction, max_prompt_tokens, template_kwargs: of the prompt renderer.
         num_generations: K.
@@ -102,7 +102,9 @@ class GRACE(PolicyModule):
         pathwise_roles = tuple(map(str, pathwise_roles or ()))  # type: ignore[arg-type]
         self.save_hyperparameters(ignore=["policy", "engine", "reward", "algorithm", "template_kwargs", "pathwise_reward"])
         check_settings(self.hparams, policy.frozen_encoder is not None, algorithm)
-        self.algorithm, self.reward_function = algorithm, reward
+        self.algorithm, self.reward_function, self.pathwise_reward_function = algorithm, reward, pathwise_reward
+        for function in self._reward_modules.values():
+            function.requires_grad_(False)  # no optimiser has their weights, and DDP would wait for the gradients
         self.reward = without_autocast(reward)
         self.pathwise_reward = None if pathwise_reward is None else without_autocast(pathwise_reward)
         self.reference = Reference(policy) if algorithm.kl_coef else None
@@ -117,6 +119,7 @@ class GRACE(PolicyModule):
             rollouts = self.collector.collect(batch, self.rollout_batches)  # rationales and embeddings, gathered over ranks once
             reward, gradients = self.rewards_of(rollouts.embeddings)  # terms and total [B, K]; dR/dh for the pathwise part
             shaped, advantages = self.shaped_and_advantages(rollouts, reward)  # truncation, length, KL; [G, K, R]
+            rollouts = rollouts.without_prefixes()  # not held through the update
             experience, context = self.experience_of(rollouts, shaped, advantages, gradients)  # what this rank learns from
         self.policy.train()
         with timed(seconds, "update"):
@@ -127,8 +130,15 @@ class GRACE(PolicyModule):
             *(rollouts, reward, shaped, advantages["positive"]),
             *(experience, update, seconds["update"], self.ranks),
         )
-        if hasattr(self.reward_function, "remember"):
-            self.reward_function.remember(rollouts.embeddings)
+        with torch.autocast(self.device.type, enabled=False):
+            for function in (self.reward_function, self.pathwise_reward_function):
+                if hasattr(function, "remember"):
+                    function.remember(rollouts.embeddings)
+
+    @property
+    def _reward_modules(self) -> dict[str, nn.Module]:
+        functions = {"reward_function": self.reward_function, "pathwise_reward_function": self.pathwise_reward_function}
+        return {name: function for name, function in functions.items() if isinstance(function, nn.Module)}
 
     @property
     def collector(self) -> Collector:
@@ -173,7 +183,7 @@ class GRACE(PolicyModule):
             derivatives = rows.get(role)
             parts.append(
                 Experience(
-                    rollouts=group.rollouts.tokens_alone(),
+                    rollouts=group.rollouts,
                     advantages=at_tokens(self.ranks.own(advantages[role], instances).flatten(0, 1), group.rollouts),
                     keep=self.ranks.own(shaped[role].keep, instances),
                     old_logprobs=group.old_logprobs,
@@ -200,7 +210,7 @@ class GRACE(PolicyModule):
             return None
         places = torch.cat([torch.arange(count) // (count // instances) for count in counts])
         derivatives = torch.cat([gradients[role] for role in batch.context_roles])
-        return Context(batch.context.tokens_alone()[taken], derivatives[taken], places[taken])
+        return Context(batch.context[taken], derivatives[taken], places[taken])
 
     @property
     def updater(self) -> Updater:
@@ -237,3 +247,7 @@ class GRACE(PolicyModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.buffer.load_state_dict(shared_out(checkpoint["grace"]["held"], self.ranks))
+        for name, function in self._reward_modules.items():
+            for part, buffer in function.named_buffers(name):
+                if part in checkpoint["state_dict"]:  # of the batch before, say, whose size a new module cannot know
+                    buffer.resize_(checkpoint["state_dict"][part].shape)

@@ -158,7 +158,7 @@ class RoleRollouts:
     """K rollouts of each text of one role that is learned from: G texts of all ranks, g of this rank.
 
     Attributes:
-        rollouts: this rank's g*K, those of a text side by side.
+        rollouts: this rank's g*K, those of a text side by side, without embeddings.
         instance_ids: this rank's g record ids.
         embeddings: [G, K, D] float32 unit vectors.
         lengths, finished: [G, K] int64 tokens of the rationales, and bool.
@@ -204,6 +204,10 @@ class RolloutBatch:
     rollout_tokens: int
     distinct_rationales: float
     seconds: dict[str, float]
+
+    def without_prefixes(self) -> "RolloutBatch":
+        """Returns the same without the embeddings of prefixes, which are large, once advantages are known."""
+        return replace(self, roles={role: replace(group, prefixes=None) for role, group in self.roles.items()})
 
 
 def join(

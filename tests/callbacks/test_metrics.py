@@ -106,3 +106,19 @@ def test_terms_that_move_the_gradient_are_not_warned_about(tiny_policy: Policy, 
     for module in (document, of_queries, over_the_batch):
         fit(module, [MetricsMonitor()], tmp_path, batches=1)
     assert warned_terms(caplog) == []
+
+
+def test_unsent_metrics_are_kept_for_checkpoints(module: GRACE, mlflow_logger: RunLogger, tmp_path: Path) -> None:
+    seen: list[tuple[float, float]] = []
+
+    class EverySecond(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            trainer.log_every_n_steps = 2
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object) -> None:
+            seen.append((float(trainer.callback_metrics["reward/total/mean"]), float(module.batch_metrics.reward.total.mean())))
+
+    fit(module, [MetricsMonitor(), EverySecond()], tmp_path, batches=3, logger=mlflow_logger)
+    assert steps(mlflow_logger, "reward/total/mean") == [2]
+    assert len(seen) == 3
+    assert all(kept == pytest.approx(now) for kept, now in seen)

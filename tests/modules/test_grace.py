@@ -1,4 +1,5 @@
 import functools
+import gc
 import math
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from src.modules.objectives.rewards import document, listwise, paper
 from src.modules.rollouts.hf import HFEngine
 from src.modules.training.finite import NonFiniteError
 from src.modules.training.metrics import unrelated_similarity
+from src.modules.training.update import Updater
 from src.modules.types import Embeddings, Reward, Rollouts
 from src.records import Triplet
 from src.utils.timing import OutOfMemoryError
@@ -361,27 +363,56 @@ def test_tokens_are_those_of_what_was_updated_on() -> None:
     assert [report.update_tokens for report in fit(gathering, [TRIPLETS[:3]] * 2).reports] == [0, 0]
 
 
+def test_prefix_embeddings_are_released_before_the_update(monkeypatch):
+    held, update = [], Updater.update
+
+    def watched(self: Updater, *args: Any) -> dict[str, float]:
+        held.extend(x.shape for x in gc.get_objects() if type(x) is Tensor and x.dim() == 4 and x.shape[-1] == 32)
+        return update(self, *args)
+
+    monkeypatch.setattr(Updater, "update", watched)
+    module = make(algorithm={"gae_lambda": 0.9})
+    fit(module, [TRIPLETS])
+    assert held == []
+    positive = module.collector.collect(TRIPLETS, 0).roles["positive"]
+    assert positive.prefixes is not None
+    assert positive.rollouts.embeddings is None
+    assert positive.rollouts.prefix_embeddings is None
+
+
 class Novelty(torch.nn.Module):
     """Minus the similarity to the previous batch's queries: a reward term that remembers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("previous", torch.zeros(1, 32))
+        self.register_buffer("previous", torch.zeros(0, 32))
+        self.weight = torch.nn.Parameter(torch.ones(()))
 
     def forward(self, e: Embeddings) -> Reward:
         base = document(e)
-        novelty = -torch.einsum("ikd,jd->ikj", e.positive, self.previous).mean(dim=2)
+        novelty = -self.weight * torch.einsum("ikd,jd->ikj", e.positive, self.previous).sum(dim=2)
         return Reward({**base.terms, "novelty": novelty}, {**base.weights, "novelty": 1.0}, base.total + novelty)
 
     def remember(self, e: Embeddings) -> None:
-        self.previous = e.query.mean(dim=0, keepdim=True)
+        self.previous = e.query
 
 
 def test_a_reward_that_remembers_is_told_once_a_batch_and_kept_in_checkpoints() -> None:
-    module = make(Novelty())
+    def made() -> GRACE:
+        return make(Novelty(), pathwise_reward=Novelty(), pathwise_weight=0.5)
+
+    module, again = made(), made()
     reports = fit(module, [TRIPLETS, TRIPLETS]).reports
     assert reports[0].reward.terms["novelty"].eq(0).all()
     assert reports[1].reward.terms["novelty"].abs().max() > 0
-    again = make(Novelty())
-    again.load_state_dict(module.state_dict())
-    assert torch.equal(again.reward_function.previous, module.reward_function.previous)
+    checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), "optimizer_states": []}
+    module.on_save_checkpoint(checkpoint)
+    again.on_load_checkpoint(checkpoint)
+    again.load_state_dict(checkpoint["state_dict"])
+    for ours, theirs in (
+        (again.reward_function, module.reward_function),
+        (again.pathwise_reward_function, module.pathwise_reward_function),
+    ):
+        assert ours.previous.shape == (len(TRIPLETS), 32)  # of a size that a new module cannot know
+        assert torch.equal(ours.previous, theirs.previous)
+        assert not ours.weight.requires_grad

@@ -92,7 +92,7 @@ class Collector:
             roles=roles,
             embeddings=embeddings,
             context_roles=context_roles,
-            context=context,
+            context=context if context is None else context.tokens_alone(),
             instance_ids=ids,
             rollout_tokens=sum(int(part.rationale_lengths.sum()) for part in (*sampled.values(), *([context] if context else []))),
             distinct_rationales=self._distinct(sampled["positive"], len(own)),
@@ -174,7 +174,7 @@ class Collector:
             return everywhere(torch.cat([values, tail if last else torch.zeros_like(tail)], dim=1))
 
         return RoleRollouts(
-            rollouts=rollouts,
+            rollouts=rollouts.tokens_alone(),
             instance_ids=ids,
             embeddings=everywhere(vectors),
             lengths=everywhere(rollouts.rationale_lengths),

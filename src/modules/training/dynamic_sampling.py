@@ -70,6 +70,9 @@ class GroupBuffer:
         return {"held": [vars(part) | {"rollouts": vars(part.rollouts)} for part in self.held], "batches": self.batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what is held, unless dynamic sampling has been switched off: nothing would take it out again."""
+        if self.min_std <= 0:
+            return
         self.held = [Experience(**{**part, "rollouts": rollouts_of(part["rollouts"])}) for part in state["held"]]
         self.batches = state["batches"]
 

@@ -30,12 +30,14 @@ FIRST_STEP_ALONE = (
 class Minibatch:
     """This rank's part of one optimiser step: groups and context, each None if it has none.
 
-    `pathwise_scale` is the factor of the derivative of the rewards, which is summed over instances.
+    `pathwise_scale` is the factor of the derivative of the rewards, which is summed over instances; `first` says that it is of
+    the first step of its batch.
     """
 
     experience: Experience | None
     context: Context | None
     pathwise_scale: float
+    first: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Updater:
             ids = () if minibatch.experience is None else minibatch.experience.instance_ids
             if not self.ranks.total(self._size(minibatch))[0]:
                 continue  # all masked out, still gathering groups, or more updates than groups
+            minibatch = replace(minibatch, first=steps == 0)
             stats = self.accumulate_gradients(minibatch) if steps or not self.measure_parts else self._accumulate_in_parts(minibatch)
             of_first = {name: stats.pop(name) for name in FIRST_STEP_ALONE if name in stats}
             once = once if steps else of_first
@@ -197,12 +200,12 @@ class Updater:
                 needed |= experience.embedding_gradients.any(dim=1).cpu()
             rows = needed.nonzero().flatten()
             for part in packed_batches(experience.rollouts, rows, experience.keep.shape[1], self.micro_batch_tokens):
-                yield partial(self.micro_batch_loss, experience, part, weights[part], minibatch.pathwise_scale)
+                yield partial(self.micro_batch_loss, minibatch, experience, part, weights[part])
         if context is not None and embeds:
             for part in packed_batches(context.rollouts, torch.arange(len(context)), 1, self.micro_batch_tokens):
                 yield partial(self._context_loss, context, part, minibatch.pathwise_scale)
 
-    def micro_batch_loss(self, experience: Experience, rows: Tensor, weights: Tensor, pathwise_scale: float) -> MicroBatch:
+    def micro_batch_loss(self, minibatch: Minibatch, experience: Experience, rows: Tensor, weights: Tensor) -> MicroBatch:
         """Computes the loss of some rollouts.
 
         Args:
@@ -210,7 +213,9 @@ class Updater:
             weights: [n] of their tokens in the algorithm's loss.
         """
         part, k, algorithm = experience.rollouts[rows], experience.keep.shape[1], self.algorithm
-        gradients = experience.embedding_gradients[rows] if experience.embedding_gradients is not None and pathwise_scale else None
+        gradients = (
+            experience.embedding_gradients[rows] if experience.embedding_gradients is not None and minibatch.pathwise_scale else None
+        )
         embeds, scores = gradients is not None and bool(gradients.any()), self.score_function_weight != 0
         logprobs, entropy, embeddings = self.policy(part, rows // k, self.temperature, logprobs=scores, embeddings=embeds)
         loss, values, mismatch = weights.new_zeros(()), dict[str, Tensor](), weights.new_zeros(0)
@@ -222,7 +227,7 @@ class Updater:
             tokens = algorithm.token_loss(logprobs, old, advantages, mask, reference, part.logprobs)
             own = (tokens.loss.sum(dim=1) * weights).sum()
             loss = loss + self.score_function_weight * own
-            if part.logprobs is not None:
+            if minibatch.first and part.logprobs is not None:
                 mismatch = (logprobs.detach() - part.logprobs).abs()[mask]
             mask = mask & (weights > 0).unsqueeze(1)  # rollouts that are left out of the loss are not logged
             values = {"clip_fraction": tokens.clipped * mask, "approx_kl": tokens.kl * mask, "entropy": entropy * mask}
@@ -230,7 +235,7 @@ class Updater:
                 values["kl_to_reference"] = k3(logprobs.detach(), reference) * mask
             values = {"loss": own.detach(), **{name: value.sum() for name, value in values.items()}}
         if embeds and gradients is not None:
-            loss = loss + pathwise_scale * pathwise_loss(embeddings, gradients)
+            loss = loss + minibatch.pathwise_scale * pathwise_loss(embeddings, gradients)
         ids = [experience.instance_ids[group] for group in sorted({int(row) // k for row in rows})]
         return MicroBatch(loss, values, mismatch, ids)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -186,14 +187,12 @@ def test_bad_arguments(tiny_policy: Policy, options: dict[str, Any], call: dict[
 
 
 @pytest.mark.parametrize("form", [list, tuple, iter, np.array, pd.Series, lambda texts: pd.Series(texts, index=[7, 3])], ids=str)
-def test_any_iterable_of_strings_is_embedded(form: Any) -> None:
-    encoder = RationaleEncoder(small_policy(), EncoderSettings(instruction="Name the terms.", max_prompt_tokens=100), HFEngine(4))
-    texts = ["a text", "another"]
-    np.testing.assert_array_equal(encoder.encode(form(texts)), encoder.encode(texts))
+def test_any_iterable_of_strings_is_embedded(tiny_policy: Policy, form: Any) -> None:
+    texts, own = ["a text", "another"], encoder(tiny_policy)
+    np.testing.assert_array_equal(own.encode(form(texts), rationale=False), own.encode(texts, rationale=False))
 
 
 @pytest.mark.parametrize(("value", "kind"), [(None, "NoneType"), (float("nan"), "float"), (3, "int"), (b"x", "bytes"), (["x"], "list")])
-def test_what_is_no_string_is_named_with_its_place(value: Any, kind: str) -> None:
-    encoder = RationaleEncoder(small_policy(), EncoderSettings(instruction="Name the terms.", max_prompt_tokens=100), HFEngine(4))
+def test_what_is_no_string_is_named_with_its_place(tiny_policy: Policy, value: Any, kind: str) -> None:
     with pytest.raises(TypeError, match=rf"texts\[1\].*{kind}"):
-        encoder.encode(["a text", value])
+        encoder(tiny_policy).encode(["a text", value])

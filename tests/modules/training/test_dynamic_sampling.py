@@ -120,3 +120,11 @@ def test_as_many_ranks_as_before_get_back_their_own_and_others_a_part_of_all():
     three = [shared_out(states, Ranks(rank, 3))["held"] for rank in range(3)]
     assert sorted(part.instance_ids for held in three for part in held) == sorted(part.instance_ids for part in parts)
     assert shared_out(states, Ranks())["held"] == parts
+
+
+def test_groups_are_not_restored_without_dynamic_sampling():
+    buffer, off = GroupBuffer(0.1, max_extra_batches=3), GroupBuffer(0.0)
+    buffer.add(experience(2, 2), torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+    assert len(buffer.state_dict()["held"]) == 1
+    off.load_state_dict(buffer.state_dict())
+    assert off.held == []
