@@ -49,7 +49,7 @@ class Contrastive(PolicyModule):
         self,
         policy: Policy,
         engine: RolloutEngine,
-        instruction: str,
+        instruction: str | None,
         max_prompt_tokens: int = 1024,
         template_kwargs: Mapping[str, str] | None = None,
         pairs: Literal["supervised", "dropout"] = "supervised",

@@ -77,7 +77,7 @@ class GRACE(PolicyModule):
         engine: RolloutEngine,
         reward: RewardFunction,
         algorithm: Algorithm,
-        instruction: str,
+        instruction: str | None,
         max_prompt_tokens: int = 1024,
         template_kwargs: dict[str, str] | None = None,
         num_generations: int = 8,
@@ -132,7 +132,7 @@ class GRACE(PolicyModule):
         )
         with torch.autocast(self.device.type, enabled=False):
             for function in (self.reward_function, self.pathwise_reward_function):
-                if hasattr(function, "remember"):
+                if function is not None and hasattr(function, "remember"):
                     function.remember(rollouts.embeddings)
 
     @property

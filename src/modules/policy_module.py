@@ -58,7 +58,7 @@ class PolicyModule(L.LightningModule):
         self,
         policy: Policy,
         engine: RolloutEngine,
-        instruction: str,
+        instruction: str | None,
         max_prompt_tokens: int,
         template_kwargs: Mapping[str, str] | None,
         rationale: bool,

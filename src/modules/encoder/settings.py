@@ -20,7 +20,7 @@ class EncoderSettings:
     """Prompt, lengths and pooling of an encoder. The defaults are the paper's (GRACE, arXiv 2510.04506).
 
     Attributes:
-        instruction: the system message.
+        instruction: the system message; empty for none.
         max_prompt_tokens: longest prompt, the chat's frame included.
         max_new_tokens: longest rationale, EOS included.
         pooling: `mean`, `eos` or `max` of the states.
@@ -33,7 +33,7 @@ class EncoderSettings:
         ValueError: a length below one, or a pooling or a layer that does not exist.
     """
 
-    instruction: str = GRACE_INSTRUCTION
+    instruction: str | None = GRACE_INSTRUCTION
     max_prompt_tokens: int = 1024
     max_new_tokens: int = 256
     pooling: PoolingName = "mean"
@@ -43,6 +43,8 @@ class EncoderSettings:
     rationale: bool = True
 
     def __post_init__(self) -> None:
+        if self.instruction is None:  # as YAML says it
+            object.__setattr__(self, "instruction", "")
         for name in ("max_prompt_tokens", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"encoder settings: {name}={getattr(self, name)}, it must be at least 1")
@@ -52,7 +54,7 @@ class EncoderSettings:
         """Returns the system message for a `query`, a `document`, or (None) any text; raises ValueError for another type."""
         if prompt_type not in ("query", "document", None):
             raise ValueError(f"prompt_type={prompt_type!r}: it is query, document or none")
-        return self.query_instruction if prompt_type == "query" and self.query_instruction is not None else self.instruction
+        return self.query_instruction if prompt_type == "query" and self.query_instruction is not None else self.instruction or ""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values, for the file and for checkpoints (which are read as weights only)."""

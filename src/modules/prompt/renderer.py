@@ -73,7 +73,7 @@ class PromptRenderer:
 
     Args:
         tokenizer: one with a chat template.
-        instruction: the system message.
+        instruction: the system message; empty or None for no system turn (a template may add one itself).
         max_prompt_tokens: longest prompt, frame included.
         template_kwargs: passed to the chat template.
 
@@ -84,7 +84,7 @@ class PromptRenderer:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        instruction: str = GRACE_INSTRUCTION,
+        instruction: str | None = GRACE_INSTRUCTION,
         max_prompt_tokens: int = 1024,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
@@ -94,7 +94,7 @@ class PromptRenderer:
                 "use an instruct model or add a chat_template to its tokenizer_config.json"
             )
         self.tokenizer = tokenizer
-        self.instruction = instruction
+        self.instruction = instruction or ""
         self.max_prompt_tokens = max_prompt_tokens
         before, after = self._frame(template_kwargs or {})
         self._before: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
@@ -105,7 +105,7 @@ class PromptRenderer:
                 f"max_prompt_tokens={max_prompt_tokens} leaves no room for text: the chat template and the instruction "
                 f"take {len(self._before) + len(self._after)} tokens"
             )
-        self.tokenize = PlainText(tokenizer, before.replace(instruction.strip(), ""), after)
+        self.tokenize = PlainText(tokenizer, before.replace(self.instruction.strip(), ""), after)
 
     def _frame(self, template_kwargs: Mapping[str, Any]) -> tuple[str, str]:
         """Returns the rendered chat before and after the text."""
@@ -113,14 +113,14 @@ class PromptRenderer:
         def render(messages: list[dict[str, str]]) -> str:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template_kwargs))
 
-        user = {"role": "user", "content": _SLOT}
+        user, shown = {"role": "user", "content": _SLOT}, self.instruction.strip()
         try:
-            rendered = render([{"role": "system", "content": self.instruction}, user])
+            rendered = render([{"role": "system", "content": self.instruction}, user] if shown else [user])
         except TemplateError:  # what a template's raise_exception raises
             rendered = ""
-        if self.instruction.strip() not in rendered:  # no system role: an error, or the message is dropped
-            rendered = render([{"role": "user", "content": f"{self.instruction}\n\n{_SLOT}"}])
-        if rendered.count(_SLOT) != 1 or self.instruction.strip() not in rendered:
+        if not rendered or shown not in rendered:  # no system role: an error, or the message is dropped
+            rendered = render([{"role": "user", "content": f"{self.instruction}\n\n{_SLOT}" if shown else _SLOT}])
+        if rendered.count(_SLOT) != 1 or shown not in rendered:
             raise ValueError(f"the chat template of {self.tokenizer.name_or_path!r} does not show the instruction and the user's text once")
         before, after = rendered.split(_SLOT)
         return before, after

@@ -86,3 +86,10 @@ def test_bad_template_limit_or_texts(template: str | None, limit: int, message: 
     with pytest.raises(ValueError, match=message) as caught:
         PromptRenderer(tokenizer_with(template), INSTRUCTION, max_prompt_tokens=limit)([])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("instruction", ["", "  ", None])
+def test_no_instruction_is_no_system_turn(tokenizer: PreTrainedTokenizerFast, instruction: str | None) -> None:
+    ids = PromptRenderer(tokenizer, instruction)([TEXT]).ids[0].tolist()
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": TEXT}], tokenize=False, add_generation_prompt=True)
+    assert ids == tokenizer(chat, add_special_tokens=False)["input_ids"]
