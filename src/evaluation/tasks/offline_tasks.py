@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from src.datamodules.docstrings import Docstring, collect
-from src.evaluation.tasks.task_folders import Row, TaskSpec, make_tasks, search_set, write_sets
+from src.evaluation.tasks.made_tasks import Row, Set, TaskSpec, make_tasks, one_answer_set
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -56,10 +56,10 @@ def offline_tasks(
     clustering and pair classification. Random states stay as they were.
 
     Args:
-        packages, cache_dir: see `collect`. The sets are kept in `cache_dir` too.
+        packages, cache_dir: see `collect`.
         size: `mini`, `small`, `large` or an OfflineSize.
         seed: of the choice of texts.
-        load: read the data now, so that repeated evaluation reads no file.
+        load: make the data now.
 
     Raises:
         ModuleNotFoundError: a package is not installed.
@@ -69,8 +69,8 @@ def offline_tasks(
         if size not in SIZES:
             raise ValueError(f"offline tasks of size {size!r} do not exist; sizes are {', '.join(SIZES)}")
         size = SIZES[size]
-    folders = offline_sets(packages, cache_dir, size, seed)
-    return make_tasks(_specs(size), folders, load, domains=["Programming", "Written"], license="not specified")
+    sets = offline_sets(packages, cache_dir, size, seed)
+    return make_tasks(_specs(size), sets, load, domains=["Programming", "Written"], license="not specified")
 
 
 def _specs(size: OfflineSize) -> list[TaskSpec]:
@@ -97,19 +97,18 @@ def _specs(size: OfflineSize) -> list[TaskSpec]:
     ]
 
 
-def offline_sets(packages: Sequence[str], cache_dir: Path | str, size: OfflineSize, seed: int = 0) -> dict[str, Path]:
-    """Returns the folder of each set; arguments and errors as for `offline_tasks`."""
+def offline_sets(packages: Sequence[str], cache_dir: Path | str, size: OfflineSize, seed: int = 0) -> dict[str, Set]:
+    """Returns the sets by name; arguments and errors as for `offline_tasks`."""
     chosen = choose(collect(packages, cache_dir), size, seed)
     rng = random.Random(seed)
-    search = search_set(((doc.id, doc.body) for doc in chosen.documents), ((doc.summary, doc.id) for doc in chosen.queries))
-    sets = {
+    search = one_answer_set(((doc.id, doc.body) for doc in chosen.documents), ((doc.summary, doc.id) for doc in chosen.queries))
+    return {
         "retrieval": search,
-        "reranking": search | {"top_ranked": candidates(chosen, size.candidates, rng)},
+        "reranking": {**search, "top_ranked": candidates(chosen, size.candidates, rng)},
         "classification": classification_rows(chosen, size.per_label, rng),
         "clustering": clustering_rows(chosen, size.per_label // 2),
         "pairs": pair_rows(chosen, rng),
     }
-    return write_sets("offline", sets, cache_dir)
 
 
 class Chosen(NamedTuple):
@@ -153,17 +152,17 @@ def subpackage(doc: Docstring) -> str:
     return ".".join(doc.module.split(".")[:2])
 
 
-def candidates(chosen: Chosen, count: int, rng: random.Random) -> list[Row]:
-    """Returns for each query its answer and the nearest other documents: of its module, its subpackage, its package."""
-    rows = []
+def candidates(chosen: Chosen, count: int, rng: random.Random) -> dict[str, list[str]]:
+    """Returns by query the ids of its answer and of the nearest other documents: of its module, its subpackage, its package."""
+    found = {}
     for query in chosen.queries:
         others = [doc for doc in chosen.documents if doc.id != query.id]
         rng.shuffle(others)
         others.sort(key=partial(_distance, query))
         ids = [query.id, *(doc.id for doc in others[: count - 1])]
         rng.shuffle(ids)  # an encoder that gives equal scores must not win by the order
-        rows.append({"query-id": f"q:{query.id}", "corpus-ids": ids})
-    return rows
+        found[f"q:{query.id}"] = ids
+    return found
 
 
 def _distance(query: Docstring, doc: Docstring) -> tuple[bool, bool, bool]:
