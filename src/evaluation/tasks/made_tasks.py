@@ -24,7 +24,6 @@ class TaskSpec:
     Attributes:
         name: of the task.
         kind: MTEB's task type, which decides on the class.
-        data: name of its set.
         main_score: one of the scores of the type.
         description: one line.
         attributes: of the class, where they differ from MTEB's.
@@ -32,7 +31,6 @@ class TaskSpec:
 
     name: str
     kind: str
-    data: str
     main_score: str
     description: str
     attributes: Mapping[str, Any] = field(default_factory=dict)
@@ -70,7 +68,7 @@ def make_tasks(specs: Iterable[TaskSpec], sets: Mapping[str, Set], load: bool, *
     MTEB stores results under the revision of the data, which is a digest of all sets.
 
     Args:
-        sets: by name.
+        sets: by task type.
         load: make the data now.
         metadata: of all of them, as MTEB's TaskMetadata names it.
     """
@@ -79,9 +77,9 @@ def make_tasks(specs: Iterable[TaskSpec], sets: Mapping[str, Set], load: bool, *
     tasks = []
     with isolate_rng():
         for spec in specs:
-            dataset = {"path": f"memory/{spec.data}", "revision": revision}
+            dataset = {"path": f"memory/{spec.name}", "revision": revision}
             of_task: dict[str, Any] = {"description": spec.description, "main_score": spec.main_score, "dataset": dataset}
-            tasks.append(make_task(spec.name, spec.kind, partial(dict, sets[spec.data]), spec.attributes, **of_task, **metadata))
+            tasks.append(make_task(spec.name, spec.kind, partial(dict, sets[spec.kind]), spec.attributes, **of_task, **metadata))
             if load:
                 tasks[-1].load_data()
     return tasks

@@ -75,39 +75,29 @@ def offline_tasks(
 
 def _specs(size: OfflineSize) -> list[TaskSpec]:
     clustering = {"max_fraction_of_documents_to_embed": None, "max_documents_per_cluster": size.queries}  # all, not 4 % of them
-    classification = {"n_experiments": 5}  # half of MTEB's: fits take most of the time
+    from_where = "Tells from which subpackage the body of a docstring comes."
     return [
-        TaskSpec("DocstringRetrieval", "Retrieval", "retrieval", "ndcg_at_10", "Finds the body of a docstring by its summary."),
-        TaskSpec(
-            *("DocstringReranking", "Reranking", "reranking", "map_at_1000"),
-            "Orders bodies of the same module and subpackage by a summary.",
-        ),
-        TaskSpec(
-            *("DocstringClassification", "Classification", "classification", "accuracy"),
-            "Tells from which subpackage the body of a docstring comes.",
-            classification,
-        ),
-        TaskSpec(
-            *("DocstringClustering", "Clustering", "clustering", "v_measure"), "Groups summaries of docstrings by subpackage.", clustering
-        ),
-        TaskSpec(
-            *("DocstringPairs", "PairClassification", "pairs", "cosine_ap"),  # the similarity of the rewards; max_ap is the best of five
-            "Tells whether a summary and a body of one module belong together.",
-        ),
+        TaskSpec("DocstringRetrieval", "Retrieval", "ndcg_at_10", "Finds the body of a docstring by its summary."),
+        TaskSpec("DocstringReranking", "Reranking", "map_at_1000", "Orders bodies of the same module and subpackage by a summary."),
+        # half of MTEB's experiments: fits take most of the time
+        TaskSpec("DocstringClassification", "Classification", "accuracy", from_where, {"n_experiments": 5}),
+        TaskSpec("DocstringClustering", "Clustering", "v_measure", "Groups summaries of docstrings by subpackage.", clustering),
+        # cosine: the similarity of the rewards; max_ap is the best of five
+        TaskSpec("DocstringPairs", "PairClassification", "cosine_ap", "Tells whether a summary and a body of one module belong together."),
     ]
 
 
 def offline_sets(packages: Sequence[str], cache_dir: Path | str, size: OfflineSize, seed: int = 0) -> dict[str, Set]:
-    """Returns the sets by name; arguments and errors as for `offline_tasks`."""
+    """Returns the sets by task type; arguments and errors as for `offline_tasks`."""
     chosen = choose(collect(packages, cache_dir), size, seed)
     rng = random.Random(seed)
     search = one_answer_set(((doc.id, doc.body) for doc in chosen.documents), ((doc.summary, doc.id) for doc in chosen.queries))
     return {
-        "retrieval": search,
-        "reranking": {**search, "top_ranked": candidates(chosen, size.candidates, rng)},
-        "classification": classification_rows(chosen, size.per_label, rng),
-        "clustering": clustering_rows(chosen, size.per_label // 2),
-        "pairs": pair_rows(chosen, rng),
+        "Retrieval": search,
+        "Reranking": {**search, "top_ranked": candidates(chosen, size.candidates, rng)},
+        "Classification": classification_rows(chosen, size.per_label, rng),
+        "Clustering": clustering_rows(chosen, size.per_label // 2),
+        "PairClassification": pair_rows(chosen, rng),
     }
 
 

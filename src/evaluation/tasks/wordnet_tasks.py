@@ -13,25 +13,15 @@ if TYPE_CHECKING:
 SIZES = {"mini": True, "small": True, "large": False}
 """Whether a size is only the rows marked as small. The names are those of the docstring tasks."""
 
+_FINDS = "Finds the gloss of a word, given alone or in a sentence, among those of its other senses and of its neighbours."
+_ORDERS = "Orders pairs of nouns' glosses by how near the nouns are in WordNet's hierarchy."
+_CLASSES = "Tells to which lexicographer file (animals, food, verbs of motion, ...) a gloss belongs."
+_PAIRS = "Tells whether a gloss is that of a word, or of its other sense or its neighbour."
 SPECS = [
-    TaskSpec(
-        *("WordNetRetrieval", "Retrieval", "retrieval", "ndcg_at_10"),
-        "Finds the gloss of a word, given alone or in a sentence, among those of its other senses and of its neighbours.",
-    ),
-    TaskSpec(
-        *("WordNetSimilarity", "STS", "similarity", "cosine_spearman"),
-        "Orders pairs of nouns' glosses by how near the nouns are in WordNet's hierarchy.",
-        {"min_score": 0, "max_score": 1},
-    ),
-    TaskSpec(
-        *("WordNetClassification", "Classification", "classification", "accuracy"),
-        "Tells to which lexicographer file (animals, food, verbs of motion, ...) a gloss belongs.",
-        {"n_experiments": 5},  # as for docstrings
-    ),
-    TaskSpec(
-        *("WordNetPairs", "PairClassification", "pairs", "cosine_ap"),
-        "Tells whether a gloss is that of a word, or of its other sense or its neighbour.",
-    ),
+    TaskSpec("WordNetRetrieval", "Retrieval", "ndcg_at_10", _FINDS),
+    TaskSpec("WordNetSimilarity", "STS", "cosine_spearman", _ORDERS, {"min_score": 0, "max_score": 1}),
+    TaskSpec("WordNetClassification", "Classification", "accuracy", _CLASSES, {"n_experiments": 5}),  # as for docstrings
+    TaskSpec("WordNetPairs", "PairClassification", "cosine_ap", _PAIRS),
 ]
 """The tasks in the order in which they are run."""
 
@@ -70,7 +60,7 @@ def read_rows(folder: Path, size: str) -> dict[str, list[Row]]:
 
 
 def wordnet_sets(rows: Mapping[str, list[Row]]) -> dict[str, Set]:
-    """Returns the set of each task."""
+    """Returns the sets by task type."""
     documents, queries = rows["documents"], rows["queries"]
     texts = {doc["id"]: doc["text"] for doc in documents}
     numbers = {name: number for number, name in enumerate(sorted({doc["class"] for doc in documents}))}
@@ -82,8 +72,8 @@ def wordnet_sets(rows: Mapping[str, list[Row]]) -> dict[str, Set]:
     ]
     graded = [{"sentence1": texts[pair["one"]], "sentence2": texts[pair["other"]], "score": pair["similarity"]} for pair in rows["pairs"]]
     return {
-        "retrieval": one_answer_set(texts.items(), ((query["text"], query["answer"]) for query in queries)),
-        "similarity": {"test": graded},
-        "classification": {split: [row for own, row in labelled if own == split] for split in ("train", "test")},
-        "pairs": {"test": pairs},
+        "Retrieval": one_answer_set(texts.items(), ((query["text"], query["answer"]) for query in queries)),
+        "STS": {"test": graded},
+        "Classification": {split: [row for own, row in labelled if own == split] for split in ("train", "test")},
+        "PairClassification": {"test": pairs},
     }

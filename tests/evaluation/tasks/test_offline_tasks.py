@@ -140,14 +140,14 @@ def test_too_few_docstrings_or_labels(docs: list[Docstring]) -> None:
 
 def test_docstring_sets_share_texts(cache_dir: Path) -> None:
     sets = offline_sets(PACKAGES, cache_dir, SIZE)
-    texts = {row["text"] for name in ("corpus", "queries") for row in sets["retrieval"][name]}
+    texts = {row["text"] for name in ("corpus", "queries") for row in sets["Retrieval"][name]}
     assert len(texts) == SIZE.documents + SIZE.queries
-    train, test = ({row["text"]: row["label"] for row in sets["classification"][split]} for split in ("train", "test"))
+    train, test = ({row["text"]: row["label"] for row in sets["Classification"][split]} for split in ("train", "test"))
     assert not train.keys() & test.keys()
     assert len(set(train.values())) > 1
     assert set(train.values()) == set(test.values())
-    used = train.keys() | test.keys() | {row["sentences"] for row in sets["clustering"]["test"]}
-    used |= {row[side] for row in sets["pairs"]["test"] for side in ("sentence1", "sentence2")}
+    used = train.keys() | test.keys() | {row["sentences"] for row in sets["Clustering"]["test"]}
+    used |= {row[side] for row in sets["PairClassification"]["test"] for side in ("sentence1", "sentence2")}
     assert used <= texts
 
 
@@ -157,7 +157,7 @@ def test_tasks_hold_the_sets(cache_dir: Path) -> None:
         retrieval, reranking, *_ = offline_tasks(PACKAGES, cache_dir, SIZE, seed=seed)
         found = retrieval.dataset["default"]["test"]  # type: ignore[index]
         sets = offline_sets(PACKAGES, cache_dir, SIZE, seed=seed)
-        assert list(found["queries"]["text"]) == [row["text"] for row in sets["retrieval"]["queries"]]
+        assert list(found["queries"]["text"]) == [row["text"] for row in sets["Retrieval"]["queries"]]
         assert found["top_ranked"] is None
         assert len(reranking.dataset["default"]["test"]["top_ranked"]) == SIZE.queries  # type: ignore[index]
         revisions.add(retrieval.metadata.dataset["revision"])
@@ -168,9 +168,9 @@ def test_tasks_hold_the_sets(cache_dir: Path) -> None:
 def test_held_out_packages_suffice(part: str) -> None:
     packages = list(OmegaConf.load(ROOT / "configs" / "packages" / "docstrings.yaml")[part])
     sets = offline_sets(packages, ROOT / "data" / "cache", SIZES["mini"])
-    assert (len(sets["retrieval"]["corpus"]), len(sets["retrieval"]["queries"])) == (200, 80)
-    assert {len(ids) for ids in sets["reranking"]["top_ranked"].values()} == {10}
-    assert len({row["labels"] for row in sets["clustering"]["test"]}) >= 5
+    assert (len(sets["Retrieval"]["corpus"]), len(sets["Retrieval"]["queries"])) == (200, 80)
+    assert {len(ids) for ids in sets["Reranking"]["top_ranked"].values()} == {10}
+    assert len({row["labels"] for row in sets["Clustering"]["test"]}) >= 5
 
 
 # ---- WordNet
@@ -191,10 +191,10 @@ def test_wordnet_sets(size: str) -> None:
     fields = ("text", "sentence1", "sentence2")
     lists = {name: [row for part in own.values() if isinstance(part, list) for row in part] for name, own in sets.items()}
     texts = {name: {row[key] for row in own for key in fields if key in row} for name, own in lists.items()}
-    assert all(found <= texts["retrieval"] for found in texts.values())
-    assert len(texts["retrieval"]) == WORDNET_TEXTS[size]
-    assert max(map(len, texts["retrieval"])) <= 160
-    train, test = ({row["text"]: row["label"] for row in sets["classification"][split]} for split in ("train", "test"))
+    assert all(found <= texts["Retrieval"] for found in texts.values())
+    assert len(texts["Retrieval"]) == WORDNET_TEXTS[size]
+    assert max(map(len, texts["Retrieval"])) <= 160
+    train, test = ({row["text"]: row["label"] for row in sets["Classification"][split]} for split in ("train", "test"))
     assert not train.keys() & test.keys()
     for labels in (train, test):
         counts = np.bincount(list(labels.values()))
@@ -205,7 +205,7 @@ def test_wordnet_sets(size: str) -> None:
         one, other = (row[name] for name in (("answer", "rival") if "answer" in row else ("one", "other")))
         assert {one, other} <= ids
         assert one != other
-    assert [row["labels"] for row in sets["pairs"]["test"]] == [1, 0] * len(rows["queries"])
+    assert [row["labels"] for row in sets["PairClassification"]["test"]] == [1, 0] * len(rows["queries"])
 
 
 def test_wordnet_sizes_are_nested() -> None:
