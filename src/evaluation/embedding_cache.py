@@ -6,6 +6,7 @@ kill corrupts. SQLite's transactions do neither.
 
 import hashlib
 import logging
+import os
 import sqlite3
 import time
 from collections.abc import Sequence
@@ -86,7 +87,8 @@ class EmbeddingCache:
     def _touch(self) -> None:
         """Sets the time of the last use, which is that of the file."""
         if self.file:
-            self.file.touch()
+            with suppress(FileNotFoundError):  # deleted meanwhile, as it may be
+                os.utime(self.file)
 
     def _has_room(self, needed: int) -> bool:
         others = self._others()
