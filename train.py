@@ -13,15 +13,14 @@ from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig
 
 from src.modules.plan.plan import PlanError, show
-from src.utils.instantiate import instantiate_all
-from src.utils.preemption import BeginNextEpoch, StopOnSignal, preemptible, prepare_processes
-from src.utils.quiet import quiet_lightning
+from src.utils.preemption import BeginNextEpoch, StopOnSignal, preemptible
 from src.utils.renamed_settings import check_arguments, check_config
 from src.utils.run_folder import register_resolver, reserve_folder, starting_point
 from src.utils.run_info import log_run_info
 from src.utils.run_settings import settings_changed, settings_of, write_settings
 from src.utils.secrets import keep_secrets
 from src.utils.sweeps import run_point
+from src.utils.trainer import instantiate_all, prepare_processes, quiet_lightning
 
 register_resolver()  # hydra.run.dir uses it
 

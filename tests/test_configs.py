@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from src.modules.policy.packaged import SMOLLM2
-from src.utils.instantiate import instantiate_all
+from src.utils.trainer import instantiate_all
 from tests.conftest import ROOT, Compose
 from tests.programs import Programs
 

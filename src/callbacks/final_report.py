@@ -19,8 +19,9 @@ from src.callbacks.mteb_eval import named, score_policy, starting_embeddings
 from src.callbacks.rationale_table import RationaleTable
 from src.evaluation.run_tasks import EvaluationScores
 from src.modules.policy_module import PolicyModule
+from src.utils.atomic import write_atomic
 from src.utils.plots import scores_figure
-from src.utils.tracking import log_metrics, log_table, log_text, mlflow_loggers, write_text
+from src.utils.tracking import log_metrics, log_table, log_text, mlflow_loggers
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class FinalReport(MonitoringCallback[PolicyModule]):
         title = f"Held-out tasks after {module.rollout_batches} {module.unit}es"
         save_figure(trainer, scores_figure(self.rows, title), self.output_dir / "test_scores.png")
         report = markdown(self.rows, title, self.output_dir)
-        write_text(self.output_dir / "report.md", report)
+        write_atomic(self.output_dir / "report.md", report)
         log_text(trainer, report, "report.md")
         columns = {name: [scores[name] for scores in self.rows.values()] for name in _columns(self.rows)}
         log_table(trainer, {"policy": list(self.rows), **columns}, "report/test_scores.json")

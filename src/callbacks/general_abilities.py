@@ -12,7 +12,8 @@ from rich.console import Console
 from src.callbacks.monitoring import MonitoringCallback, undisturbed
 from src.evaluation.abilities import AbilityScore, Change, ability_markdown, ability_metrics, ability_table, compare, run_abilities
 from src.modules.policy_module import PolicyModule
-from src.utils.tracking import log_metrics, log_text, write_text
+from src.utils.atomic import write_atomic
+from src.utils.tracking import log_metrics, log_text
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class GeneralAbilities(MonitoringCallback[PolicyModule]):
         log_metrics(trainer, ability_metrics(self.changes), module.rollout_batches)
         if trainer.is_global_zero:
             Console().print(ability_table(self.changes))
-            write_text(self.path, ability_markdown(self.changes))
+            write_atomic(self.path, ability_markdown(self.changes))
             log_text(trainer, ability_markdown(self.changes), "report/abilities.md")
 
     def _score(self, module: PolicyModule) -> dict[str, AbilityScore]:

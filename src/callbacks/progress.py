@@ -96,7 +96,7 @@ class TimeEstimate(L.Callback):
         if not isinstance(pl_module, PolicyModule) or not trainer.is_global_zero:
             return
         batches, data = trainer.limit_train_batches, trainer.datamodule  # type: ignore[attr-defined]
-        size = getattr(data, "batch_size", None) or getattr(data, "groups", 0) * getattr(data, "docstrings_per_module", 0)
+        size = getattr(data, "batch_size", 0)
         if not isinstance(batches, int) or not size:
             return
         run = f"{type(pl_module).__name__}: {batches} batches of {size} texts on {describe_machine()}"

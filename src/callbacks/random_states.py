@@ -1,11 +1,11 @@
 """Random states in checkpoints, so that a resumed run draws the numbers that it would have drawn."""
 
+import random
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 
 
 class RandomStates(L.Callback):
@@ -37,12 +37,18 @@ class RandomStates(L.Callback):
 
 def random_states() -> dict[str, Any]:
     """Returns the states of Python, numpy, torch and every GPU of this process, in types that weights-only loading reads."""
-    states = _collect_rng_states()
-    name, keys, *rest = states["numpy"]
-    return states | {"numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest)}
+    name, keys, *rest = np.random.get_state()
+    numpy_state = (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(), "torch.cuda": cuda}
 
 
 def set_random_states(states: dict[str, Any]) -> None:
     """Sets what `random_states` returned."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = states["numpy"]
-    _set_rng_states(states | {"numpy": (name, keys.numpy().astype(np.uint32), *rest)})
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["torch.cuda"])

@@ -15,7 +15,8 @@ from src.modules.grace import GRACE
 from src.modules.objectives.roles import texts_of
 from src.modules.types import Rollouts
 from src.records import Triplet
-from src.utils.tracking import log_table, log_text, write_text
+from src.utils.atomic import write_atomic
+from src.utils.tracking import log_table, log_text
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class RationaleTable(MonitoringCallback[GRACE]):
             self.after = self.write(trainer, module)
         if trainer.is_global_zero and self.before and self.after:
             page = before_and_after(self.before, self.after, module.rollout_batches)
-            write_text(self.path, page)
+            write_atomic(self.path, page)
             log_text(trainer, page, f"rationales/{self.path.name}")
 
     def write(self, trainer: L.Trainer, module: GRACE) -> list[Rationale]:

@@ -91,6 +91,7 @@ class DocstringDataModule(L.LightningDataModule):
             raise ValueError("datamodule: train_packages, val_packages and test_packages must not share a package")
         self.train_packages, self.val_packages, self.test_packages = list(train_packages), list(val_packages), list(test_packages)
         self.cache_dir, self.modules_per_batch, self.docstrings_per_module = cache_dir, modules_per_batch, docstrings_per_module
+        self.batch_size = modules_per_batch * docstrings_per_module
         self.negatives, self.max_text_chars, self.seed = negatives, max_text_chars, seed
 
     def prepare_data(self) -> None:

@@ -13,8 +13,11 @@ from typing import Any, Literal
 from lightning.pytorch.utilities.seed import isolate_rng
 from rich.table import Table
 
-from src.evaluation.tasks.ability_tasks import OFFLINE_TASKS, ability_folder
+from src.evaluation.tasks.ability_tasks import ability_data, ability_tasks
 from src.modules.policy.model import Policy, evaluation_mode
+
+Task = str | dict[str, Any]
+"""The name of an lm-eval task or group, or the configuration of a task."""
 
 _PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity")
 
@@ -99,7 +102,7 @@ def run_abilities(
     """Scores a policy on each task; its modes and all random states stay as they were.
 
     Args:
-        tasks: `offline`, the two of `ability_folder`; or names of lm-eval tasks and groups (gsm8k, mmlu), whose data is on the hub.
+        tasks: `offline`, those of `ability_tasks`; or names of lm-eval tasks and groups (gsm8k, mmlu), whose data is on the hub.
         packages, cache_dir: of the offline tasks.
         count: questions a task, the first ones of a task from the hub.
 
@@ -108,54 +111,56 @@ def run_abilities(
         FileNotFoundError: no such task, or its data is out of reach.
         ValueError: the first metric of a task is not a number for each question.
     """
-    names, folder = check_abilities(tasks, packages, cache_dir, count)
+    asked = check_abilities(tasks, packages, cache_dir, count)
     with isolate_rng(), _quiet(), evaluation_mode(policy):
-        found = _evaluate(policy, names, folder, count, batch_size)
-    return {name: _score(name, found) for name in names}
+        found = _evaluate(policy, asked, count, batch_size)
+    return {name: _score(name, found) for name in map(_name, asked)}
 
 
-def check_abilities(
-    tasks: str | Sequence[str], packages: Sequence[str], cache_dir: Path | str, count: int = 200
-) -> tuple[list[str], Path | None]:
+def check_abilities(tasks: str | Sequence[str], packages: Sequence[str], cache_dir: Path | str, count: int = 200) -> list[Task]:
     """Checks that the tasks exist, before any model is loaded; not whether their data on the hub is in reach.
 
     Arguments and errors are those of `run_abilities`.
 
     Returns:
-        The names of the tasks, and the folder of the offline ones.
+        The tasks, as lm-eval takes them.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ModuleNotFoundError("general abilities are measured by lm-eval, which is not installed: pip install -e '.[abilities]'")
-    offline = tasks == "offline"
-    names = list(OFFLINE_TASKS) if offline else [tasks] if isinstance(tasks, str) else list(tasks)
-    folder = ability_folder(packages, cache_dir, count) if offline else None
+    if tasks == "offline":
+        return [*ability_tasks(ability_data(packages, cache_dir, count))]
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
     with isolate_rng(), _quiet():
-        unknown = [name for name in names if name not in _task_manager(folder).all_tasks]
+        unknown = [name for name in names if name not in _task_manager().all_tasks]
     if unknown:
         raise FileNotFoundError(f"lm-eval has no task or group named {', '.join(unknown)}: `lm-eval ls tasks` lists them")
-    return names, folder
+    return [*names]
 
 
 @functools.cache
-def _task_manager(folder: Path | None) -> Any:
-    """Returns lm-eval's index of the tasks of a folder, or of its own: some 10,000 files, read once a process."""
+def _task_manager(defaults: bool = True) -> Any:
+    """Returns lm-eval's index of its tasks, some 10,000 files, read once a process; without `defaults` an empty one."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
+    return TaskManager(include_defaults=defaults)
 
 
-def _evaluate(policy: Policy, names: Sequence[str], folder: Path | None, count: int, batch_size: int) -> Mapping[str, Any]:
+def _name(task: Task) -> str:
+    return task if isinstance(task, str) else str(task["task"])
+
+
+def _evaluate(policy: Policy, tasks: Sequence[Task], count: int, batch_size: int) -> Mapping[str, Any]:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     model = HFLM(pretrained=policy.model, tokenizer=policy.tokenizer, batch_size=batch_size)
-    options = {"task_manager": _task_manager(folder), "limit": count, "bootstrap_iters": 0}
+    options = {"task_manager": _task_manager(any(isinstance(task, str) for task in tasks)), "limit": count, "bootstrap_iters": 0}
     try:
-        found: Mapping[str, Any] = lm_eval.simple_evaluate(model, tasks=list(names), **options)
+        found: Mapping[str, Any] = lm_eval.simple_evaluate(model, tasks=list(tasks), **options)
     except OSError as error:  # all that the hub's client raises for data out of reach
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"the data of {', '.join(names)} is out of reach ({reason}): abilities.tasks=offline needs no hub"
+            f"the data of {', '.join(map(_name, tasks))} is out of reach ({reason}): abilities.tasks=offline needs no hub"
         ) from error
     return found
 

@@ -4,21 +4,21 @@ MTEB's own wrapper keeps a store for each task, so that a text of two tasks is e
 kill corrupts. SQLite's transactions do neither.
 """
 
-import fcntl
 import hashlib
 import logging
 import os
 import sqlite3
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 log = logging.getLogger(__name__)
 
 SUFFIX = ".sqlite"
-_LOCK_SUFFIX = ".lock"  # of a file beside it: SQLite's own locks end when any other handle of its file is closed
+_IN_USE_SECONDS = 3600.0  # after its last use, a file may still be in use by a process
 _ROW_BYTES = 64  # of a row beside its vector, index included
 
 
@@ -32,8 +32,8 @@ class EmbeddingCache:
         folder: of the files; None keeps the vectors in memory.
         fingerprint: key of the encoder; see src/evaluation/fingerprint.py.
         dimension: D.
-        max_gib: most that the folder (or the memory) may hold. Files of other encoders that no process is using are deleted for new
-            vectors, the least recently used first; if there are none, further vectors are not kept.
+        max_gib: most that the folder (or the memory) may hold. Files of other encoders that were not used for an hour are deleted
+            for new vectors, the least recently used first; if there are none, further vectors are not kept.
 
     Raises:
         ValueError: the file is no such cache.
@@ -43,10 +43,8 @@ class EmbeddingCache:
         self.file = Path(folder, fingerprint + SUFFIX) if folder else None
         self.dimension, self.max_bytes = dimension, int(max_gib * 2**30)
         self._full = False
-        self._in_use: IO[bytes] | None = None
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._in_use = _shared_lock(self.file)
         # another process that writes is waited for, a minute at most
         self._connection = sqlite3.connect(self.file or ":memory:", timeout=60, isolation_level="IMMEDIATE")
         try:
@@ -55,11 +53,11 @@ class EmbeddingCache:
         except sqlite3.DatabaseError as error:
             self.close()
             raise ValueError(f"{self.file} is no cache of embeddings ({error}): delete it") from error
-        if self.file:
-            os.utime(self.file)  # the time of its last use
+        self._touch()
 
     def get(self, texts: Sequence[str], prompt: str = "") -> dict[str, np.ndarray]:
         """Returns the [D] float32 vectors that are cached under this prompt, by text."""
+        self._touch()
         find = "SELECT vector FROM embeddings WHERE key = ?"
         rows = {text: self._connection.execute(find, (_key(prompt, text),)).fetchone() for text in dict.fromkeys(texts)}
         return {text: np.frombuffer(row[0], dtype=np.float32) for text, row in rows.items() if row is not None}
@@ -79,8 +77,6 @@ class EmbeddingCache:
     def close(self) -> None:
         """Closes the file."""
         self._connection.close()
-        if self._in_use:
-            self._in_use.close()
 
     def __enter__(self) -> "EmbeddingCache":
         return self
@@ -88,16 +84,23 @@ class EmbeddingCache:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _touch(self) -> None:
+        """Sets the time of the last use, which is that of the file."""
+        if self.file:
+            with suppress(FileNotFoundError):  # deleted meanwhile, as it may be
+                os.utime(self.file)
+
     def _has_room(self, needed: int) -> bool:
         others = self._others()
         pages, size = (self._connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size"))
         held = int(pages * size) + sum(size for _, size, _ in others)
-        for _, size, least_recent in others:
-            if held + needed <= self.max_bytes:
+        for used, size, file in others:
+            if held + needed <= self.max_bytes or time.time() - used < _IN_USE_SECONDS:
                 break
-            if _delete_unused(least_recent):
-                held -= size
-                log.info("deleted %s, the least recently used embeddings, to stay below %.1f GiB", least_recent, self.max_bytes / 2**30)
+            for part in (file, file.with_name(f"{file.name}-journal")):
+                part.unlink(missing_ok=True)
+            held -= size
+            log.info("deleted %s, the least recently used embeddings, to stay below %.1f GiB", file, self.max_bytes / 2**30)
         if held + needed > self.max_bytes:
             self._full = True
             log.warning("the cache of embeddings is full (%.1f GiB): further ones are not kept", self.max_bytes / 2**30)
@@ -107,46 +110,9 @@ class EmbeddingCache:
         """Returns the last use, size and path of every other encoder's file, the least recently used first."""
         found = []
         for file in self.file.parent.glob(f"*{SUFFIX}") if self.file else ():
-            try:
-                stat = file.stat()
-            except FileNotFoundError:
-                continue  # another process has just deleted it
-            if file != self.file:
-                found.append((stat.st_mtime, stat.st_size, file))
-        return sorted(found)
-
-
-def _shared_lock(file: Path) -> IO[bytes]:
-    """Marks `file` as in use until what is returned is closed or the process ends."""
-    path = file.with_name(file.name + _LOCK_SUFFIX)
-    while True:
-        lock = path.open("ab+")
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        if _is_at(lock, path):
-            return lock
-        lock.close()  # deleted with its cache while this waited
-
-
-def _delete_unused(file: Path) -> bool:
-    """Deletes a cache unless a process is using it; returns whether it did."""
-    path = file.with_name(file.name + _LOCK_SUFFIX)
-    with path.open("ab+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        if not _is_at(lock, path):
-            return False  # another process deletes it
-        for part in (file, file.with_name(f"{file.name}-journal"), path):
-            part.unlink(missing_ok=True)
-    return True
-
-
-def _is_at(lock: IO[bytes], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
+            with suppress(FileNotFoundError):  # another process has just deleted it
+                found.append((file.stat().st_mtime, file.stat().st_size, file))
+        return sorted(entry for entry in found if entry[2] != self.file)
 
 
 def _key(prompt: str, text: str) -> bytes:

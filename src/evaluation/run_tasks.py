@@ -3,7 +3,9 @@
 import logging
 import random
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +17,6 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from src.modules.encoder.encoder import RationaleEncoder
-from src.utils.quiet import quiet_mteb
 from src.utils.timing import clock
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def run_tasks(
     from src.evaluation.result_files import AtomicResults
 
     runs: dict[str, _Run] = {}
-    with isolate_rng(), quiet_mteb(), TemporaryDirectory() as nowhere:
+    with isolate_rng(), _quiet_mteb(), TemporaryDirectory() as nowhere:
         cache = AtomicResults(results_dir or nowhere)
         with MTEBEncoder(encoder, name, embeddings_dir, embeddings_gib, also_without) as adapter:
             for number, task in enumerate(tasks, 1):
@@ -166,3 +167,39 @@ def _summary(tasks: Sequence["AbsTask"], runs: Mapping[str, _Run]) -> Evaluation
         failures={name: run.failure for name, run in runs.items() if run.failure is not None},
         without_data=tuple(name for name, run in runs.items() if run.without_data),
     )
+
+
+@contextmanager
+def _quiet_mteb() -> Iterator[None]:
+    """Hides progress bars of `datasets`, INFO lines of mteb and scikit-learn's warnings about MTEB's classifiers.
+
+    MTEB defines a classification score by 100 iterations of logistic regression, converged or not, and by precision over classes
+    that may never be predicted. Newer versions of tasks are hidden too, as are failures, which the caller reports.
+    """
+    import datasets
+    from sklearn.exceptions import ConvergenceWarning, UndefinedMetricWarning
+
+    logger = logging.getLogger("mteb")
+    level, bars = logger.level, datasets.is_progress_bar_enabled()
+    logger.setLevel(max(level, logging.WARNING))
+    filtered = [logging.getLogger(name) for name in ("mteb.evaluate", "mteb.abstasks.abstask")]
+    for other in filtered:
+        other.addFilter(_is_news)
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            for category in (ConvergenceWarning, UndefinedMetricWarning):
+                warnings.simplefilter("ignore", category)
+            warnings.filterwarnings("ignore", message=".* is superseded by .*")
+            yield
+    finally:
+        logger.setLevel(level)
+        for other in filtered:
+            other.removeFilter(_is_news)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    return "is superseded by" not in message and not message.startswith("Error while running task")

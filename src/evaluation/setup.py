@@ -21,8 +21,8 @@ from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.export import load_policy
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
+from src.utils.atomic import write_atomic
 from src.utils.run_info import log_run_info
-from src.utils.tracking import write_text
 
 EVERYDAY = "experiments/everyday_english/data"
 """Data of benchmark=everyday, in the project's folder."""
@@ -93,7 +93,7 @@ def load_tasks(cfg: DictConfig) -> list[Any]:
     for name in offline:
         tasks += offline_tasks(list(cfg.packages[name]), cfg.paths.cache_dir, size=cfg.size, load=False)
     if "everyday" in names:
-        tasks += wordnet_tasks(Path(cfg.paths.root, EVERYDAY), cfg.paths.cache_dir, size=cfg.size, load=False)
+        tasks += wordnet_tasks(Path(cfg.paths.root, EVERYDAY), size=cfg.size, load=False)
     return tasks + named_tasks([name for name in names if name not in (*offline, "everyday")], cfg.data_dir)
 
 
@@ -119,7 +119,7 @@ def report_abilities(cfg: DictConfig, policies: Policies, base: str, console: Co
         after = run_abilities(policies[path][0].to(device_of(cfg)), **cfg.abilities)
         changes = {task: compare(score, after[task], cfg.abilities_tolerance) for task, score in before.items()}
         console.print(ability_table(changes, f"General abilities of {name} beside {Path(base).name}"))
-        write_text(Path(cfg.paths.output_dir) / f"abilities_{name}.md", ability_markdown(changes))
+        write_atomic(Path(cfg.paths.output_dir) / f"abilities_{name}.md", ability_markdown(changes))
         if cfg.get("logger"):
             logger = instantiate(cfg.logger, run_name=f"{cfg.name}: abilities of {name}")
             log_run_info([logger], cfg, root=Path(cfg.paths.root))

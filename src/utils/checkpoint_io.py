@@ -25,7 +25,6 @@ WEIGHTS, STATE, CONTENTS = "weights.safetensors", "state.pt", "checkpoint.json"
 ABOUT = "about"
 """Key of a checkpoint whose plain values are written to checkpoint.json, for people."""
 
-_BLOCK = 1 << 24
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -70,11 +69,9 @@ class FolderCheckpoints(CheckpointIO):
         _sync(path.parent)
 
     def load_checkpoint(self, path: Path | str, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint with `read_checkpoint`."""
         return read_checkpoint(path)
 
     def remove_checkpoint(self, path: Path | str) -> None:
-        """Removes a checkpoint, if it is there."""
         remove(Path(path))
 
 
@@ -220,7 +217,7 @@ def _hidden(path: Path, suffix: str) -> Path:
 def _checksum(file: Path) -> int:
     value = 0
     with open(file, "rb") as stream:
-        while block := stream.read(_BLOCK):
+        while block := stream.read(1 << 24):
             value = zlib.crc32(block, value)
     return value
 

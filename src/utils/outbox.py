@@ -10,6 +10,7 @@ from typing import Any
 import requests
 from mlflow.exceptions import MlflowException
 
+from src.utils.atomic import write_atomic
 from src.utils.secrets import redact
 
 Message = dict[str, Any]
@@ -79,9 +80,7 @@ class Outbox:
         if sent == len(waiting):
             self.file.unlink(missing_ok=True)
         elif sent:
-            partial = self.file.with_name(f"{self.file.name}.partial")
-            partial.write_text("".join(json.dumps(message) + "\n" for message in waiting[sent:]), encoding="utf-8")
-            partial.replace(self.file)
+            write_atomic(self.file, "".join(json.dumps(message) + "\n" for message in waiting[sent:]))
         return sent
 
 

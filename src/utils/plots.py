@@ -62,10 +62,7 @@ def reward_terms_figure(history: Mapping[str, TermHistory], weights: Mapping[str
     for column, name in enumerate(names):
         term = history[name]
         for axis, values, colour in ((axes[0, column], term.mean, _MEAN), (axes[1, column], term.within_group_std, _SPREAD)):
-            window = max(1, len(values) // 10)
-            axis.plot(term.steps, values, color=colour, alpha=0.35, linewidth=1.0, label="rollout batch")
-            axis.plot(term.steps, running_mean(values, window), color=colour, linewidth=2.0, label=f"running mean of {window}")
-            _style(axis)
+            _draw_curve(axis, term.steps, values, colour)
         axes[1, column].set_ylim(0.0, max(1e-3, 1.05 * max(term.within_group_std, default=0.0)))  # rounding is no spread
         weight = (weights or {}).get(name)
         suffix = "" if weight is None else f" (weight {weight:g})" if weight else " (weight 0: only watched)"
@@ -147,21 +144,22 @@ def curves_figure(curves: Mapping[str, Curve], columns: int = 4) -> Figure:
     figure = Figure(figsize=(2.7 * columns + 0.4, 2.1 * rows + 0.2), dpi=DPI, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (name, curve) in zip(axes, curves.items(), strict=False):
-        steps, values = [step for step, _ in curve], [value for _, value in curve]
-        window = max(1, len(steps) // 10)
-        marker = "o" if len(steps) < 10 else ""  # a single point is no line
-        axis.plot(steps, values, color=_MEAN, alpha=0.35 if window > 1 else 1.0, linewidth=1.0, marker=marker, markersize=3)
-        if window > 1:
-            axis.plot(steps, running_mean(values, window), color=_MEAN, linewidth=1.8)
+        _draw_curve(axis, [step for step, _ in curve], [value for _, value in curve], _MEAN)
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=8)
-        _style(axis)
     for axis in axes[len(curves) :]:
         axis.set_axis_off()
     return figure
 
 
-def _style(axis: Axes) -> None:
+def _draw_curve(axis: Axes, steps: Sequence[int], values: Sequence[float], colour: str) -> None:
+    """Draws a value per rollout batch and, of ten batches or more, the running mean."""
+    window = max(1, len(values) // 10)
+    marker = "o" if len(values) < 10 else ""  # a single point is no line
+    faint = 0.35 if window > 1 else 1.0
+    axis.plot(steps, values, color=colour, alpha=faint, linewidth=1.0, marker=marker, markersize=3, label="rollout batch")
+    if window > 1:
+        axis.plot(steps, running_mean(values, window), color=colour, linewidth=1.9, label=f"running mean of {window}")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import distributed
 
@@ -128,21 +126,3 @@ def _exit_status(seconds: float = 2.0) -> int:
         return 0
     time.sleep(seconds)  # srun --kill-on-bad-exit would kill ranks that have not left yet and report their status instead
     return TRY_AGAIN
-
-
-def prepare_processes(trainer: L.Trainer) -> None:
-    """Reduces logging to errors on all ranks but 0.
-
-    Raises:
-        ValueError: a sweep over runs that start their own processes; each of these would start the sweep again.
-    """
-    if trainer.world_size == 1:
-        return
-    if not trainer.is_global_zero:
-        logging.getLogger().setLevel(logging.ERROR)
-    sweeping = HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
-    if sweeping and trainer.strategy.launcher is not None:
-        raise ValueError(
-            f"a sweep (-m) over runs of {trainer.world_size} processes needs a launcher that starts them: use hydra/launcher=slurm, or "
-            "start the runs one by one without -m"
-        )

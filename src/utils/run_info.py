@@ -4,30 +4,19 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from src.utils.run_logger import RunLogger
+from src.utils.run_logger import RunLogger, flatten
 from src.utils.secrets import without_secrets
 
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "mteb", "mlflow", "hydra-core", "datasets", "numpy", "peft", "vllm")
 """Distributions whose versions are recorded, if installed."""
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the leaves of nested dicts under dotted names; lists are leaves."""
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{name}.")
-        else:
-            yield name, value
 
 
 def git_state(root: Path) -> dict[str, str]:

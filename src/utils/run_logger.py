@@ -23,6 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
+from src.utils.atomic import write_atomic
 from src.utils.outbox import NO_ANSWER, Message, Outbox, first_line, is_refusal, retryable, summary
 from src.utils.secrets import redact
 
@@ -98,10 +99,7 @@ class RunLogger(MLFlowLogger):
                 f"no MLflow at {where}: {first_line(error)}. Start it, set paths.tracking_uri, or use logger=none"
             ) from error
         if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            partial = self._folder / "run.json.partial"
-            partial.write_text(json.dumps({"run_id": self._run_id, "experiment_id": self._experiment_id}) + "\n", encoding="utf-8")
-            partial.replace(self._folder / RUN)
+            write_atomic(self._folder / RUN, json.dumps({"run_id": self._run_id, "experiment_id": self._experiment_id}) + "\n")
         return client
 
     def start_new_run(self) -> None:
@@ -124,7 +122,7 @@ class RunLogger(MLFlowLogger):
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         """Logs parameters; those that a resumed run has stay, as MLflow changes none."""
         values = vars(params) if isinstance(params, Namespace) else params
-        self._send({"call": "log_batch", "params": {name: str(value)[:250] for name, value in _leaves(values)}})
+        self._send({"call": "log_batch", "params": {name: str(value)[:250] for name, value in flatten(values, "/")}})
 
     @rank_zero_only
     def log_tags(self, tags: Mapping[str, str]) -> None:
@@ -325,10 +323,11 @@ def _log_table(client: MlflowClient, run_id: str, data: Mapping[str, Sequence[An
         client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, table]))
 
 
-def _leaves(params: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in params.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}/")
+def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the leaves of nested dicts under joined names; lists and empty dicts are leaves."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, separator, f"{prefix}{key}{separator}")
         else:
             yield f"{prefix}{key}", value
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from src.utils.atomic import write_atomic
 from src.utils.renamed_settings import RENAMED
-from src.utils.run_info import flatten
+from src.utils.run_logger import flatten
 from src.utils.secrets import without_secrets
 
 log = logging.getLogger(__name__)
@@ -49,10 +50,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Saves settings in a run's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{FILE}.partial"
-    partial.write_text(json.dumps(settings, indent=1, default=str) + "\n", encoding="utf-8")
-    partial.replace(folder / FILE)
+    write_atomic(folder / FILE, json.dumps(settings, indent=1, default=str) + "\n")
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

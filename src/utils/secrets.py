@@ -17,6 +17,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from src.utils.atomic import write_atomic
+
 HIDDEN = "***"
 
 # ---- names of settings and environment variables that hold secrets
@@ -178,6 +180,4 @@ def _redact_files(folder: Path) -> None:
         saved = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
         clean = without_secrets(saved)
         if clean != saved:
-            partial = file.with_name(f".{file.name}.{os.getpid()}.partial")  # parallel jobs may redact the same file
-            partial.write_text(OmegaConf.to_yaml(OmegaConf.create(clean)), encoding="utf-8")
-            partial.replace(file)
+            write_atomic(file, OmegaConf.to_yaml(OmegaConf.create(clean)))  # parallel jobs may redact the same file

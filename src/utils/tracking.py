@@ -1,7 +1,6 @@
 """Logging to the trainer's loggers outside of Lightning's `log`: tables, figures, texts, late metrics. Does nothing on ranks but 0."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -38,9 +37,3 @@ def log_figure(trainer: L.Trainer, figure: Figure, file: str) -> None:
     """Logs a figure as an MLflow artifact."""
     for logger in mlflow_loggers(trainer):
         logger.log_figure(figure, file)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file; makes missing folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")

@@ -5,9 +5,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from src.callbacks.html_report.__main__ import main
-from src.callbacks.html_report.callback import HTMLReport
-from src.callbacks.html_report.page import read_run, render
+from src.callbacks.html_report import HTMLReport, main, read_run, render
 from src.callbacks.metrics import MetricsMonitor
 from src.callbacks.rationale_table import RationaleTable
 from src.callbacks.similarities import SimilarityHistograms

@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from src.datamodules import docstrings
+from src.datamodules.docstring_datamodule import DocstringDataModule
 from src.datamodules.docstrings import (
     STDLIB,
     Docstring,
@@ -168,3 +169,8 @@ def test_packages_are_installed_at_their_pins() -> None:
         assert pinned, f"{package} (of {owners[package]}) is read by a datamodule and pinned nowhere in pyproject.toml"
         for name in pinned:
             assert version(name).split("+")[0] == pins[name]
+
+
+def test_batch_size_is_modules_times_docstrings() -> None:
+    data = DocstringDataModule(["rich"], ["networkx"], ["mteb"], "unused", modules_per_batch=3, docstrings_per_module=4)
+    assert data.batch_size == 12

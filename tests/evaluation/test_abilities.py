@@ -1,19 +1,16 @@
 """General abilities: the interval against a bootstrap, lm-eval on the tiny policy, a policy that is broken on purpose."""
 
-import json
 import math
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from rich.console import Console
 
 from src.datamodules.docstrings import collect
 from src.evaluation.abilities import AbilityScore, ability_markdown, ability_table, compare, run_abilities
-from src.evaluation.tasks.ability_tasks import ability_folder, task_configs
+from src.evaluation.tasks.ability_tasks import ability_data
 from src.modules.policy.model import Policy
 from src.modules.prompt.plain_text import PlainText
 from tests.conftest import ROOT
@@ -80,20 +77,18 @@ def test_tables_name_every_ability() -> None:
         assert all(word in text for word in ("choice", "0.5000", "kept"))
 
 
-def test_the_folder_has_lm_evals_form(tmp_path: Path) -> None:
-    folder = ability_folder(["networkx"], CACHE, 30)
-    assert ability_folder(["networkx"], CACHE, 30) == folder
+def test_each_question_has_one_answer() -> None:
     docs = {doc.body: doc for doc in collect(["networkx"], CACHE)}
-    questions = [json.loads(line) for line in (folder / "docstring_choice.jsonl").read_text().splitlines()]
-    assert len(questions) == 30
+    data = ability_data(["networkx"], CACHE, 30)
+    assert ability_data(["networkx"], CACHE, 30) == data
+    questions = data["docstring_choice"]
+    assert len(questions) == len(data["docstring_text"]) == 30
     for question in questions:
         assert question["options"][question["answer"]] == docs[question["body"]].summary
         assert len(set(question["options"])) == 4
     assert {question["answer"] for question in questions} == {0, 1, 2, 3}
-    for name, config in task_configs(folder).items():
-        assert yaml.safe_load((folder / f"{name}.yaml").read_text()) == config
     with pytest.raises(ValueError, match="name more packages"):
-        ability_folder(["networkx"], CACHE, 10**6)
+        ability_data(["networkx"], CACHE, 10**6)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +103,7 @@ def before(shipped: Policy) -> dict[str, AbilityScore]:
 
 
 def test_scores_are_those_of_a_plain_pass(shipped: Policy, before: dict[str, AbilityScore]) -> None:
-    folder = ability_folder(["networkx"], CACHE, 24)
-    texts = [json.loads(line)["text"] for line in (folder / "docstring_text.jsonl").read_text().splitlines()]
+    texts = [row["text"] for row in ability_data(["networkx"], CACHE, 24)["docstring_text"]]
     eos = shipped.tokenizer.eos_token_id
     for text, bits, size in list(zip(texts, before["docstring_text"].values, before["docstring_text"].weights, strict=True))[:4]:
         ids = torch.tensor([eos, *PlainText(shipped.tokenizer)([text])[0]])

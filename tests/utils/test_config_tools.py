@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from src.callbacks.progress import TimeEstimate
 from src.modules.policy.model import Policy
 from src.utils import machine
-from src.utils.instantiate import instantiate_all
+from src.utils.trainer import instantiate_all
 from tests.callbacks.conftest import FewTriplets, make_module
 
 FRACTION = {"_target_": "fractions.Fraction", "numerator": 1, "denominator": 2}

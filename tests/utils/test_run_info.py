@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from src.utils.renamed_settings import RENAMED
-from src.utils.run_info import flatten, git_state, hardware, log_run_info, package_versions
-from src.utils.run_logger import RunLogger
+from src.utils.run_info import git_state, hardware, log_run_info, package_versions
+from src.utils.run_logger import RunLogger, flatten
 from src.utils.run_settings import FILE, changes, read_settings, settings_changed, settings_of, write_settings
 from tests.conftest import Compose
 

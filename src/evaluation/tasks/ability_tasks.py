@@ -1,29 +1,25 @@
-"""lm-eval tasks made of held-out docstrings, for what a language model can do besides embedding; they need no hub."""
+"""lm-eval tasks made of held-out docstrings, for what a language model can do besides embedding; they need no hub.
 
-import hashlib
-import json
+docstring_choice: which of four summaries belongs to a text (accuracy; chance is 0.25).
+docstring_text: bits per byte of texts (the log of perplexity to base 2).
+"""
+
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from src.datamodules.docstrings import Docstring, collect
-from src.utils.atomic import make_folder_once
-
-OFFLINE_TASKS = ("docstring_choice", "docstring_text")
-"""Which of four summaries belongs to a text (accuracy; chance is 0.25), and bits per byte of texts (the log of perplexity to base 2)."""
 
 _OPTIONS = 4
 
 
-def ability_folder(packages: Sequence[str], cache_dir: Path | str, count: int = 200, seed: int = 0) -> Path:
-    """Returns a folder with both tasks as lm-eval's YAML files and with their data; makes it if it does not exist.
+def ability_data(packages: Sequence[str], cache_dir: Path | str, count: int = 200, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
+    """Returns the questions and the texts of the tasks.
 
     Args:
         packages: see `collect`; none of them trained on.
-        cache_dir: for docstrings and the folder.
+        cache_dir: for docstrings.
         count: of questions, and of texts.
         seed: of the choice of docstrings and of wrong options.
 
@@ -36,18 +32,10 @@ def ability_folder(packages: Sequence[str], cache_dir: Path | str, count: int = 
         raise ValueError(f"{', '.join(packages)} have {len(docs)} docstrings of {count} needed: name more packages, or lower the count")
     rng = random.Random(seed)
     chosen = rng.sample(docs, count)
-    data = {
+    return {
         "docstring_choice": [question(doc, docs, rng) for doc in chosen],
         "docstring_text": [{"text": f"{doc.summary} {doc.body}"} for doc in chosen],
     }
-    folder = Path(cache_dir).absolute() / f"abilities_{hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]}"
-
-    def write(partial: Path) -> None:
-        for name, config in task_configs(folder).items():
-            (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data[name]), encoding="utf-8")
-            (partial / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-
-    return make_folder_once(folder, write)
 
 
 def question(doc: Docstring, docs: Sequence[Docstring], rng: random.Random) -> dict[str, Any]:
@@ -61,17 +49,18 @@ def question(doc: Docstring, docs: Sequence[Docstring], rng: random.Random) -> d
     return {"body": doc.body, "options": options, "answer": options.index(doc.summary)}
 
 
-def task_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns lm-eval's configuration of each task, with the data in `folder`."""
+def ability_tasks(data: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Returns lm-eval's configuration of each task."""
+    from datasets import Dataset
 
     def task(name: str, metric: str, aggregation: str, higher_is_better: bool, **settings: Any) -> dict[str, Any]:
-        data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}}, "test_split": "test"}
+        rows = {"custom_dataset": lambda **_: {"test": Dataset.from_list(data[name])}, "test_split": "test"}
         metrics = [{"metric": metric, "aggregation": aggregation, "higher_is_better": higher_is_better}]
-        return {"task": name, **data, **settings, "metric_list": metrics}
+        return {"task": name, **rows, **settings, "metric_list": metrics}
 
     choice = {"doc_to_text": "{{body}}\n\nIn one sentence:", "doc_to_choice": "options", "doc_to_target": "answer"}
     text = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
-    return {
-        "docstring_choice": task("docstring_choice", "acc", "mean", True, output_type="multiple_choice", **choice),
-        "docstring_text": task("docstring_text", "bits_per_byte", "bits_per_byte", False, **text),
-    }
+    return [
+        task("docstring_choice", "acc", "mean", True, output_type="multiple_choice", **choice),
+        task("docstring_text", "bits_per_byte", "bits_per_byte", False, **text),
+    ]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from src.datamodules.docstrings import Docstring, collect
-from src.evaluation.tasks.task_folders import Row, TaskSpec, make_tasks, search_set, write_sets
+from src.evaluation.tasks.made_tasks import Row, Set, TaskSpec, make_tasks, one_answer_set
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -56,10 +56,10 @@ def offline_tasks(
     clustering and pair classification. Random states stay as they were.
 
     Args:
-        packages, cache_dir: see `collect`. The sets are kept in `cache_dir` too.
+        packages, cache_dir: see `collect`.
         size: `mini`, `small`, `large` or an OfflineSize.
         seed: of the choice of texts.
-        load: read the data now, so that repeated evaluation reads no file.
+        load: make the data now.
 
     Raises:
         ModuleNotFoundError: a package is not installed.
@@ -69,47 +69,36 @@ def offline_tasks(
         if size not in SIZES:
             raise ValueError(f"offline tasks of size {size!r} do not exist; sizes are {', '.join(SIZES)}")
         size = SIZES[size]
-    folders = offline_sets(packages, cache_dir, size, seed)
-    return make_tasks(_specs(size), folders, load, domains=["Programming", "Written"], license="not specified")
+    sets = offline_sets(packages, cache_dir, size, seed)
+    return make_tasks(_specs(size), sets, load, domains=["Programming", "Written"], license="not specified")
 
 
 def _specs(size: OfflineSize) -> list[TaskSpec]:
     clustering = {"max_fraction_of_documents_to_embed": None, "max_documents_per_cluster": size.queries}  # all, not 4 % of them
-    classification = {"n_experiments": 5}  # half of MTEB's: fits take most of the time
+    from_where = "Tells from which subpackage the body of a docstring comes."
     return [
-        TaskSpec("DocstringRetrieval", "Retrieval", "retrieval", "ndcg_at_10", "Finds the body of a docstring by its summary."),
-        TaskSpec(
-            *("DocstringReranking", "Reranking", "reranking", "map_at_1000"),
-            "Orders bodies of the same module and subpackage by a summary.",
-        ),
-        TaskSpec(
-            *("DocstringClassification", "Classification", "classification", "accuracy"),
-            "Tells from which subpackage the body of a docstring comes.",
-            classification,
-        ),
-        TaskSpec(
-            *("DocstringClustering", "Clustering", "clustering", "v_measure"), "Groups summaries of docstrings by subpackage.", clustering
-        ),
-        TaskSpec(
-            *("DocstringPairs", "PairClassification", "pairs", "cosine_ap"),  # the similarity of the rewards; max_ap is the best of five
-            "Tells whether a summary and a body of one module belong together.",
-        ),
+        TaskSpec("DocstringRetrieval", "Retrieval", "ndcg_at_10", "Finds the body of a docstring by its summary."),
+        TaskSpec("DocstringReranking", "Reranking", "map_at_1000", "Orders bodies of the same module and subpackage by a summary."),
+        # half of MTEB's experiments: fits take most of the time
+        TaskSpec("DocstringClassification", "Classification", "accuracy", from_where, {"n_experiments": 5}),
+        TaskSpec("DocstringClustering", "Clustering", "v_measure", "Groups summaries of docstrings by subpackage.", clustering),
+        # cosine: the similarity of the rewards; max_ap is the best of five
+        TaskSpec("DocstringPairs", "PairClassification", "cosine_ap", "Tells whether a summary and a body of one module belong together."),
     ]
 
 
-def offline_sets(packages: Sequence[str], cache_dir: Path | str, size: OfflineSize, seed: int = 0) -> dict[str, Path]:
-    """Returns the folder of each set; arguments and errors as for `offline_tasks`."""
+def offline_sets(packages: Sequence[str], cache_dir: Path | str, size: OfflineSize, seed: int = 0) -> dict[str, Set]:
+    """Returns the sets by task type; arguments and errors as for `offline_tasks`."""
     chosen = choose(collect(packages, cache_dir), size, seed)
     rng = random.Random(seed)
-    search = search_set(((doc.id, doc.body) for doc in chosen.documents), ((doc.summary, doc.id) for doc in chosen.queries))
-    sets = {
-        "retrieval": search,
-        "reranking": search | {"top_ranked": candidates(chosen, size.candidates, rng)},
-        "classification": classification_rows(chosen, size.per_label, rng),
-        "clustering": clustering_rows(chosen, size.per_label // 2),
-        "pairs": pair_rows(chosen, rng),
+    search = one_answer_set(((doc.id, doc.body) for doc in chosen.documents), ((doc.summary, doc.id) for doc in chosen.queries))
+    return {
+        "Retrieval": search,
+        "Reranking": {**search, "top_ranked": candidates(chosen, size.candidates, rng)},
+        "Classification": classification_rows(chosen, size.per_label, rng),
+        "Clustering": clustering_rows(chosen, size.per_label // 2),
+        "PairClassification": pair_rows(chosen, rng),
     }
-    return write_sets("offline", sets, cache_dir)
 
 
 class Chosen(NamedTuple):
@@ -153,17 +142,17 @@ def subpackage(doc: Docstring) -> str:
     return ".".join(doc.module.split(".")[:2])
 
 
-def candidates(chosen: Chosen, count: int, rng: random.Random) -> list[Row]:
-    """Returns for each query its answer and the nearest other documents: of its module, its subpackage, its package."""
-    rows = []
+def candidates(chosen: Chosen, count: int, rng: random.Random) -> dict[str, list[str]]:
+    """Returns by query the ids of its answer and of the nearest other documents: of its module, its subpackage, its package."""
+    found = {}
     for query in chosen.queries:
         others = [doc for doc in chosen.documents if doc.id != query.id]
         rng.shuffle(others)
         others.sort(key=partial(_distance, query))
         ids = [query.id, *(doc.id for doc in others[: count - 1])]
         rng.shuffle(ids)  # an encoder that gives equal scores must not win by the order
-        rows.append({"query-id": f"q:{query.id}", "corpus-ids": ids})
-    return rows
+        found[f"q:{query.id}"] = ids
+    return found
 
 
 def _distance(query: Docstring, doc: Docstring) -> tuple[bool, bool, bool]:

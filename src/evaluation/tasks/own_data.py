@@ -1,7 +1,7 @@
 """Data of a user's own tasks: files of JSON lines or tab-separated values, checked row by row, as MTEB's task classes expect it.
 
-There is one function a task type. Each takes `columns` (see `read_rows`) and the task's files, and raises ValueError with file and
-line if a row is malformed.
+There is one function a task type. Each takes `columns` (see `read_rows`) and the task's files, returns a `Set`, and raises ValueError
+with file and line if a row is malformed.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ from pydantic import AliasChoices, BeforeValidator, Field, FiniteFloat, Validati
 
 from src.datamodules.files import DataFile
 from src.datamodules.reading import BadRecord, Chunk, checked_text, json_rows, tsv_rows
+from src.evaluation.tasks.made_tasks import Row, Set, search_set
 
-Row = dict[str, Any]
 Columns = Sequence[str] | Mapping[str, str] | None
 
 
@@ -82,41 +82,42 @@ def problems(error: ValidationError) -> str:
     return "; ".join(map(line, error.errors(include_url=False)))
 
 
-def sts(columns: Columns, data: Path) -> Any:
+def sts(columns: Columns, data: Path) -> Set:
     """sentence1, sentence2, score."""
     rows = [row for _, row in read_rows(data, columns, sentence1=Text, sentence2=Text, score=FiniteFloat)]
     if len({row["score"] for row in rows}) < 2:
         raise ValueError(f"{data}: all scores are equal, so nothing can correlate with them")
-    return _splits(test=_dataset(rows, data))
+    return {"test": _enough(rows, data)}
 
 
-def pair_classification(columns: Columns, data: Path) -> Any:
+def pair_classification(columns: Columns, data: Path) -> Set:
     """sentence1, sentence2, label (0 or 1)."""
     rows = [row for _, row in read_rows(data, columns, sentence1=Text, sentence2=Text, label=Binary)]
     if len({row["label"] for row in rows}) < 2:
         raise ValueError(f"{data}: all labels are equal, so there is nothing to tell apart")
-    return _splits(test=_dataset(rows, data).rename_column("label", "labels"))
+    pairs = [{"sentence1": row["sentence1"], "sentence2": row["sentence2"], "labels": row["label"]} for row in rows]
+    return {"test": _enough(pairs, data)}
 
 
-def classification(columns: Columns, train: Path, data: Path) -> Any:
+def classification(columns: Columns, train: Path, data: Path) -> Set:
     """text, label; a file to train on, and one to test on."""
     labelled = {file: _labelled(file, columns) for file in (train, data)}
     numbers = _numbered(labelled[train], train)
     unseen = sorted({row["label"] for row in labelled[data]} - set(numbers))
     if unseen:
         raise ValueError(f"{data}: no text of {train} has the label {unseen[0]!r}, so it cannot be learned")
-    splits = {file: _dataset([row | {"label": numbers[row["label"]]} for row in rows], file) for file, rows in labelled.items()}
-    return _splits(train=splits[train], test=splits[data])
+    numbered = {file: _enough([row | {"label": numbers[row["label"]]} for row in rows], file) for file, rows in labelled.items()}
+    return {"train": numbered[train], "test": numbered[data]}
 
 
-def clustering(columns: Columns, data: Path) -> Any:
+def clustering(columns: Columns, data: Path) -> Set:
     """text, label."""
     rows = _labelled(data, columns)
     numbers = _numbered(rows, data)
-    return _splits(test=_dataset([{"sentences": row["text"], "labels": numbers[row["label"]]} for row in rows], data))
+    return {"test": _enough([{"sentences": row["text"], "labels": numbers[row["label"]]} for row in rows], data)}
 
 
-def retrieval(columns: Columns, corpus: Path, queries: Path, qrels: Path) -> Any:
+def retrieval(columns: Columns, corpus: Path, queries: Path, qrels: Path) -> Set:
     """BEIR's form: corpus (_id or id, text, title unless there is none), queries (_id or id, text), qrels (query-id, corpus-id, score).
 
     A document may have a title alone. Scores are whole numbers, for MTEB's evaluators need grades.
@@ -136,10 +137,10 @@ def retrieval(columns: Columns, corpus: Path, queries: Path, qrels: Path) -> Any
                 raise ValueError(f"{where}: {name!r} is not in {file}")
         relevant.setdefault(row["query"], {})[row["document"]] = row["score"]
     answered = [row for row in asked if any(score > 0 for score in relevant.get(row["id"], {}).values())]
-    return _search(_dataset(documents, corpus), _dataset(answered, queries, 1), relevant, None)
+    return search_set(_enough(documents, corpus), _enough(answered, queries, 1), relevant)
 
 
-def reranking(columns: Columns, data: Path) -> Any:
+def reranking(columns: Columns, data: Path) -> Set:
     """query, positive and negative (lists of texts); or a row a candidate: query, document, label (0 or 1)."""
     candidates: dict[str, dict[str, int]] = {}  # label of each document, by query
     texts, optional = (list[Text] | None, None), {"document": (Text | None, None), "label": (Binary | None, None)}
@@ -158,7 +159,7 @@ def reranking(columns: Columns, data: Path) -> Any:
     queries = [{"id": f"q{i}", "text": query} for i, query in enumerate(ranked)]
     relevant = {f"q{i}": {names[text]: label for text, label in labels.items()} for i, labels in enumerate(ranked.values())}
     order = {query: sorted(labels) for query, labels in relevant.items()}  # by digest, so that equal scores do not win by the order
-    return _search(_dataset(corpus, data), _dataset(queries, data, 1), relevant, order)
+    return search_set(_enough(corpus, data), _enough(queries, data, 1), relevant, order)
 
 
 def _labelled(file: Path, columns: Columns) -> list[Row]:
@@ -181,20 +182,7 @@ def _unique(ids: list[str], file: Path) -> set[str]:
     return seen
 
 
-def _dataset(rows: list[Row], file: Path, least: int = 2) -> Any:
-    from datasets import Dataset
-
+def _enough(rows: list[Row], file: Path, least: int = 2) -> list[Row]:
     if len(rows) < least:
         raise ValueError(f"{file} has {len(rows)} rows, and a task needs at least {least}")
-    return Dataset.from_list(rows)
-
-
-def _splits(**splits: Any) -> Any:
-    from datasets import DatasetDict
-
-    return DatasetDict(splits)
-
-
-def _search(corpus: Any, queries: Any, relevant: dict[str, dict[str, int]], ranked: dict[str, list[str]] | None) -> Any:
-    split = {"corpus": corpus, "queries": queries, "relevant_docs": {i: relevant[i] for i in queries["id"]}, "top_ranked": ranked}
-    return {"default": {"test": split}}
+    return rows

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -10,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from src.datamodules.files import inside
 from src.evaluation.tasks import own_data
-from src.evaluation.tasks.task_folders import make_task
+from src.evaluation.tasks.made_tasks import Set, make_task
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 class Kind(NamedTuple):
     """A task type: the function that reads its data, the files that a description names for it, and MTEB's usual main score."""
 
-    dataset: Callable[..., Any]
+    read: Callable[..., Set]
     files: tuple[str, ...]
     main_score: str
 
@@ -116,21 +117,18 @@ def own_task(file: Path) -> "AbsTask":
     task = read_description(file)
     kind = KINDS[task.type]
 
-    def load_data(self: "AbsTask", num_proc: int | None = None, **kwargs: Any) -> None:
-        if not self.data_loaded:
-            self.dataset, self.data_loaded = kind.dataset(task.columns, **files), True
-
     try:
         files = {role: inside(file.parent, getattr(task, role)) for role in kind.files}
-        dataset = kind.dataset(task.columns, **files)
+        make_set = partial(kind.read, task.columns, **files)
+        data = make_set()
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{file}: {error}") from error
-    members: dict[str, Any] = {"load_data": load_data}
+    members: dict[str, Any] = {}
     if task.type == "Clustering":  # small, so all of it is embedded
-        members |= {"max_fraction_of_documents_to_embed": None, "max_documents_per_cluster": min(len(dataset["test"]), 16_384)}
+        members = {"max_fraction_of_documents_to_embed": None, "max_documents_per_cluster": min(len(data["test"]), 16_384)}
     revision = content_digest(list(files.values()), repr(sorted(task.model_dump().items())))
     metadata = {"description": task.description, "main_score": task.main_score or kind.main_score, "language": task.language}
-    return make_task(task.name, task.type, members, dataset={"path": str(file.parent), "revision": revision}, **metadata)
+    return make_task(task.name, task.type, make_set, members, dataset={"path": str(file.parent), "revision": revision}, **metadata)
 
 
 def content_digest(files: Sequence[Path], settings: str) -> str:

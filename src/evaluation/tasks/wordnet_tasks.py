@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from src.evaluation.tasks.task_folders import Row, TaskSpec, make_tasks, search_set, write_sets
+from src.evaluation.tasks.made_tasks import Row, Set, TaskSpec, make_tasks, one_answer_set
 
 if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
@@ -13,40 +13,29 @@ if TYPE_CHECKING:
 SIZES = {"mini": True, "small": True, "large": False}
 """Whether a size is only the rows marked as small. The names are those of the docstring tasks."""
 
+_FINDS = "Finds the gloss of a word, given alone or in a sentence, among those of its other senses and of its neighbours."
+_ORDERS = "Orders pairs of nouns' glosses by how near the nouns are in WordNet's hierarchy."
+_CLASSES = "Tells to which lexicographer file (animals, food, verbs of motion, ...) a gloss belongs."
+_PAIRS = "Tells whether a gloss is that of a word, or of its other sense or its neighbour."
 SPECS = [
-    TaskSpec(
-        *("WordNetRetrieval", "Retrieval", "retrieval", "ndcg_at_10"),
-        "Finds the gloss of a word, given alone or in a sentence, among those of its other senses and of its neighbours.",
-    ),
-    TaskSpec(
-        *("WordNetSimilarity", "STS", "similarity", "cosine_spearman"),
-        "Orders pairs of nouns' glosses by how near the nouns are in WordNet's hierarchy.",
-        {"min_score": 0, "max_score": 1},
-    ),
-    TaskSpec(
-        *("WordNetClassification", "Classification", "classification", "accuracy"),
-        "Tells to which lexicographer file (animals, food, verbs of motion, ...) a gloss belongs.",
-        {"n_experiments": 5},  # as for docstrings
-    ),
-    TaskSpec(
-        *("WordNetPairs", "PairClassification", "pairs", "cosine_ap"),
-        "Tells whether a gloss is that of a word, or of its other sense or its neighbour.",
-    ),
+    TaskSpec("WordNetRetrieval", "Retrieval", "ndcg_at_10", _FINDS),
+    TaskSpec("WordNetSimilarity", "STS", "cosine_spearman", _ORDERS, {"min_score": 0, "max_score": 1}),
+    TaskSpec("WordNetClassification", "Classification", "accuracy", _CLASSES, {"n_experiments": 5}),  # as for docstrings
+    TaskSpec("WordNetPairs", "PairClassification", "cosine_ap", _PAIRS),
 ]
 """The tasks in the order in which they are run."""
 
 _LICENCE = "https://wordnet.princeton.edu/license-and-commercial-use"
 
 
-def wordnet_tasks(folder: Path | str, cache_dir: Path | str, size: str = "small", load: bool = True) -> list["AbsTask"]:
+def wordnet_tasks(folder: Path | str, size: str = "small", load: bool = True) -> list["AbsTask"]:
     """Returns four MTEB tasks: retrieval, whose queries and documents are the texts of all of them, graded similarity,
     classification and pair classification. Random states stay as they were.
 
     Args:
         folder: with documents.jsonl, queries.jsonl and pairs.jsonl.
-        cache_dir: for the sets as MTEB reads them.
         size: `small` (or `mini`, the same), or `large`, which includes the small one.
-        load: read the data now, so that repeated evaluation reads no file.
+        load: make the data now.
 
     Raises:
         FileNotFoundError: the folder lacks a file.
@@ -54,8 +43,7 @@ def wordnet_tasks(folder: Path | str, cache_dir: Path | str, size: str = "small"
     """
     if size not in SIZES:
         raise ValueError(f"everyday tasks of size {size!r} do not exist; sizes are {', '.join(SIZES)}")
-    folders = write_sets("everyday", wordnet_sets(read_rows(Path(folder), size)), cache_dir)
-    return make_tasks(SPECS, folders, load, domains=["Written"], license=_LICENCE)
+    return make_tasks(SPECS, wordnet_sets(read_rows(Path(folder), size)), load, domains=["Written"], license=_LICENCE)
 
 
 def read_rows(folder: Path, size: str) -> dict[str, list[Row]]:
@@ -71,8 +59,8 @@ def read_rows(folder: Path, size: str) -> dict[str, list[Row]]:
     return rows
 
 
-def wordnet_sets(rows: Mapping[str, list[Row]]) -> dict[str, dict[str, list[Row]]]:
-    """Returns the set of each task: see `write_sets`."""
+def wordnet_sets(rows: Mapping[str, list[Row]]) -> dict[str, Set]:
+    """Returns the sets by task type."""
     documents, queries = rows["documents"], rows["queries"]
     texts = {doc["id"]: doc["text"] for doc in documents}
     numbers = {name: number for number, name in enumerate(sorted({doc["class"] for doc in documents}))}
@@ -84,8 +72,8 @@ def wordnet_sets(rows: Mapping[str, list[Row]]) -> dict[str, dict[str, list[Row]
     ]
     graded = [{"sentence1": texts[pair["one"]], "sentence2": texts[pair["other"]], "score": pair["similarity"]} for pair in rows["pairs"]]
     return {
-        "retrieval": search_set(texts.items(), ((query["text"], query["answer"]) for query in queries)),
-        "similarity": {"test": graded},
-        "classification": {split: [row for own, row in labelled if own == split] for split in ("train", "test")},
-        "pairs": {"test": pairs},
+        "Retrieval": one_answer_set(texts.items(), ((query["text"], query["answer"]) for query in queries)),
+        "STS": {"test": graded},
+        "Classification": {split: [row for own, row in labelled if own == split] for split in ("train", "test")},
+        "PairClassification": {"test": pairs},
     }

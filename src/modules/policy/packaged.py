@@ -7,17 +7,18 @@ into a folder of safetensors and a tokenizer that every tool loads.
 import hashlib
 import logging
 import os
-import shutil
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
+
+from src.utils.atomic import make_folder_once
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +51,7 @@ def local_path(path: str) -> str:
         return str(folder)
     source = _packaged_file()
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():  # else another process was first
-                log.info("converting SmolLM2-135M-Instruct from %s into %s, once", _PACKAGE, folder)
-                _convert(source, folder)
+        make_folder_once(folder, partial(_convert, source))
     except (OSError, SafetensorError) as error:
         raise OSError(f"SmolLM2 could not be written to {cache}: {error}; free some 600 MB there, or set GRACE_CACHE_DIR") from error
     return str(folder)
@@ -66,13 +63,9 @@ def cache_dir() -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Writes a folder next to its place and renames it, so that an interrupted conversion leaves nothing that is used."""
-    partial = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    _read_model(source).save_pretrained(partial)
-    _read_tokenizer(source).save_pretrained(partial)
-    partial.rename(folder)
+    log.info("converting SmolLM2-135M-Instruct from %s into %s, once", _PACKAGE, folder)
+    _read_model(source).save_pretrained(folder)
+    _read_tokenizer(source).save_pretrained(folder)
 
 
 def _packaged_file() -> Path:

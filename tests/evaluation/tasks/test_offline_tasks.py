@@ -47,10 +47,6 @@ def docs(cache_dir: Path) -> list[Docstring]:
     return collect(PACKAGES, cache_dir)
 
 
-def lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 # ---- both
 
 
@@ -59,7 +55,7 @@ def docstrings_of(cache_dir: Path, size: Any = SIZE, load: bool = True) -> list[
 
 
 def glosses_of(cache_dir: Path, size: Any = "small", load: bool = True) -> list[Any]:
-    return wordnet_tasks(WORDNET, cache_dir, size, load=load)
+    return wordnet_tasks(WORDNET, size, load=load)
 
 
 BOTH = pytest.mark.parametrize("make", [docstrings_of, glosses_of])
@@ -125,8 +121,8 @@ def test_queries_have_near_misses(docs: list[Docstring]) -> None:
 def test_candidates_are_the_nearest(docs: list[Docstring]) -> None:
     chosen = choose(docs, SIZE, seed=0)
     by_id = {doc.id: doc for doc in chosen.documents}
-    for query, row in zip(chosen.queries, candidates(chosen, SIZE.candidates, random.Random(0)), strict=True):
-        found = [by_id[id] for id in row["corpus-ids"]]
+    for query, ids in zip(chosen.queries, candidates(chosen, SIZE.candidates, random.Random(0)).values(), strict=True):
+        found = [by_id[id] for id in ids]
         assert len(found) == SIZE.candidates
         assert query in found
         assert all(doc in found for doc in chosen.documents if doc.module == query.module)  # at most five a module, so all of them fit
@@ -143,48 +139,38 @@ def test_too_few_docstrings_or_labels(docs: list[Docstring]) -> None:
 
 
 def test_docstring_sets_share_texts(cache_dir: Path) -> None:
-    folders = offline_sets(PACKAGES, cache_dir, SIZE)
-    texts = {row["text"] for name in ("corpus", "queries") for row in lines(folders["retrieval"] / f"{name}.jsonl")}
+    sets = offline_sets(PACKAGES, cache_dir, SIZE)
+    texts = {row["text"] for name in ("corpus", "queries") for row in sets["Retrieval"][name]}
     assert len(texts) == SIZE.documents + SIZE.queries
-    train, test = (
-        {row["text"]: row["label"] for row in lines(folders["classification"] / f"{split}.jsonl")} for split in ("train", "test")
-    )
+    train, test = ({row["text"]: row["label"] for row in sets["Classification"][split]} for split in ("train", "test"))
     assert not train.keys() & test.keys()
     assert len(set(train.values())) > 1
     assert set(train.values()) == set(test.values())
-    used = train.keys() | test.keys() | {row["sentences"] for row in lines(folders["clustering"] / "test.jsonl")}
-    used |= {row[side] for row in lines(folders["pairs"] / "test.jsonl") for side in ("sentence1", "sentence2")}
+    used = train.keys() | test.keys() | {row["sentences"] for row in sets["Clustering"]["test"]}
+    used |= {row[side] for row in sets["PairClassification"]["test"] for side in ("sentence1", "sentence2")}
     assert used <= texts
 
 
-def test_sets_are_written_once(cache_dir: Path) -> None:
-    first = offline_sets(PACKAGES, cache_dir, SIZE)
-    written = (first["pairs"] / "test.jsonl").stat().st_mtime_ns
-    assert offline_sets(PACKAGES, cache_dir, SIZE) == first
-    assert (first["pairs"] / "test.jsonl").stat().st_mtime_ns == written
-    other = offline_sets(PACKAGES, cache_dir, SIZE, seed=1)
-    assert not {path.name for path in first.values()} & {path.name for path in other.values()}
-
-
-def test_mteb_reads_each_folder_as_itself(cache_dir: Path) -> None:
-    """`datasets` caches what it reads under the name of a folder: folders of one name would be read as one."""
+def test_tasks_hold_the_sets(cache_dir: Path) -> None:
+    revisions = set()
     for seed in (0, 1):
         retrieval, reranking, *_ = offline_tasks(PACKAGES, cache_dir, SIZE, seed=seed)
         found = retrieval.dataset["default"]["test"]  # type: ignore[index]
-        folder = offline_sets(PACKAGES, cache_dir, SIZE, seed=seed)["retrieval"]
-        assert set(found["queries"]["text"]) == {row["text"] for row in lines(folder / "queries.jsonl")}
+        sets = offline_sets(PACKAGES, cache_dir, SIZE, seed=seed)
+        assert list(found["queries"]["text"]) == [row["text"] for row in sets["Retrieval"]["queries"]]
         assert found["top_ranked"] is None
         assert len(reranking.dataset["default"]["test"]["top_ranked"]) == SIZE.queries  # type: ignore[index]
+        revisions.add(retrieval.metadata.dataset["revision"])
+    assert len(revisions) == 2
 
 
 @pytest.mark.parametrize("part", ["test", "validation"])
 def test_held_out_packages_suffice(part: str) -> None:
     packages = list(OmegaConf.load(ROOT / "configs" / "packages" / "docstrings.yaml")[part])
-    folders = offline_sets(packages, ROOT / "data" / "cache", SIZES["mini"])
-    assert len(lines(folders["retrieval"] / "corpus.jsonl")) == 200
-    assert len(lines(folders["retrieval"] / "queries.jsonl")) == 80
-    assert {len(row["corpus-ids"]) for row in lines(folders["reranking"] / "top_ranked.jsonl")} == {10}
-    assert len({row["labels"] for row in lines(folders["clustering"] / "test.jsonl")}) >= 5
+    sets = offline_sets(packages, ROOT / "data" / "cache", SIZES["mini"])
+    assert (len(sets["Retrieval"]["corpus"]), len(sets["Retrieval"]["queries"])) == (200, 80)
+    assert {len(ids) for ids in sets["Reranking"]["top_ranked"].values()} == {10}
+    assert len({row["labels"] for row in sets["Clustering"]["test"]}) >= 5
 
 
 # ---- WordNet
@@ -203,11 +189,12 @@ def test_wordnet_sets(size: str) -> None:
     rows = read_rows(WORDNET, size)
     sets = wordnet_sets(rows)
     fields = ("text", "sentence1", "sentence2")
-    texts = {name: {row[key] for part in own.values() for row in part for key in fields if key in row} for name, own in sets.items()}
-    assert all(found <= texts["retrieval"] for found in texts.values())
-    assert len(texts["retrieval"]) == WORDNET_TEXTS[size]
-    assert max(map(len, texts["retrieval"])) <= 160
-    train, test = ({row["text"]: row["label"] for row in sets["classification"][split]} for split in ("train", "test"))
+    lists = {name: [row for part in own.values() if isinstance(part, list) for row in part] for name, own in sets.items()}
+    texts = {name: {row[key] for row in own for key in fields if key in row} for name, own in lists.items()}
+    assert all(found <= texts["Retrieval"] for found in texts.values())
+    assert len(texts["Retrieval"]) == WORDNET_TEXTS[size]
+    assert max(map(len, texts["Retrieval"])) <= 160
+    train, test = ({row["text"]: row["label"] for row in sets["Classification"][split]} for split in ("train", "test"))
     assert not train.keys() & test.keys()
     for labels in (train, test):
         counts = np.bincount(list(labels.values()))
@@ -218,7 +205,7 @@ def test_wordnet_sets(size: str) -> None:
         one, other = (row[name] for name in (("answer", "rival") if "answer" in row else ("one", "other")))
         assert {one, other} <= ids
         assert one != other
-    assert [row["labels"] for row in sets["pairs"]["test"]] == [1, 0] * len(rows["queries"])
+    assert [row["labels"] for row in sets["PairClassification"]["test"]] == [1, 0] * len(rows["queries"])
 
 
 def test_wordnet_sizes_are_nested() -> None:
@@ -231,16 +218,16 @@ def test_wordnet_sizes_are_nested() -> None:
 def test_wordnet_texts_are_embedded_once(tiny_policy: Policy, tmp_path: Path) -> None:
     settings = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, max_new_tokens=4)
     encoder = Counting(tiny_policy, settings, HFEngine(4), rationale=False)
-    scores = run_tasks(encoder, wordnet_tasks(WORDNET, tmp_path / "cache"), tmp_path / "results", "tiny")
+    scores = run_tasks(encoder, wordnet_tasks(WORDNET), tmp_path / "results", "tiny")
     assert scores.failures == {}
     assert list(scores.tasks) == [spec.name for spec in SPECS]
     assert list(scores.categories) == [spec.kind for spec in SPECS]
     assert len(encoder.seen) == len(set(encoder.seen)) == WORDNET_TEXTS["small"]
-    again = run_tasks(Counting(tiny_policy, settings, HFEngine(4), rationale=False), wordnet_tasks(WORDNET, tmp_path), None, "tiny")
+    again = run_tasks(Counting(tiny_policy, settings, HFEngine(4), rationale=False), wordnet_tasks(WORDNET), None, "tiny")
     assert again == scores
 
 
 def test_missing_wordnet_file(tmp_path: Path) -> None:
     (tmp_path / "documents.jsonl").write_text(json.dumps({"small": True}) + "\n")
     with pytest.raises(FileNotFoundError, match=r"queries.jsonl"):
-        wordnet_tasks(tmp_path, tmp_path)
+        wordnet_tasks(tmp_path)

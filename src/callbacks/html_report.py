@@ -1,22 +1,37 @@
-"""A run's page: read from MLflow, rendered as one HTML file without scripts that needs no other file."""
+"""The report of a run as one HTML file without scripts that needs no other file, read from what the run logged to MLflow.
 
+A callback writes it when training ends, and `python -m src.callbacks.html_report <run id>` at any time.
+"""
+
+import argparse
 import base64
 import io
 import json
+import logging
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import lightning as L
+import requests
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from src.callbacks.monitoring import MonitoringCallback
 from src.callbacks.rationale_table import Rationale
+from src.modules.policy_module import PolicyModule
+from src.utils.atomic import write_atomic
 from src.utils.plots import Curve, Similarities, TermHistory, curves_figure, reward_terms_figure, similarities_figure
-from src.utils.quiet import quiet_mlflow
+from src.utils.secrets import redact
+from src.utils.tracking import mlflow_loggers
+
+log = logging.getLogger(__name__)
 
 FILE = "report.html"
 
@@ -42,6 +57,31 @@ _NOT_REWARDS = ("step", "text", "rationale", "length", "finished")
 
 Table = list[dict[str, Any]]
 """Rows."""
+
+
+class HTMLReport(MonitoringCallback[PolicyModule]):
+    """Writes report.html when training ends, and logs it too; place it after the callbacks whose results it shows.
+
+    Args:
+        output_dir: the run's folder.
+    """
+
+    def __init__(self, output_dir: str) -> None:
+        self.file = Path(output_dir) / FILE
+
+    def at_end(self, trainer: L.Trainer, module: PolicyModule) -> None:
+        loggers = mlflow_loggers(trainer)
+        if trainer.is_global_zero and not loggers:
+            log.info("no %s: it shows what a run logs to MLflow, and this one logs nothing there", FILE)
+        for logger in loggers:
+            try:
+                page = render(read_run(logger.experiment, str(logger.run_id)))
+            except (MlflowException, requests.RequestException):
+                log.warning("MLflow does not answer, so there is no %s yet: python -m src.callbacks.html_report %s", FILE, logger.run_id)
+                continue
+            write_atomic(self.file, page)
+            logger.log_text(page, FILE)
+            log.info("the run on one page: %s", self.file)
 
 
 @dataclass(frozen=True)
@@ -108,7 +148,8 @@ def read_run(client: MlflowClient, run_id: str) -> RunData:
 def _tables(client: MlflowClient, run_id: str, folder: str, name: str) -> dict[int, Table]:
     """Returns the tables of an artifact folder by the number that `name` finds in theirs (none: 0), sorted."""
     found = {}
-    with TemporaryDirectory() as place, quiet_mlflow():
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    with TemporaryDirectory() as place:
         for artifact in client.list_artifacts(run_id, folder):
             if match := re.search(name, artifact.path):
                 file = client.download_artifacts(run_id, artifact.path, place)
@@ -121,7 +162,7 @@ def render(run: RunData) -> str:
     """Returns the page: figures, scores, and the rationales of every text by step with their rewards; all text is escaped."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("report.html.jinja").render(
+    return environment.get_template("html_report.html.jinja").render(
         run=run,
         figures=figures(run),
         terms=list(dict.fromkeys(name for rows in run.rationales.values() for _, row in rows for name in row.rewards)),
@@ -164,3 +205,26 @@ def _data_address(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the command line, and writes report.html to a folder and to MLflow."""
+    parser = argparse.ArgumentParser("html_report", description="Writes the HTML report of a run, finished or not.")
+    parser.add_argument("run_id", help="as `make ui` shows it")
+    parser.add_argument("--tracking-uri", default=f"sqlite:///{Path(__file__).resolve().parents[2]}/mlflow.db")
+    parser.add_argument("--folder", type=Path, default=Path.cwd(), help="where report.html goes, besides MLflow")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    client = MlflowClient(options.tracking_uri)
+    try:
+        page = render(read_run(client, options.run_id))
+        client.log_text(options.run_id, page, FILE)
+    except (ValueError, MlflowException, requests.RequestException) as error:
+        raise SystemExit(f"html_report: {redact(str(error).splitlines()[0])}") from error
+    write_atomic(options.folder / FILE, page)
+    log.info("wrote %s", options.folder / FILE)
+
+
+if __name__ == "__main__":
+    main()
