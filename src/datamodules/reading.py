@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
@@ -96,18 +97,43 @@ class TripletReader:
         if len(negative) < self.negatives:
             raise ValueError(f"negative has {len(negative)} texts, datamodule.reader.negatives={self.negatives} asks for more")
         query, positive = (checked_text(name, values[name]) for name in ("query", "positive"))
-        negatives = tuple(checked_text("negative", text) for text in negative[: self.negatives])
+        texts = (checked_text("negative", text) for text in negative)
+        negatives = tuple(islice((text for text in texts if text.strip() != positive.strip()), self.negatives))
+        if len(negatives) < self.negatives:
+            raise ValueError("a negative equals the positive, and would cancel what it teaches")
         source = values.get("source")
         return Triplet(where, query, positive, negatives, file.stem if source in (None, "", b"") else checked_text("source", source))
 
 
 @dataclass(frozen=True)
 class SentenceReader:
-    """Reads one text a line, which is its own query and positive (unsupervised). Blank lines are skipped."""
+    """Reads one text a line, which is its own query and positive (unsupervised). Blank lines are skipped.
+
+    A line that is a JSON object, as in a file of JSON lines, gives the text of a field.
+
+    Attributes:
+        field: its name.
+    """
+
+    field: str = "text"
 
     def read(self, chunk: Chunk) -> Iterator[Triplet | BadRecord]:
-        for where, line in text_lines(chunk):
-            yield line if isinstance(line, BadRecord) else Triplet(where, line.strip(), line.strip(), (), chunk.file.stem)
+        return (record for _, record in parsed(text_lines(chunk), partial(self._triplet, chunk.file)))
+
+    def _triplet(self, file: DataFile, where: str, line: str) -> Triplet:
+        text = line.strip()
+        if text.startswith("{") and text.endswith("}"):
+            try:
+                values = json.loads(text)
+            except (ValueError, RecursionError):
+                values = None  # a sentence in braces
+            if isinstance(values, dict):
+                if self.field not in values:
+                    raise ValueError(
+                        f"a JSON object without the field {self.field!r}; it has {', '.join(values)} (datamodule.reader.field)"
+                    )
+                text = checked_text(self.field, values[self.field]).strip()
+        return Triplet(where, text, text, (), file.stem)
 
 
 def parsed(rows: Rows, parse: Callable[[str, Any], Any]) -> Rows:
@@ -195,7 +221,7 @@ def text_lines(chunk: Chunk) -> Rows:
         while file.tell() < chunk.end and (raw := file.readline(MAX_LINE_BYTES + 1)):
             where = f"{chunk.file.name}:{number}"
             try:
-                line: str | BadRecord = _checked_line(raw, file, first=number == 1)
+                line: str | BadRecord = _checked_line(raw, file)
             except ValueError as error:
                 line = BadRecord(where, str(error))
             if isinstance(line, BadRecord) or line.strip():
@@ -213,7 +239,7 @@ def _opened(file: DataFile) -> Iterator[BinaryIO]:
         raise ValueError(f"{file.name} is no gzip file, or damaged ({error})") from error
 
 
-def _checked_line(raw: bytes, file: BinaryIO, first: bool) -> str:
+def _checked_line(raw: bytes, file: BinaryIO) -> str:
     """The text of the line that begins with `raw`; the rest of a line that is too long is skipped in `file`."""
     if len(raw) > MAX_LINE_BYTES:
         length = len(raw)
@@ -221,8 +247,7 @@ def _checked_line(raw: bytes, file: BinaryIO, first: bool) -> str:
             raw = file.readline(MAX_LINE_BYTES)
             length += len(raw)
         raise ValueError(f"a line of {length:,} bytes; the limit is {MAX_LINE_BYTES:,}")
-    if first:
-        raw = raw.removeprefix(codecs.BOM_UTF8)
+    raw = raw.replace(codecs.BOM_UTF8, b"")  # also where files were concatenated
     if b"\0" in raw:
         raise ValueError(f"a NUL (byte {raw.index(0) + 1} of the line)")
     return _decoded(raw)

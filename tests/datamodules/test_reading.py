@@ -164,3 +164,34 @@ def test_unusable_parquet_files(tmp_path):
 def test_negatives_below_zero():
     with pytest.raises(ValueError, match="negatives=-1"):
         TripletReader(-1)
+
+
+def test_bom_is_removed_wherever_files_were_joined(tmp_path):
+    bom = b"\xef\xbb\xbf"
+    (tmp_path / "data.txt").write_bytes(bom + b"one\n" + bom + b"two\nthree" + bom + b"four\n")
+    assert [record.query for record in read(SentenceReader(), tmp_path / "data.txt")] == ["one", "two", "threefour"]
+
+
+@pytest.mark.parametrize(("negative", "expected"), [(["a fox is an animal"], None), ([" a fox is an animal ", "a sock"], ("a sock",))])
+def test_a_negative_that_equals_the_positive_is_no_negative(tmp_path, negative, expected):
+    (record,) = read(TripletReader(), write(tmp_path / "data.jsonl", {**GOOD, "negative": negative}))
+    if expected is None:
+        assert isinstance(record, BadRecord)
+        assert "negative equals the positive" in record.reason
+    else:
+        assert record.negatives == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ({"text": "a sentence", "id": 1}, "a sentence"),
+        (b"{curly} sentence {}", "{curly} sentence {}"),
+        ({"title": "t"}, "without the field 'text'"),
+    ],
+)
+def test_sentences_of_json_lines(tmp_path, line, expected):
+    (record,) = read(SentenceReader(), write(tmp_path / "data.txt", line))
+    assert expected in (record.reason if isinstance(record, BadRecord) else [record.query])
+    (record,) = read(SentenceReader(field="title"), write(tmp_path / "data.txt", {"title": "t"}))
+    assert record.positive == "t"
