@@ -10,10 +10,8 @@ import evaluate
 from experiments.tiny_policy.policy import TINY_INSTRUCTION
 from src.modules.encoder.export import export, load_policy
 from src.modules.encoder.settings import EncoderSettings
-from src.modules.policy.model import Policy
 from src.utils.checkpoint_io import read_checkpoint
-from tests.conftest import Compose
-from tests.test_train import RunTrain, places, run_train
+from tests.test_train import places, run_train
 from train import train
 
 __all__ = ["places", "run_train"]  # fixtures
@@ -24,9 +22,7 @@ FEW = {"tiny_baseline_cl_sup": [], "tiny_baseline_simcse_unsup": ["datamodule.ba
 
 
 @pytest.mark.parametrize("experiment", NAMES)
-def test_tiny_baseline_trains_and_resumes(
-    experiment: str, run_train: RunTrain, places: list[str], tracking_uri: str, tmp_path: Path, compose: Compose
-) -> None:
+def test_tiny_baseline_trains_and_resumes(experiment, run_train, places, tracking_uri, tmp_path, compose):
     title, small = NAMES[experiment], [f"experiment={experiment}", "debug=fast_baseline", "module.micro_batch_tokens=600"]
     small += [*FEW[experiment], *places[1:]]
     done = run_train(*small, "callbacks.mteb=null", "callbacks.checkpoint.monitor=null")
@@ -41,7 +37,7 @@ def test_tiny_baseline_trains_and_resumes(
     assert "rationales.md" not in report
 
     client = MlflowClient(tracking_uri)
-    (run,) = client.search_runs([client.get_experiment_by_name(tmp_path.name).experiment_id])  # type: ignore[union-attr]
+    (run,) = client.search_runs([client.get_experiment_by_name(tmp_path.name).experiment_id])
     assert run.info.status == "FINISHED"
     for metric in ("update/loss", "contrastive/accuracy", "kl/from_start", "throughput/update_tokens_per_second"):
         assert [entry.step for entry in client.get_metric_history(run.info.run_id, metric)] == [1, 2], metric
@@ -62,7 +58,7 @@ def test_tiny_baseline_trains_and_resumes(
     assert checkpoint["grace"]["rollout_batches"] == 4
 
 
-def test_export_is_read_without_rationales(compose: Compose, tiny_policy: Policy, tmp_path: Path) -> None:
+def test_export_is_read_without_rationales(compose, tiny_policy, tmp_path):
     export(tiny_policy, EncoderSettings(TINY_INSTRUCTION, 96, 8, rationale=False), tmp_path / "runs" / "cl" / "now" / "export")
     small = ["size=small", "packages.test=[networkx]", "~logger", "max_new_tokens=1"]
     base = [f"base={tiny_policy.path}", f"paths.output_root={tmp_path}/runs"]
@@ -71,7 +67,7 @@ def test_export_is_read_without_rationales(compose: Compose, tiny_policy: Policy
     assert beside["Trained, without rationales"].tasks == beside["Base"].tasks  # the same weights
 
 
-def test_simcse_without_dropout(run_train: RunTrain, places: list[str]) -> None:
+def test_simcse_without_dropout(run_train, places):
     small = ["callbacks=minimal", "logger=none", "policy.attention_dropout=null"]
     done = run_train("experiment=tiny_baseline_simcse_unsup", *small, *places[1:])
     assert done.returncode == 1

@@ -14,7 +14,7 @@ from hydra.errors import InstantiationException
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from tests.conftest import ROOT, Compose
+from tests.conftest import ROOT
 from tests.programs import Programs
 from train import train
 
@@ -64,7 +64,7 @@ def stop_at(line: str, command: list[str]) -> tuple[int, str]:
     return process.returncode, shown
 
 
-def test_train_end_to_end(run_train: RunTrain, places: list[str], tracking_uri: str, tmp_path: Path) -> None:
+def test_train_end_to_end(run_train, places, tracking_uri, tmp_path):
     done = run_train("debug=fast", "seed=7", *places)
     assert done.returncode == 0, done.stderr[-3000:]
     for expected in ("Base + reasoning", "GRACE", "Rationales", f"{tmp_path}/out/report.md", "rollout batch 2/2"):
@@ -87,9 +87,7 @@ def test_train_end_to_end(run_train: RunTrain, places: list[str], tracking_uri: 
     assert config["paths"]["output_dir"] == f"{tmp_path}/out"
 
 
-def test_stopped_run_resumes_in_its_folder_and_mlflow_run(
-    run_train: RunTrain, places: list[str], tracking_uri: str, tmp_path: Path
-) -> None:
+def test_stopped_run_resumes_in_its_folder_and_mlflow_run(run_train, places, tracking_uri, tmp_path):
     settings = [place for place in places if not place.startswith("hydra.run.dir")]
     settings += [*TINY, "trainer.limit_train_batches=4", "module.num_generations=2", "datamodule.modules_per_batch=2"]
     code, shown = stop_at("rollout batch 1/4", [sys.executable, "train.py", *settings])
@@ -105,7 +103,7 @@ def test_stopped_run_resumes_in_its_folder_and_mlflow_run(
     assert run.info.status == "FINISHED"
     assert reward_steps(client, run) == [1, 2, 3, 4]
 
-    def traces() -> dict[Path, bytes]:
+    def traces():
         return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and file.name != "run.lock"}
 
     before = traces()
@@ -120,7 +118,7 @@ def test_stopped_run_resumes_in_its_folder_and_mlflow_run(
 
 
 @pytest.mark.slow
-def test_sweep_over_training_resumes(run_train: RunTrain, places: list[str], tracking_uri: str, tmp_path: Path) -> None:
+def test_sweep_over_training_resumes(run_train, places, tracking_uri, tmp_path):
     grid = ["-m", "reward=paper", "reward.consistency_weight=0,0.2", "module.num_generations=1,2"]
     command = [*grid, *ONE_BATCH, "optimized_metric=reward/total/mean", *places]
     done = run_train(*command)  # a group of one is refused
@@ -139,7 +137,7 @@ def test_sweep_over_training_resumes(run_train: RunTrain, places: list[str], tra
 
 
 @pytest.mark.slow
-def test_every_point_of_a_sweep_has_its_folder(run_train: RunTrain, places: list[str], tmp_path: Path) -> None:
+def test_every_point_of_a_sweep_has_its_folder(run_train, places, tmp_path):
     grid = ["hparams_search=lambdas", "reward.consistency_weight=0.2", "reward.hard_weight=0.0,0.2", "seed=0"]
     metric = "optimized_metric=reward/total/mean"
     done = run_train(*grid, metric, *ONE_BATCH, "logger=none", *places, f"hydra.sweep.dir={tmp_path}/sweep")
@@ -149,7 +147,7 @@ def test_every_point_of_a_sweep_has_its_folder(run_train: RunTrain, places: list
         assert (tmp_path / "sweep" / job / "checkpoints" / "last.ckpt").exists()
 
 
-def test_optimized_metric_is_returned(compose: Compose, tmp_path: Path) -> None:
+def test_optimized_metric_is_returned(compose, tmp_path):
     settings = ["logger=none", *ONE_BATCH, "trainer.accelerator=cpu", "packages.train=[urllib3]", "reward=listwise"]
     reward = train(compose(*settings, "optimized_metric=reward/total/mean", "callbacks.checkpoint=null"))
     assert reward is not None
@@ -159,7 +157,7 @@ def test_optimized_metric_is_returned(compose: Compose, tmp_path: Path) -> None:
         train(compose(*settings, "optimized_metric=nope"))
 
 
-def test_missing_policy_is_one_line(compose: Compose) -> None:
+def test_missing_policy_is_one_line(compose):
     cfg = compose("logger=none", "callbacks=minimal", "trainer.accelerator=cpu")
     cfg.policy.path = "/no/such/folder"
     with pytest.raises(InstantiationException, match="no policy at '/no/such/folder'"):

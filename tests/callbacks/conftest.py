@@ -37,7 +37,7 @@ class FewTriplets(L.LightningDataModule):
         self.batches = batches
 
     def train_dataloader(self) -> DataLoader[list[Triplet]]:
-        return DataLoader([triplets(2)] * self.batches, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader([triplets(2)] * self.batches, batch_size=None)
 
     def fixed_triplets(self, count: int) -> list[Triplet]:
         return triplets(count)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -20,13 +19,10 @@ from src.evaluation.run_tasks import EvaluationScores
 from src.evaluation.tasks.offline_tasks import OfflineSize, offline_tasks
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.settings import EncoderSettings
-from src.modules.grace import GRACE
-from src.utils.run_logger import RunLogger
 from tests.callbacks.conftest import Interrupt, fit, steps
 
 TINY = OfflineSize(documents=40, queries=12, per_module=6, candidates=4, per_label=4)
 Tasks = Callable[[], list[Any]]
-Fresh = Callable[[], GRACE]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +32,7 @@ def retrieval(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
     return lambda: offline_tasks(["networkx"], cache, TINY)[:1]
 
 
-def test_mteb_at_start_every_n_and_end(module: GRACE, retrieval: Tasks, mlflow_logger: RunLogger, tmp_path: Path) -> None:
+def test_mteb_at_start_every_n_and_end(module, retrieval, mlflow_logger, tmp_path):
     checkpoint = RolloutCheckpoint(str(tmp_path / "c"), every_n_rollout_batches=2, monitor="mteb/average")
     trainer = fit(module, [MTEBEvaluation(retrieval, every_n_rollout_batches=2), checkpoint], tmp_path, batches=3, logger=mlflow_logger)
     assert steps(mlflow_logger, "mteb/average") == [0, 2, 3]
@@ -48,14 +44,12 @@ def test_mteb_at_start_every_n_and_end(module: GRACE, retrieval: Tasks, mlflow_l
     assert mlflow_logger.experiment.get_metric_history(mlflow_logger.run_id, "mteb/category/Retrieval")[-1].value == values[-1]
 
 
-def test_mteb_never(module: GRACE, tmp_path: Path) -> None:
+def test_mteb_never(module, tmp_path):
     trainer = fit(module, [MTEBEvaluation(lambda: pytest.fail("not needed"), every_n_rollout_batches=None)], tmp_path)
     assert "mteb/average" not in trainer.callback_metrics
 
 
-def test_a_starting_policy_is_embedded_once_for_all_runs(
-    fresh_module: Fresh, retrieval: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_starting_policy_is_embedded_once_for_all_runs(fresh_module, retrieval, tmp_path, monkeypatch):
     embedded: list[int] = []
     embed = RationaleEncoder._run
     monkeypatch.setattr(RationaleEncoder, "_run", lambda self, texts, *how: embedded.append(len(texts)) or embed(self, texts, *how))
@@ -72,14 +66,12 @@ def test_a_starting_policy_is_embedded_once_for_all_runs(
     assert len(list(kept.glob("*.sqlite"))) == 2  # of the starting policy without and with rationales, none of the trained one
 
 
-def test_mteb_of_a_resumed_run_knows_the_last_score(
-    fresh_module: Fresh, retrieval: Tasks, mlflow_logger: RunLogger, tmp_path: Path
-) -> None:
+def test_mteb_of_a_resumed_run_knows_the_last_score(fresh_module, retrieval, mlflow_logger, tmp_path):
     class Told(L.Callback):
-        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        def on_train_batch_start(self, trainer, *_):
             self.told = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("mteb/")}
 
-    def callbacks() -> list[Any]:
+    def callbacks():
         return [MTEBEvaluation(retrieval, every_n_rollout_batches=2), RolloutCheckpoint(str(tmp_path / "c"), every_n_rollout_batches=3)]
 
     with pytest.raises(RuntimeError, match="interrupted"):
@@ -91,8 +83,8 @@ def test_mteb_of_a_resumed_run_knows_the_last_score(
     assert told.told == {"mteb/average": pytest.approx(logged[1].value), "mteb/rollout_batches": 2}
 
 
-def test_a_failing_task_stops_a_run_at_its_start(module: GRACE, retrieval: Tasks, tmp_path: Path) -> None:
-    def broken() -> list[Any]:
+def test_a_failing_task_stops_a_run_at_its_start(module, retrieval, tmp_path):
+    def broken():
         tasks = retrieval()
         tasks[0].metadata = tasks[0].metadata.model_copy(update={"main_score": "no_such_score"})
         return tasks
@@ -103,9 +95,7 @@ def test_a_failing_task_stops_a_run_at_its_start(module: GRACE, retrieval: Tasks
         fit(module, [FinalReport(str(tmp_path), {"docstrings": broken})], tmp_path)
 
 
-def test_final_report(
-    module: GRACE, retrieval: Tasks, mlflow_logger: RunLogger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_final_report(module, retrieval, mlflow_logger, tmp_path, capsys):
     out = tmp_path / "out"
     callbacks = [RationaleTable(str(out / "rationales.md"), texts=2), FinalReport(str(out), {"docstrings": retrieval})]
     fit(module, callbacks, tmp_path, logger=mlflow_logger)
@@ -121,10 +111,8 @@ def test_final_report(
     assert [row[0] for row in table["data"]] == ["Base", "Base + reasoning", "GRACE without rationales", "GRACE"]
 
 
-def test_a_resumed_report_keeps_the_starting_rows_of_the_same_tasks(
-    fresh_module: Fresh, retrieval: Tasks, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    def report(group: str = "docstrings") -> FinalReport:
+def test_a_resumed_report_keeps_the_starting_rows_of_the_same_tasks(fresh_module, retrieval, tmp_path, caplog):
+    def report(group="docstrings"):
         return FinalReport(str(tmp_path / "a"), {group: retrieval})
 
     first, module = report(), fresh_module()
@@ -146,7 +134,7 @@ def test_a_resumed_report_keeps_the_starting_rows_of_the_same_tasks(
         assert list(changed.rows) == ["GRACE without rationales", "GRACE"]
 
 
-def test_columns_of_several_groups_are_their_retrieval_and_average() -> None:
+def test_columns_of_several_groups_are_their_retrieval_and_average():
     tasks = {"DocstringRetrieval": 0.4, "DocstringPairs": 0.6, "WordNetRetrieval": 0.2}
     scores = EvaluationScores(tasks, {"Retrieval": 0.3, "PairClassification": 0.6}, average=0.4)
     one = columns_of(scores, {"all": list(tasks)})
@@ -157,14 +145,14 @@ def test_columns_of_several_groups_are_their_retrieval_and_average() -> None:
     )
 
 
-def test_a_policy_trained_without_rationales_is_scored_with_them_if_asked(module: GRACE, retrieval: Tasks, tmp_path: Path) -> None:
+def test_a_policy_trained_without_rationales_is_scored_with_them_if_asked(module, retrieval, tmp_path):
     report = FinalReport(str(tmp_path / "a"), {"docstrings": retrieval}, rationales=True)
     module.settings = replace(module.settings, rationale=False)
     fit(module, [report], tmp_path, batches=1)
     assert list(report.rows) == ["Base", "Base + reasoning", "GRACE", "GRACE + reasoning"]
 
 
-def test_markdown_has_percent_and_links_what_is_there(tmp_path: Path) -> None:
+def test_markdown_has_percent_and_links_what_is_there(tmp_path):
     (tmp_path / "test_scores.png").touch()
     page = markdown({"Base": {"Retrieval": 0.12345, "average": 0.5}}, "Tasks", tmp_path)
     assert "| Base | 12.35 | 50.00 |" in page
@@ -172,7 +160,7 @@ def test_markdown_has_percent_and_links_what_is_there(tmp_path: Path) -> None:
     assert "rationales.md" not in page
 
 
-def test_export_is_loaded_by_transformers(module: GRACE, tmp_path: Path) -> None:
+def test_export_is_loaded_by_transformers(module, tmp_path):
     fit(module, [Export(str(tmp_path / "export"))], tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
     weights = module.policy.model.state_dict()

@@ -137,7 +137,7 @@ class KilledByOne(SentenceReader):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_killed_process(tmp_path: Path) -> None:
+def test_killed_process(tmp_path):
     file = sentences(tmp_path, 300)
     with pytest.raises(RuntimeError, match=r"^.*was killed.* datamodule.num_proc below 2$"):
         prepare([file], KilledByOne(), limit(), tmp_path / "cache", num_proc=2)
@@ -171,7 +171,7 @@ class Stuck(SentenceReader):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_killed_preparation_is_cleaned_up(tmp_path: Path) -> None:
+def test_killed_preparation_is_cleaned_up(tmp_path):
     file, cache = sentences(tmp_path, 300), tmp_path / "cache"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", STUCK, str(file.path), str(cache)], cwd=ROOT, env=environment) as stuck:

@@ -61,7 +61,7 @@ def test_pass_sees_everything_once(tmp_path):
 def test_stream_resumes_anywhere(tmp_path, monkeypatch):
     prepared = make(tmp_path, ["s"] * 31)
 
-    def stream(done: int) -> TripletBatches:
+    def stream(done):
         return TripletBatches(prepared, [np.arange(31)], 4, seed=1, done=lambda: done)
 
     whole = [batch for done in (0, 7, 14) for batch in stream(done)]
@@ -212,7 +212,7 @@ class Nothing(L.LightningModule):
 def test_resumed_run_and_next_epoch_go_on(tmp_path, limit_batches):
     path = records(tmp_path, 25)  # 24 to train on: 6 batches a pass
 
-    def fit(seen: Seen, epochs: int, ckpt_path: Path | None = None) -> list[list[str]]:
+    def fit(seen, epochs, ckpt_path=None):
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
         trainer = L.Trainer(accelerator="cpu", max_epochs=epochs, limit_train_batches=limit_batches, callbacks=[seen], **quiet)
         trainer.fit(Nothing(), datamodule=data(path, batch_size=4), ckpt_path=ckpt_path)

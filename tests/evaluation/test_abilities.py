@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +25,7 @@ def score(values: list[float], weights: list[float] | None = None, higher_is_bet
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_interval_is_that_of_a_bootstrap(weighted: bool) -> None:
+def test_the_interval_is_that_of_a_bootstrap(weighted):
     rng = np.random.default_rng(0)
     n = 400
     weights = rng.integers(50, 400, n).astype(float) if weighted else np.ones(n)
@@ -52,19 +51,19 @@ def test_the_interval_is_that_of_a_bootstrap(weighted: bool) -> None:
         ([1.0], [1.0], True, "unclear"),  # one question says nothing
     ],
 )
-def test_verdicts(before: list[float], after: list[float], higher: bool, verdict: str) -> None:
+def test_verdicts(before, after, higher, verdict):
     change = compare(score(before, higher_is_better=higher), score(after, higher_is_better=higher), 0.02)
     assert change.verdict == verdict
     assert change.low <= change.gain <= change.high
 
 
-def test_a_loss_within_the_tolerance_is_none() -> None:
+def test_a_loss_within_the_tolerance_is_none():
     before, after = score([1.0] * 1000), score([1.0] * 990 + [0.0] * 10)
     assert compare(before, after, 0.02).verdict == "kept"
     assert compare(before, after, 0.0).verdict == "lost"
 
 
-def test_other_questions_do_not_compare() -> None:
+def test_other_questions_do_not_compare():
     for other in (score([1.0, 1.0]), replace(score([1.0]), metric="n")):
         with pytest.raises(ValueError, match="other questions or metrics"):
             compare(score([1.0]), other, 0.1)
@@ -72,7 +71,7 @@ def test_other_questions_do_not_compare() -> None:
         compare(score([1.0]), score([1.0]), -1)
 
 
-def test_tables_name_every_ability() -> None:
+def test_tables_name_every_ability():
     changes = {"choice": compare(score([1.0, 0.0] * 50), score([1.0, 0.0] * 50), 0.02)}
     console = Console(width=200, record=True)
     console.print(ability_table(changes))
@@ -80,7 +79,7 @@ def test_tables_name_every_ability() -> None:
         assert all(word in text for word in ("choice", "0.5000", "kept"))
 
 
-def test_the_folder_has_lm_evals_form(tmp_path: Path) -> None:
+def test_the_folder_has_lm_evals_form(tmp_path):
     folder = ability_folder(["networkx"], CACHE, 30)
     assert ability_folder(["networkx"], CACHE, 30) == folder
     docs = {doc.body: doc for doc in collect(["networkx"], CACHE)}
@@ -107,7 +106,7 @@ def before(shipped: Policy) -> dict[str, AbilityScore]:
     return run_abilities(shipped, "offline", ["networkx"], CACHE, count=24)
 
 
-def test_scores_are_those_of_a_plain_pass(shipped: Policy, before: dict[str, AbilityScore]) -> None:
+def test_scores_are_those_of_a_plain_pass(shipped, before):
     folder = ability_folder(["networkx"], CACHE, 24)
     texts = [json.loads(line)["text"] for line in (folder / "docstring_text.jsonl").read_text().splitlines()]
     eos = shipped.tokenizer.eos_token_id
@@ -122,7 +121,7 @@ def test_scores_are_those_of_a_plain_pass(shipped: Policy, before: dict[str, Abi
     assert set(before["docstring_choice"].values) <= {0.0, 1.0}
 
 
-def test_an_unchanged_policy_keeps_and_a_broken_one_loses(shipped: Policy, before: dict[str, AbilityScore]) -> None:
+def test_an_unchanged_policy_keeps_and_a_broken_one_loses(shipped, before):
     random_state, mode = torch.random.get_rng_state(), shipped.training
     again = run_abilities(shipped, "offline", ["networkx"], CACHE, count=24)
     assert {task: asdict(value) for task, value in again.items()} == {task: asdict(value) for task, value in before.items()}
@@ -145,14 +144,14 @@ UNREACHED = {"nosuchtask": "lm-eval has no task or group named nosuchtask", "piq
 
 @pytest.mark.slow  # each indexes lm-eval's 10,000 files
 @pytest.mark.parametrize("tasks", ["piqa", "nosuchtask"])
-def test_a_missing_task_is_one_line(shipped: Policy, tasks: str) -> None:
+def test_a_missing_task_is_one_line(shipped, tasks):
     pytest.importorskip("lm_eval")
     with pytest.raises(FileNotFoundError, match=UNREACHED[tasks]) as caught:
         run_abilities(shipped, tasks, ["networkx"], CACHE, count=4)
     assert "\n" not in str(caught.value)
 
 
-def test_without_lm_eval_it_is_named(shipped: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_lm_eval_it_is_named(shipped, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install .*\[abilities\]"):
         run_abilities(shipped, "offline", ["networkx"], CACHE)

@@ -3,14 +3,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from src.evaluation.embedding_cache import EmbeddingCache
 from tests.conftest import ROOT
-from tests.programs import Programs
 
 D = 16
 
@@ -21,7 +19,7 @@ def vectors_of(texts: list[str]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_vectors_by_prompt_and_text(on_disk: bool, tmp_path: Path) -> None:
+def test_vectors_by_prompt_and_text(on_disk, tmp_path):
     texts = [str(i) for i in range(5)]
     with EmbeddingCache(tmp_path if on_disk else None, "a", D) as cache:
         cache.put(texts, vectors_of(texts), "query")
@@ -32,7 +30,7 @@ def test_vectors_by_prompt_and_text(on_disk: bool, tmp_path: Path) -> None:
         assert cache.get(["q" + texts[0]], "uery") == {}  # prompt and text are not run together
 
 
-def test_vectors_by_encoder(tmp_path: Path) -> None:
+def test_vectors_by_encoder(tmp_path):
     with EmbeddingCache(tmp_path, "a", D) as cache:
         cache.put(["1"], vectors_of(["1"]))
     with EmbeddingCache(tmp_path, "a", D) as again, EmbeddingCache(tmp_path, "b", D) as other:
@@ -52,7 +50,7 @@ for start in range(0, 10**9, 64):
 """
 
 
-def test_a_kill_leaves_complete_puts(programs: Programs, tmp_path: Path) -> None:
+def test_a_kill_leaves_complete_puts(programs, tmp_path):
     for wait in (0.05, 0.15, 0.3):
         writer = programs.start("-c", WRITER, str(tmp_path))
         writer.wait_for("ready")
@@ -68,7 +66,7 @@ def test_a_kill_leaves_complete_puts(programs: Programs, tmp_path: Path) -> None
     assert count > 0
 
 
-def test_the_least_recently_used_makes_room(tmp_path: Path) -> None:
+def test_the_least_recently_used_makes_room(tmp_path):
     texts = [str(i) for i in range(2000)]
     gib = 0.5 * 2000 * 4 * D / 2**30 + 400_000 / 2**30  # for two files, not for three
     for age, name in ((300, "old"), (200, "used_again"), (100, "young")):
@@ -97,7 +95,7 @@ with EmbeddingCache(Path(sys.argv[1]), "used", 16) as cache:
 """
 
 
-def test_a_file_in_use_is_not_deleted(tmp_path: Path) -> None:
+def test_a_file_in_use_is_not_deleted(tmp_path):
     texts = [str(i) for i in range(1000)]
     gib = 100_000 / 2**30  # for less than is put
     with EmbeddingCache(tmp_path, "unused", D) as cache:
@@ -121,7 +119,7 @@ def test_a_file_in_use_is_not_deleted(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {"new.sqlite", "new.sqlite.lock"}
 
 
-def test_a_full_cache_keeps_what_it_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_cache_keeps_what_it_has(tmp_path, caplog):
     texts = [str(i) for i in range(3000)]
     with EmbeddingCache(tmp_path, "a", D, max_gib=150_000 / 2**30) as cache:
         cache.put(texts[:500], vectors_of(texts[:500]))
@@ -132,14 +130,14 @@ def test_a_full_cache_keeps_what_it_has(tmp_path: Path, caplog: pytest.LogCaptur
     assert [record.message for record in caplog.records].count("the cache of embeddings is full (0.0 GiB): further ones are not kept") == 1
 
 
-def test_another_file_is_named(tmp_path: Path) -> None:
+def test_another_file_is_named(tmp_path):
     (tmp_path / "a.sqlite").write_text("something else " * 100)
     with pytest.raises(ValueError, match=r"a.sqlite is no cache of embeddings .*: delete it") as caught:
         EmbeddingCache(tmp_path, "a", D)
     assert "\n" not in str(caught.value)
 
 
-def test_another_shape_or_type_is_an_error(tmp_path: Path) -> None:
+def test_another_shape_or_type_is_an_error(tmp_path):
     with EmbeddingCache(None, "a", D) as cache:
         with pytest.raises(ValueError, match=r"shape \(2, 16\) for 1 texts"):
             cache.put(["1"], vectors_of(["1", "2"]))

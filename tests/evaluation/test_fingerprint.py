@@ -3,9 +3,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,10 +22,10 @@ SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, 
 
 
 def encoder(policy: Policy, settings: EncoderSettings = SETTINGS, new_tokens: int = 4, **options: object) -> RationaleEncoder:
-    return RationaleEncoder(policy, settings, HFEngine(new_tokens), **options)  # type: ignore[arg-type]
+    return RationaleEncoder(policy, settings, HFEngine(new_tokens), **options)
 
 
-def test_settings_and_weights_change_it(tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_and_weights_change_it(tiny_policy, monkeypatch):
     revisions = [
         revision(encoder(tiny_policy)),
         revision(encoder(tiny_policy, rationale=False)),
@@ -48,7 +46,7 @@ def test_settings_and_weights_change_it(tiny_policy: Policy, monkeypatch: pytest
     assert len(set(revisions)) == len(revisions)
 
 
-def test_what_changes_no_embedding_does_not(tiny_policy: Policy) -> None:
+def test_what_changes_no_embedding_does_not(tiny_policy):
     assert revision(encoder(tiny_policy)) == revision(encoder(tiny_policy, batch_size=2, seed=5))
     assert revision(encoder(tiny_policy, temperature=1.0)) == revision(encoder(tiny_policy, temperature=1.0, batch_size=2))
     assert revision(encoder(tiny_policy, rationale=False)) == revision(encoder(tiny_policy, new_tokens=9, rationale=False))
@@ -71,7 +69,7 @@ def change_end_tokens(policy: Policy) -> None:
 
 
 def remove_a_merge(policy: Policy) -> None:
-    backend = json.loads(policy.tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    backend = json.loads(policy.tokenizer.backend_tokenizer.to_str())
     backend["model"]["merges"].pop()
     template, eos, pad = policy.tokenizer.chat_template, policy.tokenizer.eos_token, policy.tokenizer.pad_token
     backend = Tokenizer.from_str(json.dumps(backend))
@@ -80,11 +78,11 @@ def remove_a_merge(policy: Policy) -> None:
 
 
 def lower_case(policy: Policy) -> None:
-    policy.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()  # type: ignore[attr-defined]
+    policy.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
 
 
 @pytest.mark.parametrize("change", [change_epsilon, change_rotation, scale_rotation, change_end_tokens, remove_a_merge, lower_case])
-def test_configs_and_tokenizers_change_it(tiny_policy: Policy, change: Callable[[Policy], None]) -> None:
+def test_configs_and_tokenizers_change_it(tiny_policy, change):
     before, template = revision(encoder(tiny_policy)), tiny_policy.tokenizer.chat_template
     vocabulary = tiny_policy.tokenizer.get_vocab()
     change(tiny_policy)
@@ -92,26 +90,26 @@ def test_configs_and_tokenizers_change_it(tiny_policy: Policy, change: Callable[
     assert revision(encoder(tiny_policy)) != before
 
 
-def test_a_frozen_encoders_config_changes_it(tiny_policy_folder: Path) -> None:
+def test_a_frozen_encoders_config_changes_it(tiny_policy_folder):
     policy = Policy.load(str(tiny_policy_folder), encoder="frozen")
     assert policy.frozen_encoder is not None
     before = revision(encoder(policy))
     policy.frozen_encoder.config = copy.deepcopy(policy.model.config)
     assert revision(encoder(policy)) == before
-    policy.frozen_encoder.config.rms_norm_eps = 1e-5  # type: ignore[union-attr]
+    policy.frozen_encoder.config.rms_norm_eps = 1e-5
     assert revision(encoder(policy)) != before
 
 
-def test_a_template_with_the_date_changes_it_daily(tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_with_the_date_changes_it_daily(tiny_policy, monkeypatch):
     class Clock:
         day = "01 May"
 
         @classmethod
-        def now(cls) -> type["Clock"]:
+        def now(cls):
             return cls
 
         @classmethod
-        def strftime(cls, format: str) -> str:
+        def strftime(cls, format):
             return cls.day
 
     tiny_policy.tokenizer.chat_template = "{{ strftime_now('%d %B') }}" + str(tiny_policy.tokenizer.chat_template)
@@ -131,7 +129,7 @@ print(revision(RationaleEncoder.from_pretrained(sys.argv[1], device="cpu")))
 """
 
 
-def test_another_process_and_folder_give_the_same(tiny_policy_folder: Path, tmp_path: Path) -> None:
+def test_another_process_and_folder_give_the_same(tiny_policy_folder, tmp_path):
     own = RationaleEncoder.from_pretrained(tiny_policy_folder, device="cpu")
     own.policy.model.save_pretrained(tmp_path)
     own.policy.tokenizer.save_pretrained(tmp_path)

@@ -27,7 +27,7 @@ def checkpoint(seed: int = 0, size: int = 50) -> dict[str, Any]:
     return {"state_dict": state, "optimizer_states": [optimizer], "seed": seed, "about": {"rollout_batches": 7}}
 
 
-def test_saved_checkpoint_comes_back(tmp_path: Path) -> None:
+def test_saved_checkpoint_comes_back(tmp_path):
     saved, folder = checkpoint(), tmp_path / "new" / "batch_7.ckpt"
     IO.save_checkpoint(saved, folder)
     loaded = IO.load_checkpoint(folder)
@@ -39,7 +39,7 @@ def test_saved_checkpoint_comes_back(tmp_path: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["batch_7.ckpt"]
 
 
-def test_replacing_single_files_and_removing(tmp_path: Path) -> None:
+def test_replacing_single_files_and_removing(tmp_path):
     for seed in (0, 1):
         IO.save_checkpoint(checkpoint(seed), tmp_path / "batch_7.ckpt")
     assert IO.load_checkpoint(tmp_path / "batch_7.ckpt")["seed"] == 1
@@ -66,7 +66,7 @@ def flip(file: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "told"), [(truncate, r"has \d+ bytes of|broken"), (flip, r"checksum differs"), (Path.unlink, "is missing")]
 )
-def test_damage_is_named_and_the_one_before_offered(tmp_path: Path, name: str, damage: Any, told: str) -> None:
+def test_damage_is_named_and_the_one_before_offered(tmp_path, name, damage, told):
     if name == "checkpoint.json" and damage is flip:
         pytest.skip("a changed number there agrees with no file, or does not matter")
     for batches in (10, 20, 30):
@@ -85,7 +85,7 @@ def test_damage_is_named_and_the_one_before_offered(tmp_path: Path, name: str, d
     [{"weights.safetensors": None}, {"weights.safetensors": 7, "state.pt": []}, {"weights.safetensors": {}, "state.pt": {}}, [], {}],
     ids=str,
 )
-def test_odd_list_of_files_is_damage(tmp_path: Path, entries: Any) -> None:
+def test_odd_list_of_files_is_damage(tmp_path, entries):
     IO.save_checkpoint(checkpoint(), tmp_path / "batch_7.ckpt")
     (tmp_path / "batch_7.ckpt" / "checkpoint.json").write_text(json.dumps({"files": entries}))
     with pytest.raises(CheckpointError, match=r"batch_7.ckpt cannot be read as a checkpoint: checkpoint.json"):
@@ -94,7 +94,7 @@ def test_odd_list_of_files_is_damage(tmp_path: Path, entries: Any) -> None:
 
 
 @pytest.mark.parametrize("twins", ["{", "[1]", '{"tied": "nowhere"}', '{"tied": ["a"]}', '"a"'])
-def test_odd_tied_weights_are_damage(tmp_path: Path, twins: str) -> None:
+def test_odd_tied_weights_are_damage(tmp_path, twins):
     folder = tmp_path / "batch_7.ckpt"
     IO.save_checkpoint(checkpoint(), folder)
     save_file(load_file(folder / "weights.safetensors"), folder / "weights.safetensors", metadata={"twins": twins})
@@ -106,7 +106,7 @@ def test_odd_tied_weights_are_damage(tmp_path: Path, twins: str) -> None:
         IO.load_checkpoint(folder)
 
 
-def test_no_damaged_checkpoint_is_offered(tmp_path: Path) -> None:
+def test_no_damaged_checkpoint_is_offered(tmp_path):
     for batches in (10, 20):
         IO.save_checkpoint(checkpoint(batches), tmp_path / f"batch_{batches}.ckpt")
         truncate(tmp_path / f"batch_{batches}.ckpt" / "state.pt")
@@ -122,7 +122,7 @@ class Bomb:
         return os.mkdir, (os.environ["BOMB"],)
 
 
-def test_checkpoint_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
     torch.save({"state_dict": {}, "bomb": Bomb()}, tmp_path / "single.ckpt", pickle_module=pickle)
     IO.save_checkpoint({**checkpoint(), "bomb": Bomb()}, tmp_path / "folder.ckpt")
@@ -135,7 +135,7 @@ def test_checkpoint_cannot_run_code(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # ---- full disks, killed processes
 
 
-def test_quota_leaves_other_checkpoints_intact(tmp_path: Path) -> None:
+def test_quota_leaves_other_checkpoints_intact(tmp_path):
     """No file of this process may grow beyond 100 kB, as if the disk were full."""
     IO.save_checkpoint(checkpoint(1), tmp_path / "batch_1.ckpt")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -149,7 +149,7 @@ def test_quota_leaves_other_checkpoints_intact(tmp_path: Path) -> None:
     assert IO.load_checkpoint(tmp_path / "batch_1.ckpt")["seed"] == 1
 
 
-def test_process_killed_while_saving_leaves_intact_checkpoints(tmp_path: Path) -> None:
+def test_process_killed_while_saving_leaves_intact_checkpoints(tmp_path):
     big = checkpoint(size=400)
     for attempt in range(8):
         child = os.fork()
@@ -166,7 +166,7 @@ def test_process_killed_while_saving_leaves_intact_checkpoints(tmp_path: Path) -
     assert set(intact_checkpoints(tmp_path)) == set(found)
 
 
-def test_tidy_removes_leftovers_and_restores(tmp_path: Path) -> None:
+def test_tidy_removes_leftovers_and_restores(tmp_path):
     IO.save_checkpoint(checkpoint(1), tmp_path / "batch_1.ckpt")
     (tmp_path / "batch_1.ckpt").rename(tmp_path / ".batch_1.ckpt.77.replaced")  # killed between the two renames
     (tmp_path / ".batch_1.ckpt.77.partial").mkdir()

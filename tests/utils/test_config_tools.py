@@ -2,7 +2,6 @@
 
 import logging
 import re
-from pathlib import Path
 
 import lightning as L
 import pytest
@@ -10,7 +9,6 @@ import torch
 from omegaconf import OmegaConf
 
 from src.callbacks.progress import TimeEstimate
-from src.modules.policy.model import Policy
 from src.utils import machine
 from src.utils.instantiate import instantiate_all
 from tests.callbacks.conftest import FewTriplets, make_module
@@ -18,7 +16,7 @@ from tests.callbacks.conftest import FewTriplets, make_module
 FRACTION = {"_target_": "fractions.Fraction", "numerator": 1, "denominator": 2}
 
 
-def test_groups_of_configs_are_instantiated_in_order() -> None:
+def test_groups_of_configs_are_instantiated_in_order():
     group = OmegaConf.create({"b": FRACTION, "off": None, "a": {**FRACTION, "numerator": 3}})
     assert [fraction.numerator for fraction in instantiate_all(group, "callbacks")] == [1, 3]
     assert len(instantiate_all(OmegaConf.create(FRACTION), "logger")) == 1
@@ -26,13 +24,13 @@ def test_groups_of_configs_are_instantiated_in_order() -> None:
 
 
 @pytest.mark.parametrize("entry", [{"numerator": 1}, "fractions.Fraction", 3])
-def test_an_entry_without_target_is_named(entry: object) -> None:
+def test_an_entry_without_target_is_named(entry):
     with pytest.raises(ValueError, match=r"callbacks\.wrong has no _target_"):
         instantiate_all(OmegaConf.create({"wrong": entry}), "callbacks")
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_configs_choose_by_the_machine(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configs_choose_by_the_machine(gpu, monkeypatch):
     monkeypatch.setattr(machine, "has_gpu", lambda: gpu)
     monkeypatch.setattr(machine, "has_bfloat16", lambda: gpu)
     machine.register_machine_resolvers()
@@ -40,15 +38,15 @@ def test_configs_choose_by_the_machine(gpu: bool, monkeypatch: pytest.MonkeyPatc
     assert (cfg.batches, cfg.precision) == ((150, "bf16-mixed") if gpu else (8, "32-true"))
 
 
-def test_bfloat16_is_what_the_processor_says() -> None:
+def test_bfloat16_is_what_the_processor_says():
     if not torch.cuda.is_available():
         flags = torch.cpu.get_capabilities()
         assert machine.has_bfloat16() == bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
 
 
-def test_time_estimate_is_logged(tiny_policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_time_estimate_is_logged(tiny_policy, tmp_path, caplog):
     module, data = make_module(tiny_policy), FewTriplets(2)
-    data.batch_size = 2  # type: ignore[attr-defined]
+    data.batch_size = 2
     trainer = L.Trainer(
         accelerator="cpu", max_epochs=1, limit_train_batches=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         callbacks=[TimeEstimate(evaluated_texts=10)], default_root_dir=tmp_path,

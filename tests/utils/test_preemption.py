@@ -45,7 +45,7 @@ class Numbers(IterableDataset[int]):
 
 
 @pytest.mark.parametrize("stops", [(4,), (5, 5), (5, 7), (5, 7, 8), (3, 9, 9, 11)], ids=str)
-def test_every_batch_once_around_epoch_ends(stops: tuple[int, ...], tmp_path: Path) -> None:
+def test_every_batch_once_around_epoch_ends(stops, tmp_path):
     start = 0
     for stop in (*stops, None):
         trainer = L.Trainer(

@@ -17,7 +17,6 @@ from src.evaluation.run_tasks import run_tasks
 from src.evaluation.tasks.mteb_mirror import copy_folder, download, localised
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.settings import EncoderSettings
-from src.modules.policy.model import Policy
 from src.modules.rollouts.hf import HFEngine
 from tests.conftest import ROOT
 from tests.hub_server import Hub, Repositories, local_hub
@@ -72,7 +71,7 @@ def command(hub: Hub, benchmark: str, folder: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.timeout(1800)
-def test_downloaded_data_is_evaluated_offline(tiny_policy: Policy, tmp_path: Path) -> None:
+def test_downloaded_data_is_evaluated_offline(tiny_policy, tmp_path):
     """The first download is killed within a file; the second one resumes it."""
     folder = copy_folder(tmp_path / "data", BIOSSES["path"], BIOSSES["revision"])
     with local_hub(REPOSITORIES, held={"test.jsonl"}) as hub:
@@ -102,13 +101,13 @@ def test_downloaded_data_is_evaluated_offline(tiny_policy: Policy, tmp_path: Pat
     assert scores.tasks["NFCorpus"] == pytest.approx(scores.tasks["MyRetrieval"], abs=1e-5)
 
 
-def test_present_data_is_not_downloaded(tmp_path: Path) -> None:
+def test_present_data_is_not_downloaded(tmp_path):
     copy_folder(tmp_path, BIOSSES["path"], BIOSSES["revision"]).mkdir(parents=True)
     assert download([mteb.get_task("BIOSSES")], tmp_path) == {}  # HF_HUB_OFFLINE=1: a request would fail
     assert list(download([mteb.get_task("STS12")], tmp_path)) == ["mteb/sts12-sts"]
 
 
-def test_copy_is_read_again_after_unloading(tmp_path: Path) -> None:
+def test_copy_is_read_again_after_unloading(tmp_path):
     folder = copy_folder(tmp_path, NFCORPUS["path"], NFCORPUS["revision"])
     for name, content in REPOSITORIES[NFCORPUS["path"], NFCORPUS["revision"]].items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +122,7 @@ def test_copy_is_read_again_after_unloading(tmp_path: Path) -> None:
         task.unload_data()
 
 
-def test_parts_of_an_aggregate(tmp_path: Path) -> None:
+def test_parts_of_an_aggregate(tmp_path):
     task = mteb.get_task("CQADupstackRetrieval")
     part = task.metadata.tasks[3]
     dataset = dict(part.metadata.dataset)

@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from src.evaluation.tasks.offline_tasks import (
 from src.evaluation.tasks.wordnet_tasks import SPECS, read_rows, wordnet_sets, wordnet_tasks
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.settings import EncoderSettings
-from src.modules.policy.model import Policy
 from src.modules.rollouts.hf import HFEngine
 from tests.conftest import ROOT
 
@@ -81,7 +79,7 @@ EXPECTED = {
 
 
 @BOTH
-def test_tasks_of_each_kind(make: Callable[..., list[Any]], cache_dir: Path) -> None:
+def test_tasks_of_each_kind(make, cache_dir):
     tasks = make(cache_dir)
     assert {task.metadata.name: (task.metadata.type, task.metadata.main_score) for task in tasks} == EXPECTED[make]
     assert all(task.data_loaded for task in tasks)
@@ -90,7 +88,7 @@ def test_tasks_of_each_kind(make: Callable[..., list[Any]], cache_dir: Path) -> 
 
 
 @BOTH
-def test_random_states_are_left_alone(make: Callable[..., list[Any]], cache_dir: Path) -> None:
+def test_random_states_are_left_alone(make, cache_dir):
     drawn = []
     for step in (lambda: None, lambda: make(cache_dir)):
         for seed in (random.seed, np.random.seed, torch.manual_seed):
@@ -101,7 +99,7 @@ def test_random_states_are_left_alone(make: Callable[..., list[Any]], cache_dir:
 
 
 @BOTH
-def test_unknown_size(make: Callable[..., list[Any]], cache_dir: Path) -> None:
+def test_unknown_size(make, cache_dir):
     with pytest.raises(ValueError, match=r"size 'huge'.*mini, small, large"):
         make(cache_dir, "huge")
 
@@ -109,12 +107,12 @@ def test_unknown_size(make: Callable[..., list[Any]], cache_dir: Path) -> None:
 # ---- docstrings
 
 
-def test_choice_follows_the_seed(docs: list[Docstring]) -> None:
+def test_choice_follows_the_seed(docs):
     assert choose(docs, SIZE, seed=0) == choose(docs, SIZE, seed=0)
     assert choose(docs, SIZE, seed=0) != choose(docs, SIZE, seed=1)
 
 
-def test_queries_have_near_misses(docs: list[Docstring]) -> None:
+def test_queries_have_near_misses(docs):
     chosen = choose(docs, SIZE, seed=0)
     assert (len(chosen.documents), len(chosen.queries)) == (SIZE.documents, SIZE.queries)
     assert all(overlap(query) <= 0.75 and query.summary not in query.body for query in chosen.queries)
@@ -122,7 +120,7 @@ def test_queries_have_near_misses(docs: list[Docstring]) -> None:
     assert all(modules.count(query.module) >= 4 for query in chosen.queries if query.module != modules[-1])  # the size may cut the last
 
 
-def test_candidates_are_the_nearest(docs: list[Docstring]) -> None:
+def test_candidates_are_the_nearest(docs):
     chosen = choose(docs, SIZE, seed=0)
     by_id = {doc.id: doc for doc in chosen.documents}
     for query, row in zip(chosen.queries, candidates(chosen, SIZE.candidates, random.Random(0)), strict=True):
@@ -134,7 +132,7 @@ def test_candidates_are_the_nearest(docs: list[Docstring]) -> None:
             assert all(doc in found for doc in chosen.documents if subpackage(doc) == subpackage(query))
 
 
-def test_too_few_docstrings_or_labels(docs: list[Docstring]) -> None:
+def test_too_few_docstrings_or_labels(docs):
     with pytest.raises(ValueError, match=r"give \d+ documents and \d+ queries.* 99999 and 30"):
         choose(docs, OfflineSize(99_999, 30, 5, 6, 8), seed=0)
     flat = [doc for doc in docs if doc.package == "rich"]
@@ -142,7 +140,7 @@ def test_too_few_docstrings_or_labels(docs: list[Docstring]) -> None:
         labels_of(choose(flat, OfflineSize(30, 10, 5, 6, 8), seed=0).documents, least=8)
 
 
-def test_docstring_sets_share_texts(cache_dir: Path) -> None:
+def test_docstring_sets_share_texts(cache_dir):
     folders = offline_sets(PACKAGES, cache_dir, SIZE)
     texts = {row["text"] for name in ("corpus", "queries") for row in lines(folders["retrieval"] / f"{name}.jsonl")}
     assert len(texts) == SIZE.documents + SIZE.queries
@@ -157,7 +155,7 @@ def test_docstring_sets_share_texts(cache_dir: Path) -> None:
     assert used <= texts
 
 
-def test_sets_are_written_once(cache_dir: Path) -> None:
+def test_sets_are_written_once(cache_dir):
     first = offline_sets(PACKAGES, cache_dir, SIZE)
     written = (first["pairs"] / "test.jsonl").stat().st_mtime_ns
     assert offline_sets(PACKAGES, cache_dir, SIZE) == first
@@ -166,19 +164,19 @@ def test_sets_are_written_once(cache_dir: Path) -> None:
     assert not {path.name for path in first.values()} & {path.name for path in other.values()}
 
 
-def test_mteb_reads_each_folder_as_itself(cache_dir: Path) -> None:
+def test_mteb_reads_each_folder_as_itself(cache_dir):
     """`datasets` caches what it reads under the name of a folder: folders of one name would be read as one."""
     for seed in (0, 1):
         retrieval, reranking, *_ = offline_tasks(PACKAGES, cache_dir, SIZE, seed=seed)
-        found = retrieval.dataset["default"]["test"]  # type: ignore[index]
+        found = retrieval.dataset["default"]["test"]
         folder = offline_sets(PACKAGES, cache_dir, SIZE, seed=seed)["retrieval"]
         assert set(found["queries"]["text"]) == {row["text"] for row in lines(folder / "queries.jsonl")}
         assert found["top_ranked"] is None
-        assert len(reranking.dataset["default"]["test"]["top_ranked"]) == SIZE.queries  # type: ignore[index]
+        assert len(reranking.dataset["default"]["test"]["top_ranked"]) == SIZE.queries
 
 
 @pytest.mark.parametrize("part", ["test", "validation"])
-def test_held_out_packages_suffice(part: str) -> None:
+def test_held_out_packages_suffice(part):
     packages = list(OmegaConf.load(ROOT / "configs" / "packages" / "docstrings.yaml")[part])
     folders = offline_sets(packages, ROOT / "data" / "cache", SIZES["mini"])
     assert len(lines(folders["retrieval"] / "corpus.jsonl")) == 200
@@ -193,13 +191,13 @@ def test_held_out_packages_suffice(part: str) -> None:
 class Counting(RationaleEncoder):
     """Keeps the texts that it embeds."""
 
-    def encode(self, texts: list[str], prompt_type: str | None = None) -> np.ndarray:  # type: ignore[override]
+    def encode(self, texts: list[str], prompt_type: str | None = None) -> np.ndarray:
         self.seen = [*getattr(self, "seen", []), *texts]
         return super().encode(texts, prompt_type)
 
 
 @pytest.mark.parametrize("size", ["small", "large"])
-def test_wordnet_sets(size: str) -> None:
+def test_wordnet_sets(size):
     rows = read_rows(WORDNET, size)
     sets = wordnet_sets(rows)
     fields = ("text", "sentence1", "sentence2")
@@ -221,14 +219,14 @@ def test_wordnet_sets(size: str) -> None:
     assert [row["labels"] for row in sets["pairs"]["test"]] == [1, 0] * len(rows["queries"])
 
 
-def test_wordnet_sizes_are_nested() -> None:
+def test_wordnet_sizes_are_nested():
     small, large = read_rows(WORDNET, "small"), read_rows(WORDNET, "large")
     assert read_rows(WORDNET, "mini") == small
     assert all([row for row in large[name] if row["small"]] == rows for name, rows in small.items())
     assert all(0 < len(rows) < len(large[name]) for name, rows in small.items())
 
 
-def test_wordnet_texts_are_embedded_once(tiny_policy: Policy, tmp_path: Path) -> None:
+def test_wordnet_texts_are_embedded_once(tiny_policy, tmp_path):
     settings = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, max_new_tokens=4)
     encoder = Counting(tiny_policy, settings, HFEngine(4), rationale=False)
     scores = run_tasks(encoder, wordnet_tasks(WORDNET, tmp_path / "cache"), tmp_path / "results", "tiny")
@@ -240,7 +238,7 @@ def test_wordnet_texts_are_embedded_once(tiny_policy: Policy, tmp_path: Path) ->
     assert again == scores
 
 
-def test_missing_wordnet_file(tmp_path: Path) -> None:
+def test_missing_wordnet_file(tmp_path):
     (tmp_path / "documents.jsonl").write_text(json.dumps({"small": True}) + "\n")
     with pytest.raises(FileNotFoundError, match=r"queries.jsonl"):
         wordnet_tasks(tmp_path, tmp_path)
