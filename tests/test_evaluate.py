@@ -16,6 +16,7 @@ from src.modules.encoder.export import load_policy
 from src.modules.rollouts.hf import HFEngine
 from tests.own_files import write_own_tasks
 from tests.programs import Program, Programs
+from tests.runs import mlflow_runs
 
 PATIENCE = 600
 """Seconds for a process of a few seconds' work, on a machine that may be busy with others."""
@@ -37,8 +38,7 @@ def test_base_and_trained_policy_side_by_side(compose, tiny_policy_folder, tmp_p
     assert f"{100 * scores['Base'].average:.2f}" in shown
     assert len(list(Path(cfg.results_dir).rglob("DocstringRetrieval.json"))) == 3
     client = MlflowClient(cfg.paths.tracking_uri)
-    experiment = client.get_experiment_by_name(cfg.project)
-    runs = {run.info.run_name: run.data for run in client.search_runs([experiment.experiment_id])}
+    runs = {run.info.run_name: run.data for run in mlflow_runs(client, cfg.project)}
     assert runs.keys() == {f"evaluate: {row}" for row in scores}
     for row, found in scores.items():
         data = runs[f"evaluate: {row}"]
@@ -72,7 +72,7 @@ def test_everyday_english(compose, tiny_policy_folder):
         (["max_prompt_tokens=0"], "max_prompt_tokens=0"),
     ],
 )
-def test_a_wrong_setting_is_one_line(compose, tiny_policy_folder, overrides, message):
+def test_wrong_setting_is_one_line(compose, tiny_policy_folder, overrides, message):
     cfg = compose(f"base={tiny_policy_folder}", *overrides, config_name="evaluate")
     with pytest.raises(SystemExit, match=rf"^evaluate.py: .*{message}") as caught:
         evaluate.evaluate(cfg)
@@ -97,7 +97,7 @@ class PreparedEngine(HFEngine):
 
 
 @pytest.mark.parametrize(("named", "longest"), [([], 96), (["max_prompt_tokens=200"], 200)])
-def test_an_engine_is_told_the_longest_prompt(compose, tiny_policy_folder, named, longest):
+def test_engine_is_told_the_longest_prompt(compose, tiny_policy_folder, named, longest):
     engine = "{_target_: tests.test_evaluate.PreparedEngine, _partial_: true, max_prompt_tokens: 1024}"
     cfg = compose(*named, "device=cpu", "~engine", f"+engine={engine}", config_name="evaluate")
     encoder = make_encoder(cfg, *load_policy(tiny_policy_folder), rationale=True)
@@ -126,7 +126,7 @@ def stored(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(3 * PATIENCE)
-def test_a_killed_evaluation_goes_on(programs, compose, tiny_policy_folder, tmp_path):
+def test_killed_evaluation_goes_on(programs, compose, tiny_policy_folder, tmp_path):
     results = tmp_path / "outputs" / "mteb"
     killed = command(programs, tmp_path, tiny_policy_folder, *SMALL)
     until = time.monotonic() + PATIENCE
@@ -167,7 +167,7 @@ def test_tasks_without_data_are_named(programs, tiny_policy_folder, tmp_path):
     assert shown.count("failed") == 3
 
 
-def test_a_task_without_data_is_tried_once(compose, tiny_policy_folder, tmp_path, caplog, capsys):
+def test_task_without_data_is_tried_once(compose, tiny_policy_folder, tmp_path, caplog, capsys):
     options = [f"base={tiny_policy_folder}", f"paths.output_root={tmp_path}/runs", "max_new_tokens=1", "~logger", "benchmark=BIOSSES"]
     scores = evaluate.evaluate(compose(*options, config_name="evaluate"))
     assert list(scores) == ["Base", "Base + reasoning"]
@@ -177,7 +177,7 @@ def test_a_task_without_data_is_tried_once(compose, tiny_policy_folder, tmp_path
 
 
 @pytest.mark.slow  # of the shipped policy and the large tasks, as `python evaluate.py` runs them; minutes without the caches
-def test_a_second_evaluation_is_twenty_times_as_fast(compose):
+def test_second_evaluation_is_much_faster(compose):
     cfg = compose("~logger", config_name="evaluate")
     load_tasks(cfg)  # docstrings are read once, whatever is scored on them
     seconds = []

@@ -10,9 +10,7 @@ from hydra import compose as hydra_compose
 from mlflow.tracking import MlflowClient
 
 from tests.conftest import ROOT
-from tests.test_train import TINY, mlflow_runs, places, reward_steps, stop_at
-
-__all__ = ["places"]  # a fixture
+from tests.runs import TINY, mlflow_runs, steps, stop_at
 
 SMALL = [*TINY, "module.num_generations=2", "trainer.limit_train_batches=2", "algorithm.truncation=none"]
 
@@ -36,7 +34,7 @@ def assert_traces_of_one_rank(folder: Path, tracking_uri: str) -> None:
     client = MlflowClient(tracking_uri)
     (run,) = mlflow_runs(client, folder.name)
     assert run.info.status == "FINISHED"
-    assert reward_steps(client, run) == [1, 2]
+    assert steps(client, run) == [1, 2]
 
 
 @pytest.mark.slow
@@ -91,14 +89,14 @@ def test_slurm_script_trains_with_slurm_s_ranks(places, tracking_uri, tmp_path):
 
 
 @pytest.mark.usefixtures("compose")
-def test_slurm_launcher_asks_for_a_task_a_device():
+def test_slurm_launcher_has_task_per_device():
     overrides = ["hydra/launcher=slurm", "trainer=fsdp", "trainer.devices=4", "trainer.num_nodes=2"]
     launcher = hydra_compose("train", overrides=overrides, return_hydra_config=True).hydra.launcher
     assert (launcher.nodes, launcher.tasks_per_node, launcher.gpus_per_node) == (2, 4, 4)
     assert launcher._target_.endswith("SlurmLauncher")
 
 
-def test_sweep_of_runs_that_start_processes_is_refused(programs, tmp_path):
+def test_sweep_of_process_starters_is_refused(programs, tmp_path):
     settings = ["trainer=cpu_ddp", "seed=0,1", "logger=none", "callbacks=minimal", f"hydra.sweep.dir={tmp_path}"]
     done = programs.run("train.py", "-m", *settings)
     assert done.returncode != 0

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import json
 import re
 import runpy
 import shlex
@@ -25,6 +24,7 @@ from src.modules.encoder.settings import EncoderSettings
 from src.modules.objectives import rewards
 from src.modules.policy.model import Policy
 from tests.conftest import ROOT
+from tests.datamodules.builders import write_triplets
 from train import train
 
 PAGES = {page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))}
@@ -74,11 +74,7 @@ def points(overrides: list[str]) -> list[list[str]]:
 
 @pytest.fixture
 def triplets(tmp_path: Path) -> Path:
-    file = tmp_path / "triplets.jsonl"
-    count = 80  # for a batch of 64, and some held out
-    records = [{"query": f"query {i}", "positive": f"a document about {i}", "negative": f"another {i}"} for i in range(count)]
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return file
+    return write_triplets(tmp_path / "triplets.jsonl", 80)  # for a batch of 64, and some held out
 
 
 @pytest.fixture
@@ -185,13 +181,13 @@ def test_settings_that_are_named_exist(compose):
     assert sorted(named - known) == []
 
 
-def test_the_documented_experiment_composes(compose, documented):
+def test_documented_experiment_composes(compose, documented):
     cfg = compose(documented, "experiment=mine", "datamodule.path=triplets.jsonl")
     assert (cfg.name, cfg.module.num_generations, cfg.rollout.max_new_tokens) == ("mine", 4, 512)
     assert cfg.policy.lora is not None
 
 
-def test_the_documented_reward_is_one(monkeypatch):
+def test_documented_reward_is_one(monkeypatch):
     names: dict[str, object] = {}
     for block in blocks("python", "CONTRIBUTING.md"):
         exec(block, names)
@@ -202,7 +198,7 @@ def test_the_documented_reward_is_one(monkeypatch):
     assert instantiate(OmegaConf.create(config))(e).total.shape == (3, 2)
 
 
-def test_the_documented_task_is_one(tmp_path):
+def test_documented_task_is_one(tmp_path):
     (description,) = blocks("yaml", "evaluation.md")
     (tmp_path / "Tickets.yaml").write_text(description)
     (tmp_path / "tickets.tsv").write_text("4.5\tit crashes\tit stops at once\n0.5\tit crashes\tthe colour is wrong\n")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from src.utils.checkpoint_io import read_checkpoint
 from src.utils.preemption import TRY_AGAIN
 from tests.programs import Programs
-from tests.runs import Runs, batches_saved, callback
+from tests.runs import Runs, batches_saved, callback, mlflow_runs, steps
 
 OF_THE_MACHINE = ("seconds/", "throughput/", "memory/", "mteb/seconds")
 """Metrics that differ between any two runs."""
@@ -75,12 +75,6 @@ def own(small: list[str], tmp_path: Path) -> list[str]:
     return [*small, *SHORT, f"project={tmp_path.name}"]
 
 
-def mlflow_runs(client: MlflowClient, project: str) -> list[Run]:
-    experiment = client.get_experiment_by_name(project)
-    assert experiment is not None
-    return list(client.search_runs([experiment.experiment_id]))
-
-
 def status(uri: str, folder: Path) -> str:
     (run,) = mlflow_runs(MlflowClient(uri), folder.name)
     return str(run.info.status)
@@ -90,10 +84,6 @@ def history(client: MlflowClient, run: Run) -> dict[str, list[tuple[int, float |
     """Steps and values of every metric; no values of the machine."""
     points = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
     return {key: sorted((p.step, None if key.startswith(OF_THE_MACHINE) else p.value) for p in found) for key, found in points.items()}
-
-
-def reward_steps(client: MlflowClient, run: Run) -> list[int]:
-    return [point.step for point in client.get_metric_history(run.info.run_id, "reward/total/mean")]
 
 
 def tables(client: MlflowClient, run: Run) -> dict[str, object]:
@@ -114,7 +104,7 @@ def assert_alike(reference: Path, resumed: Path, tracking_uri: str, batches: int
     client = MlflowClient(tracking_uri)
     (expected,), (found,) = (mlflow_runs(client, folder.name) for folder in folders)
     assert expected.info.status == found.info.status == "FINISHED"
-    assert reward_steps(client, expected) == list(range(1, batches + 1))
+    assert steps(client, expected) == list(range(1, batches + 1))
     assert history(client, found) == history(client, expected)
     assert tables(client, found) == tables(client, expected)
 
@@ -222,7 +212,7 @@ def test_new_optimizer_settings_are_used(runs, own, reference, tmp_path, trackin
     assert "module.learning_rate=0.0005 in place of 0.001" in runs.log.read_text()
     client = MlflowClient(tracking_uri)
     (run,) = mlflow_runs(client, tmp_path.name)  # a branch is a run of its own
-    assert reward_steps(client, run) == [7, 8]
+    assert steps(client, run) == [7, 8]
     states = [read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (reference, tmp_path)]
     rates = [state["optimizer_states"][0]["param_groups"][0]["lr"] for state in states]
     assert rates[1] == pytest.approx(rates[0] / 2)
@@ -235,23 +225,9 @@ def test_new_settings_start_another_mlflow_run(runs, own, tmp_path, tracking_uri
     client = MlflowClient(tracking_uri)
     second, first = mlflow_runs(client, tmp_path.name)
     assert second.data.tags["resumed_from"] == first.info.run_id
+    assert json.loads((tmp_path / "run.json").read_text())["run_id"] == second.info.run_id
+    assert (tmp_path / f"run_{first.info.run_id}.json").exists()
     # a batch is logged before its checkpoint is saved, so what was saved is in the first run
-    assert reward_steps(client, second) == [4, 5, 6, 7, 8]
-    assert reward_steps(client, first)[:5] == [1, 2, 3, 4, 5]
+    assert steps(client, second) == [4, 5, 6, 7, 8]
+    assert steps(client, first)[:5] == [1, 2, 3, 4, 5]
     assert "goes on with other settings than it began with: reward._target_=src.modules.objectives.rewards.paper" in runs.log.read_text()
-
-
-def test_old_names_of_settings_go_on_as_the_same_run(runs, own, reference, tmp_path, tracking_uri):
-    assert runs.run(tmp_path, *own, callback("KillAt", batch=5, seconds=0)) == -signal.SIGKILL
-    file = tmp_path / "settings.json"
-    old = file.read_text().replace("module.num_generations", "module.num_rollouts").replace("algorithm.kl_coef", "algorithm.kl_weight")
-    file.write_text(old.replace("src.modules.objectives.rewards.", "src.modules.rewards."))
-    runs.succeed(tmp_path, *own, "ckpt_path=last")
-    assert_alike(reference, tmp_path, tracking_uri)
-
-
-def test_second_run_in_a_folder_is_refused(runs, own, reference):
-    before = sorted(path.name for path in (reference / "checkpoints").iterdir())
-    assert runs.run(reference, *own, "logger=none") == 1
-    assert f"{reference} holds a run already: go on with it by ckpt_path=last" in runs.log.read_text()
-    assert sorted(path.name for path in (reference / "checkpoints").iterdir()) == before

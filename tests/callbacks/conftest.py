@@ -32,6 +32,8 @@ def triplets(count: int) -> list[Triplet]:
 class FewTriplets(L.LightningDataModule):
     """Batches of two triplets."""
 
+    batch_size = 2
+
     def __init__(self, batches: int) -> None:
         super().__init__()
         self.batches = batches

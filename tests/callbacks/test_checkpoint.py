@@ -1,7 +1,6 @@
 """When checkpoints are saved, which are kept, which is best, and what is left when saving or reading fails."""
 
 import json
-import os
 import random
 import shutil
 from dataclasses import replace
@@ -13,11 +12,8 @@ import pytest
 import torch
 
 from src.callbacks.checkpoint import RolloutCheckpoint
-from src.callbacks.metrics import MetricsMonitor
 from src.callbacks.monitoring import as_policy_module
 from src.callbacks.random_states import RandomStates, random_states, set_random_states
-from src.callbacks.rationale_table import RationaleTable
-from src.callbacks.starting_policy_kl import StartingPolicyKL
 from src.modules.training.finite import NonFiniteError
 from src.utils.checkpoint_io import CheckpointError, read_checkpoint
 from tests.callbacks.conftest import Interrupt, fit
@@ -59,12 +55,12 @@ def test_best_and_last_are_kept(module, tmp_path):
     assert checkpoint.best_model_score == pytest.approx(0.5)
 
 
-def test_a_score_of_earlier_weights_is_not_best(module, tmp_path):
+def test_score_of_earlier_weights_is_not_best(module, tmp_path):
     fit(module, monitored(tmp_path / "c", {1: 0.9, 3: 0.8, 4: 0.1}, every=2), tmp_path, batches=4)
     assert about(tmp_path / "c" / "best.ckpt") == (4, pytest.approx(0.1))
 
 
-def test_a_resumed_run_knows_its_best_and_metrics(fresh_module, tmp_path):
+def test_resumed_run_knows_its_best_and_metrics(fresh_module, tmp_path):
     first, branch = tmp_path / "first", tmp_path / "branch"
     with pytest.raises(RuntimeError, match="interrupted"):
         fit(fresh_module(), [*monitored(first, {1: 0.7, 2: 0.1}), Interrupt(at=2)], tmp_path, batches=3)
@@ -91,7 +87,7 @@ def test_going_back_gives_up_what_came_after(fresh_module, tmp_path):
     assert about(folder / "last.ckpt") == (4, pytest.approx(0.35))
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(fresh_module, tmp_path):
+def test_full_disk_leaves_the_last_checkpoint(fresh_module, tmp_path):
     class Fill(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, *_):
             if as_policy_module(pl_module).rollout_batches == 1:
@@ -109,39 +105,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(fresh_module, tmp_path):
         assert about(checkpoints / "last.ckpt") == (4, None)
 
 
-def test_a_damaged_checkpoint_names_the_one_before(fresh_module, tmp_path):
-    folder = tmp_path / "c"
-    fit(fresh_module(), [RolloutCheckpoint(str(folder), 1)], tmp_path, batches=3)
-    weights = folder / "last.ckpt" / "weights.safetensors"
-    os.truncate(weights, weights.stat().st_size // 2)
-    module = fresh_module()
-    with pytest.raises(CheckpointError, match=rf"batch_3.ckpt cannot be read .*ckpt_path={folder}/batch_2.ckpt$"):
-        fit(module, [RolloutCheckpoint(str(folder), 2)], tmp_path, batches=5, ckpt_path=folder / "last.ckpt")
-    fit(module, [RolloutCheckpoint(str(folder), 2)], tmp_path, batches=5, ckpt_path=folder / "batch_2.ckpt")
-    assert about(folder / "last.ckpt") == (5, None)
-    assert [about(path)[0] for path in sorted(folder.glob("batch_*"))] == [4, 5]
-
-
-def test_callbacks_keep_their_state(fresh_module, tmp_path):
-    def callbacks():
-        table = RationaleTable(str(tmp_path / "r.md"), texts=2, every_n_rollout_batches=0)
-        checkpoint = RolloutCheckpoint(str(tmp_path / "checkpoints"), every_n_rollout_batches=2)
-        return MetricsMonitor(), StartingPolicyKL(texts=2, every_n_rollout_batches=1), table, checkpoint
-
-    first, again, module = callbacks(), callbacks(), fresh_module()
-    with pytest.raises(RuntimeError, match="interrupted"):
-        fit(fresh_module(), [*first, Interrupt(at=3)], tmp_path, batches=5)
-    assert sorted(file.name for file in (tmp_path / "checkpoints").iterdir()) == ["batch_2.ckpt", "last.ckpt"]
-    fit(module, again, tmp_path, batches=5, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
-    assert module.rollout_batches == 5  # 2 from the checkpoint and 3 more
-    assert again[0].history["total"].steps == [1, 2, 3, 4, 5]
-    assert again[1]._start is not None
-    assert first[1]._start is not None
-    assert torch.equal(again[1]._start, first[1]._start)
-    assert again[2].before == first[2].before
-
-
-def test_a_bad_batch_is_not_saved(module, tmp_path):
+def test_bad_batch_is_not_saved(module, tmp_path):
     reward = module.reward
 
     def poisoned(embeddings):

@@ -30,7 +30,7 @@ def test_changes_are_logged_with_an_interval(module, mlflow_logger, tmp_path):
     assert artifacts(mlflow_logger, "report") == {"abilities.md"}
 
 
-def test_a_sharded_policy_is_scored_in_full(module, tiny_policy_folder, tmp_path):
+def test_sharded_policy_is_scored_in_full(module, tiny_policy_folder, tmp_path):
     abilities, trainer = callback(tmp_path), SimpleNamespace(loggers=[], is_global_zero=False)
     expected = run_abilities(Policy.load(str(tiny_policy_folder)), **abilities.questions, **abilities.options)
     alone = not torch.distributed.is_initialized()  # vLLM, where it was started in this process, leaves a group of one
@@ -51,7 +51,7 @@ def test_a_sharded_policy_is_scored_in_full(module, tiny_policy_folder, tmp_path
 
 
 @pytest.mark.parametrize("count", [8, 9])
-def test_a_resumed_run_compares_with_its_start(count, module, tmp_path, caplog):
+def test_resumed_run_compares_with_its_start(count, module, tmp_path, caplog):
     first, second = callback(tmp_path), callback(tmp_path)
     first.before = {"docstring_choice": AbilityScore("acc", True, (1.0,) * 8, (1.0,) * 8)}
     first._questions = first.questions | {"count": count}

@@ -38,7 +38,7 @@ def run(tiny_policy_folder: Path, tracking_uri: str, tmp_path_factory: pytest.Te
     return logger.experiment, str(logger.run_id), folder
 
 
-def test_a_run_is_read_back(run):
+def test_run_is_read_back(run):
     data = read_run(*run[:2])
     assert [step for step, _ in data.curves["reward/total/mean"]] == [1, 2, 3]
     assert len(data.rationales) == 3
@@ -49,13 +49,13 @@ def test_a_run_is_read_back(run):
     assert data.scores == []
 
 
-def test_the_report_is_an_artifact_of_its_run(run):
+def test_report_is_an_artifact(run):
     client, run_id, folder = run
     client.download_artifacts(run_id, "report.html", str(folder))
     assert (folder / "report.html").read_text() == (folder / "out" / "report.html").read_text()
 
 
-def test_a_browser_shows_it_and_runs_no_script(run, tmp_path):
+def test_browser_shows_it_without_scripts(run, tmp_path):
     client, run_id, _ = run
     text = SENTENCES[2]
     hostile = {"step": [9], "text": [text], "rationale": [HOSTILE], "length": [8], "finished": [False], **{term: [0.5] for term in TERMS}}
@@ -90,7 +90,7 @@ def test_a_browser_shows_it_and_runs_no_script(run, tmp_path):
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def test_an_empty_run_has_a_page(tracking_uri, tmp_path):
+def test_empty_run_has_a_page(tracking_uri, tmp_path):
     client = MlflowClient(tracking_uri)
     experiment = client.create_experiment(tmp_path.name, artifact_location=f"file://{tmp_path}/mlartifacts")
     page = render(read_run(client, client.create_run(experiment).info.run_id))
@@ -98,7 +98,7 @@ def test_an_empty_run_has_a_page(tracking_uri, tmp_path):
     assert "has logged none" in page
 
 
-def test_without_an_answer_it_says_how_to_get_the_report(module, tmp_path, caplog):
+def test_unreachable_store_names_the_command(module, tmp_path, caplog):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / RUN).write_text('{"run_id": "0123456789abcdef0123456789abcdef", "experiment_id": "1"}')
     logger = RunLogger("gone", folder=str(tmp_path / "run"), tracking_uri="http://127.0.0.1:9")  # begun by a server that is away
@@ -109,7 +109,7 @@ def test_without_an_answer_it_says_how_to_get_the_report(module, tmp_path, caplo
         main(["0123456789abcdef0123456789abcdef", "--tracking-uri", "http://127.0.0.1:9", "--folder", str(tmp_path)])
 
 
-def test_the_command(run, tracking_uri, tmp_path, caplog):
+def test_command(run, tracking_uri, tmp_path, caplog):
     main([run[1], "--tracking-uri", tracking_uri, "--folder", str(tmp_path)])
     assert f"wrote {tmp_path}/report.html" in caplog.text
     assert "<section>" in (tmp_path / "report.html").read_text()

@@ -8,7 +8,7 @@ from src.callbacks.metrics import MetricsMonitor, batch_metrics, peak_memory, wi
 from src.modules.objectives import advantages, rewards
 from src.modules.objectives.rewards import Reward
 from src.modules.training.metrics import GRACEMetrics
-from tests.callbacks.conftest import artifacts, fit, make_contrastive, make_module, steps
+from tests.callbacks.conftest import artifacts, fit, make_module, steps
 
 
 def report(unrelated_similarity: float = 0.25) -> GRACEMetrics:
@@ -67,13 +67,6 @@ def test_grace_logs_each_batch_and_draws(module, mlflow_logger, tmp_path):
     assert resumed.history["total"].steps == [1, 2, 3]
 
 
-def test_contrastive_logs_each_batch(tiny_policy, mlflow_logger, tmp_path):
-    fit(make_contrastive(tiny_policy), [MetricsMonitor(str(tmp_path / "terms.png"))], tmp_path, logger=mlflow_logger)
-    for name in ("contrastive/accuracy", "contrastive/unrelated_similarity", "update/loss", "throughput/update_tokens_per_second"):
-        assert steps(mlflow_logger, name) == [1, 2], name
-    assert not (tmp_path / "terms.png").exists()
-
-
 def test_no_update_logs_no_loss(module, mlflow_logger, tmp_path):
     module.buffer.min_std, module.buffer.max_extra_batches = 1e9, 100  # no group is worth an update
 
@@ -90,12 +83,12 @@ def warned_terms(caplog: pytest.LogCaptureFixture) -> list[object]:
     return [record.args[0] for record in caplog.records if "cannot move the gradient" in record.message]
 
 
-def test_terms_without_spread_are_warned_about_once(tiny_policy, tmp_path, caplog):
+def test_flat_terms_are_warned_about_once(tiny_policy, tmp_path, caplog):
     fit(make_module(tiny_policy, rewards.paper), [MetricsMonitor()], tmp_path, batches=3)
     assert warned_terms(caplog) == ["negative", "hard"]
 
 
-def test_terms_that_move_the_gradient_are_not_warned_about(tiny_policy, tmp_path, caplog):
+def test_moving_terms_are_not_warned_about(tiny_policy, tmp_path, caplog):
     document, of_queries, over_the_batch = (make_module(tiny_policy, form) for form in (rewards.document, rewards.paper, rewards.paper))
     of_queries.hparams["also_learn_from"] = ("query",)
     over_the_batch.algorithm = replace(over_the_batch.algorithm, advantage=advantages.reinforce_pp)

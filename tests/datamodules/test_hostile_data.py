@@ -54,7 +54,7 @@ def copied(root: Path) -> Path:
     return folder
 
 
-def test_script_of_a_data_set_is_not_run(tmp_path, ran):
+def test_data_set_script_is_not_run(tmp_path, ran):
     folder = copied(tmp_path)
     (folder / f"{folder.name}.py").write_text(f"from pathlib import Path\nPath({str(ran)!r}).touch()\n")
     (task,) = named_tasks(["Banking77Classification"], tmp_path)
@@ -134,12 +134,12 @@ def test_any_lines(tmp_path, monkeypatch, reader, cases):
     @given(st.lists(st.tuples(line, ends), max_size=8), st.integers(1, 60))
     def check(lines, block):
         file.write_bytes(b"".join(raw + end for raw, end in lines))
-        whole = read(reader, file)
+        intact = read(reader, file)
         monkeypatch.setattr(preparation, "_CHUNK_BYTES", block)
-        assert read(reader, file) == whole  # however it is cut
+        assert read(reader, file) == intact  # wherever it is cut
         monkeypatch.undo()
         numbers = []
-        for record in whole:
+        for record in intact:
             name, _, number = (record.id if isinstance(record, Triplet) else record.where).rpartition(":")
             assert name == "data.jsonl"
             numbers.append(int(number))
@@ -160,12 +160,12 @@ def test_damaged_parquet(tmp_path, cases):
     good = tmp_path / "good.parquet"
     columns = {"query": ["a", "b"] * 20, "positive": ["c", "d"] * 20, "negative": [["e"], ["f", "g"]] * 20}
     pq.write_table(pa.table(columns), good, row_group_size=16)
-    whole, file = good.read_bytes(), tmp_path / "data.parquet"
+    intact, file = good.read_bytes(), tmp_path / "data.parquet"
 
     @cases
-    @given(st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), max_size=4), st.none() | st.integers(0, len(whole)))
+    @given(st.lists(st.tuples(st.integers(0, len(intact) - 1), st.integers(0, 255)), max_size=4), st.none() | st.integers(0, len(intact)))
     def check(changes, cut):
-        damaged = bytearray(whole)
+        damaged = bytearray(intact)
         for place, byte in changes:
             damaged[place] = byte
         file.write_bytes(bytes(damaged[:cut]))

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -21,7 +19,6 @@ from src.datamodules.reading import BadRecord, Chunk, SentenceReader, TripletRea
 from src.modules.prompt.renderer import PromptRenderer
 from src.records import Triplet
 from tests.builders import SENTENCES, small_tokenizer
-from tests.conftest import ROOT
 from tests.datamodules.builders import all_triplets, limit, write
 
 
@@ -171,20 +168,16 @@ class Stuck(SentenceReader):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_killed_preparation_is_cleaned_up(tmp_path):
+def test_killed_preparation_is_cleaned_up(programs, tmp_path):
     file, cache = sentences(tmp_path, 300), tmp_path / "cache"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", STUCK, str(file.path), str(cache)], cwd=ROOT, env=environment) as stuck:
-        try:
-            until = time.monotonic() + 240
-            while not list(cache.rglob("*.arrow")):
-                assert stuck.poll() is None
-                assert time.monotonic() < until
-                time.sleep(0.05)
-            with pytest.raises(Timeout):  # another run would wait
-                FileLock(next(cache.glob("*.lock")), timeout=0.1).acquire()
-        finally:
-            stuck.kill()
+    stuck, until = programs.start("-c", STUCK, str(file.path), str(cache)), time.monotonic() + 240
+    while not list(cache.rglob("*.arrow")):
+        assert stuck.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    with pytest.raises(Timeout):  # another run would wait
+        FileLock(next(cache.glob("*.lock")), timeout=0.1).acquire()
+    stuck.send_signal(signal.SIGKILL)
     folder = prepare([file], SentenceReader(), limit(), cache)  # once its processes have ended
     assert len(all_triplets(folder)) > 0
     assert [path for path in cache.iterdir() if path.is_dir()] == [folder]

@@ -34,18 +34,18 @@ def test_tasks_by_name(tmp_path):
         ("JSTS", ["default"], ["validation"]),  # of none: there is no English in it
     ],
 )
-def test_a_task_alone_has_english_subsets_and_splits(name, subsets, splits):
+def test_named_task_is_english_only(name, subsets, splits):
     (task,) = named_tasks([name])
     assert (task.hf_subsets, task.eval_splits) == (subsets, splits)
 
 
-def test_of_two_tasks_with_one_name_the_first(tmp_path):
+def test_first_of_two_equal_names(tmp_path):
     files = [str(write_own_tasks(tmp_path / folder) / "MySTS.yaml") for folder in ("first", "second")]
     (task,) = named_tasks(files)
     assert task.metadata.dataset["path"] == str(tmp_path / "first")
 
 
-def test_a_broken_description_stops_only_its_users(tmp_path):
+def test_broken_description_stops_only_its_users(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [")
     assert names(data_dir=tmp_path) == []  # as benchmark=test asks for it
     assert len(names("mteb_eng_v2", data_dir=tmp_path)) == 41

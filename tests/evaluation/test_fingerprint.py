@@ -13,19 +13,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from src.evaluation import fingerprint
 from src.evaluation.fingerprint import revision
 from src.modules.encoder.encoder import RationaleEncoder
-from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
-from src.modules.rollouts.hf import HFEngine
 from tests.conftest import ROOT
-
-SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, max_new_tokens=4)
-
-
-def encoder(policy: Policy, settings: EncoderSettings = SETTINGS, new_tokens: int = 4, **options: object) -> RationaleEncoder:
-    return RationaleEncoder(policy, settings, HFEngine(new_tokens), **options)
+from tests.evaluation.builders import SETTINGS, encoder
 
 
-def test_settings_and_weights_change_it(tiny_policy, monkeypatch):
+def test_settings_and_weights_change_the_fingerprint(tiny_policy, monkeypatch):
     revisions = [
         revision(encoder(tiny_policy)),
         revision(encoder(tiny_policy, rationale=False)),
@@ -46,26 +39,10 @@ def test_settings_and_weights_change_it(tiny_policy, monkeypatch):
     assert len(set(revisions)) == len(revisions)
 
 
-def test_what_changes_no_embedding_does_not(tiny_policy):
+def test_harmless_settings_keep_the_fingerprint(tiny_policy):
     assert revision(encoder(tiny_policy)) == revision(encoder(tiny_policy, batch_size=2, seed=5))
     assert revision(encoder(tiny_policy, temperature=1.0)) == revision(encoder(tiny_policy, temperature=1.0, batch_size=2))
     assert revision(encoder(tiny_policy, rationale=False)) == revision(encoder(tiny_policy, new_tokens=9, rationale=False))
-
-
-def change_epsilon(policy: Policy) -> None:
-    policy.model.config.rms_norm_eps = 1e-5
-
-
-def change_rotation(policy: Policy) -> None:
-    policy.model.config.rope_parameters["rope_theta"] = 1e6
-
-
-def scale_rotation(policy: Policy) -> None:
-    policy.model.config.rope_parameters |= {"rope_type": "linear", "factor": 2.0}
-
-
-def change_end_tokens(policy: Policy) -> None:
-    policy.model.generation_config = GenerationConfig(eos_token_id=[1, 2])
 
 
 def remove_a_merge(policy: Policy) -> None:
@@ -77,11 +54,17 @@ def remove_a_merge(policy: Policy) -> None:
     policy.tokenizer.chat_template = template
 
 
-def lower_case(policy: Policy) -> None:
-    policy.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+CHANGES = {
+    "epsilon": lambda policy: setattr(policy.model.config, "rms_norm_eps", 1e-5),
+    "rotation": lambda policy: policy.model.config.rope_parameters.update(rope_theta=1e6),
+    "scaled rotation": lambda policy: policy.model.config.rope_parameters.update(rope_type="linear", factor=2.0),
+    "end tokens": lambda policy: setattr(policy.model, "generation_config", GenerationConfig(eos_token_id=[1, 2])),
+    "a merge": remove_a_merge,
+    "lower case": lambda policy: setattr(policy.tokenizer.backend_tokenizer, "normalizer", normalizers.Lowercase()),
+}
 
 
-@pytest.mark.parametrize("change", [change_epsilon, change_rotation, scale_rotation, change_end_tokens, remove_a_merge, lower_case])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_configs_and_tokenizers_change_it(tiny_policy, change):
     before, template = revision(encoder(tiny_policy)), tiny_policy.tokenizer.chat_template
     vocabulary = tiny_policy.tokenizer.get_vocab()
@@ -90,7 +73,7 @@ def test_configs_and_tokenizers_change_it(tiny_policy, change):
     assert revision(encoder(tiny_policy)) != before
 
 
-def test_a_frozen_encoders_config_changes_it(tiny_policy_folder):
+def test_frozen_encoders_config_changes_it(tiny_policy_folder):
     policy = Policy.load(str(tiny_policy_folder), encoder="frozen")
     assert policy.frozen_encoder is not None
     before = revision(encoder(policy))
@@ -100,7 +83,7 @@ def test_a_frozen_encoders_config_changes_it(tiny_policy_folder):
     assert revision(encoder(policy)) != before
 
 
-def test_a_template_with_the_date_changes_it_daily(tiny_policy, monkeypatch):
+def test_dated_template_changes_it_daily(tiny_policy, monkeypatch):
     class Clock:
         day = "01 May"
 

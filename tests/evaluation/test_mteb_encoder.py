@@ -14,25 +14,11 @@ from src.evaluation.mteb_encoder import MTEBEncoder, describe
 from src.evaluation.run_tasks import run_tasks
 from src.evaluation.tasks.offline_tasks import OfflineSize, offline_tasks
 from src.modules.encoder.encoder import RationaleEncoder
-from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
 from src.modules.rollouts.hf import HFEngine
+from tests.evaluation.builders import SETTINGS, Recording, encoder
 
-SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, max_new_tokens=4)
 SIZE = OfflineSize(documents=60, queries=24, per_module=5, candidates=6, per_label=8)
-
-
-class Counting(RationaleEncoder):
-    """Keeps the texts that it embeds, and as what."""
-
-    def encode(self, texts: list[str], prompt_type: str | None = None) -> np.ndarray:
-        self.seen = [*getattr(self, "seen", []), *texts]
-        self.sides = [*getattr(self, "sides", []), prompt_type]
-        return super().encode(texts, prompt_type)
-
-
-def encoder(policy: Policy, **options: object) -> Counting:
-    return Counting(policy, SETTINGS, HFEngine(SETTINGS.max_new_tokens), **options)
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +50,12 @@ def test_each_text_is_embedded_once(tiny_policy, tasks, tmp_path):
     assert stored["scores"]["test"][0]["main_score"] == pytest.approx(scores.tasks["DocstringRetrieval"], abs=1e-4)
 
 
-def test_a_second_run_reads_stored_results(tiny_policy, tasks, tmp_path):
+def test_second_run_reads_stored_results(tiny_policy, tasks, tmp_path):
     first = run_tasks(encoder(tiny_policy, rationale=False), tasks, tmp_path, "tiny")
     assert run_tasks(encoder(tiny_policy, rationale=False), tasks, None, "tiny") == first
     again = encoder(tiny_policy, rationale=False)
     assert run_tasks(again, tasks, tmp_path, "tiny").tasks == pytest.approx(first.tasks, abs=1e-4)
-    assert not hasattr(again, "seen")
+    assert again.seen == []
 
 
 def test_results_of_other_data_are_not_reused(tiny_policy, tasks, tmp_path):
@@ -81,7 +67,7 @@ def test_results_of_other_data_are_not_reused(tiny_policy, tasks, tmp_path):
 
 
 def test_failing_tasks_are_named(tiny_policy, tasks):
-    class Fails(Counting):
+    class Fails(Recording):
         def encode(self, texts, prompt_type=None):
             raise ValueError("no such luck")
 
@@ -101,41 +87,15 @@ def test_random_states_stay(tiny_policy, tasks):
     torch.testing.assert_close(torch.rand(3), expected)
 
 
-def test_titles_of_documents_are_read(tiny_policy):
-    from datasets import Dataset
-    from mteb._create_dataloaders import create_dataloader
-
-    corpus = Dataset.from_list([{"id": "1", "title": "Graphs", "text": "have edges"}])
-    own = encoder(tiny_policy, rationale=False)
-    metadata = mteb.get_task("SciFact").metadata
-    loader = create_dataloader(corpus, task_metadata=metadata, prompt_type=PromptType.document, batch_size=2)
-    adapter = MTEBEncoder(own, "tiny")
-    adapter.encode(loader, task_metadata=metadata, hf_split="test", hf_subset="default", prompt_type=PromptType.document)
-    assert own.seen == ["Graphs have edges"]
-
-
-def test_texts_are_cached_and_in_order(tiny_policy):
-    own = encoder(tiny_policy, rationale=False)
-    adapter = MTEBEncoder(own, "tiny")
-    found = embed(adapter, batches(["a", "b"], ["a", "c"]))
-    np.testing.assert_array_equal(found[0], found[2])
-    np.testing.assert_array_equal(embed(adapter, batches(["c", "b", "a"])), found[[3, 1, 0]])
-    assert own.seen == ["a", "b", "c"]
-    assert embed(adapter, []).shape == (0, 32)
-
-
-def test_query_instruction(tiny_policy):
-    settings = replace(SETTINGS, query_instruction="Find what answers this.")
-    own = Counting(tiny_policy, settings, HFEngine(4))
+def test_prompt_types_reach_the_encoder(tiny_policy):
+    own = encoder(tiny_policy, replace(SETTINGS, query_instruction="Find what answers this."))
     adapter, text = MTEBEncoder(own, "tiny"), batches(["a graph"])
     document, query, neither = (
-        adapter.encode(text, task_metadata=None, hf_split="test", hf_subset="default", prompt_type=side)
-        for side in (PromptType.document, PromptType.query, None)
+        adapter.encode(text, task_metadata=None, hf_split="test", hf_subset="default", prompt_type=prompt_type)
+        for prompt_type in (PromptType.document, PromptType.query, None)
     )
-    assert own.sides == ["document", "query"]  # without a side a text is read as a document is
+    assert own.prompt_types == ["document", "query"]  # a text without a type is a document, and cached as one
     np.testing.assert_array_equal(document, neither)
-    expected = RationaleEncoder(tiny_policy, replace(SETTINGS, instruction="Find what answers this."), HFEngine(4)).encode(["a graph"])
-    np.testing.assert_allclose(query, expected, atol=1e-6)
     assert np.abs(query - document).max() > 1e-3
 
 
@@ -143,7 +103,7 @@ MIXED = ["a graph", "Draw random samples from a normal distribution.", "the tabl
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_text_has_one_vector_in_any_batch_or_process(tiny_policy, temperature, tmp_path):
+def test_vector_is_same_in_any_batch(tiny_policy, temperature, tmp_path):
     def adapter(batch_size, folder):
         return MTEBEncoder(encoder(tiny_policy, temperature=temperature, batch_size=batch_size), "tiny", folder)
 
@@ -152,11 +112,12 @@ def test_a_text_has_one_vector_in_any_batch_or_process(tiny_policy, temperature,
     np.testing.assert_allclose(np.concatenate(alone), mixed, atol=1e-5)
     restarted = adapter(2, tmp_path)
     np.testing.assert_array_equal(embed(restarted, batches(MIXED[::-1])), mixed[::-1])
-    assert not hasattr(restarted.model, "seen")
+    assert restarted.model.seen == []
+    assert embed(restarted, []).shape == (0, 32)
 
 
-def test_a_long_call_is_cached_in_parts(tiny_policy, tmp_path, caplog, monkeypatch):
-    class Stops(Counting):
+def test_long_call_is_cached_in_parts(tiny_policy, tmp_path, caplog, monkeypatch):
+    class Stops(Recording):
         def encode(self, texts, prompt_type=None):
             if "stop" in texts:
                 raise KeyboardInterrupt
@@ -209,17 +170,17 @@ def test_one_pass_embeds_with_and_without(tiny_policy, tmp_path):
     with MTEBEncoder(encoder(tiny_policy), "tiny", tmp_path, also_without=True) as adapter:
         embed(adapter, batches(texts))
     plain = encoder(tiny_policy, rationale=False)
-    expected = RationaleEncoder(tiny_policy, SETTINGS, HFEngine(4), rationale=False).encode(texts)
+    expected = encoder(tiny_policy, rationale=False).encode(texts)
     with MTEBEncoder(plain, "tiny", tmp_path) as adapter:
         np.testing.assert_allclose(embed(adapter, batches(texts)), expected, atol=1e-5)
-    assert not hasattr(plain, "seen")  # all of them were there
+    assert plain.seen == []  # all of them were there
 
 
 @pytest.mark.parametrize("pooling", ["mean", "eos", "max"])
 @pytest.mark.parametrize("layer", [-1, -2])
 def test_encode_both(tiny_policy, pooling, layer):
     policy = Policy(tiny_policy.model, tiny_policy.tokenizer, "live", pooling, layer)
-    own = RationaleEncoder(policy, replace(SETTINGS, pooling=pooling, layer=layer), HFEngine(4))
+    own = encoder(policy, replace(SETTINGS, pooling=pooling, layer=layer))
     texts = ["a graph", "a table of numbers", "a graph"]
     with_rationales, plain = own.encode_both(texts)
     np.testing.assert_allclose(with_rationales, own.encode(texts), atol=1e-5)
@@ -228,7 +189,7 @@ def test_encode_both(tiny_policy, pooling, layer):
 
 def test_encode_both_of_a_frozen_encoder(tiny_policy):
     frozen = Policy(tiny_policy.model, tiny_policy.tokenizer, "frozen")
-    assert RationaleEncoder(frozen, SETTINGS, HFEngine(4)).encode_both(["a graph"])[1] is None
+    assert encoder(frozen).encode_both(["a graph"])[1] is None
 
 
 def test_embedded_in_bfloat16_scored_in_float32(tiny_policy, tasks, tmp_path):

@@ -1,4 +1,3 @@
-
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
@@ -27,7 +26,7 @@ def test_sequences_hold_the_rationale_and_its_end():
     assert cold_start.policy.tokenizer.decode(rollouts.rationales()[0]) == "<think> a, b</think> sum<|im_end|>"
 
 
-def test_every_second_row_is_pooled_without_the_summary():
+def test_every_second_row_lacks_the_summary():
     cold_start = module()
     rollouts = cold_start.sequences(["One text", "One text"], ["<think> a</think> sum"] * 2)
     hidden = torch.nn.functional.one_hot(rollouts.input_ids, len(cold_start.policy.tokenizer)).float()
@@ -47,7 +46,7 @@ def test_losses_reach_every_parameter():
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in cold_start.policy.parameters())
 
 
-def test_a_short_fit_lowers_every_loss(tmp_path):
+def test_short_fit_lowers_every_loss(tmp_path):
     torch.manual_seed(0)
     cold_start, batch = (
         module(learning_rate=3e-3, warmup_steps=2, copy_steps=2),
@@ -65,7 +64,7 @@ def test_a_short_fit_lowers_every_loss(tmp_path):
         assert after[name] < 0.9 * before[name], name
 
 
-def test_copying_loss_is_cross_entropy_of_the_repetition():
+def test_copying_loss_is_cross_entropy():
     cold_start = module()
     torch.manual_seed(0)
     loss = cold_start.copying_loss(rows=3, tokens=5)
@@ -76,7 +75,7 @@ def test_copying_loss_is_cross_entropy_of_the_repetition():
     torch.testing.assert_close(loss, torch.stack(expected).mean())
 
 
-def test_the_recipe_trains_and_exports(programs, tmp_path):
+def test_recipe_trains_and_exports(programs, tmp_path):
     places = [f"hydra.run.dir={tmp_path}/out", f"paths.cache_dir={tmp_path}/cache", "logger=none"]
     data = ["packages.cold_start=[jinja2]", "packages.validation=[joblib]", "datamodule.modules_per_batch=2"]
     policy = (

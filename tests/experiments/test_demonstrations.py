@@ -9,7 +9,6 @@ from experiments.tiny_policy.demonstrations import (
     DemonstrationStream,
     draw_terms,
     inverse_document_frequency,
-    write_rationale,
 )
 from src.datamodules.docstrings import Docstring
 
@@ -55,10 +54,6 @@ def test_rare_terms_are_drawn_more_often():
     assert counts[0] / 400 == pytest.approx(weights[0] / sum(weights), abs=0.06)
 
 
-def test_rationale_format():
-    assert write_rationale(["kernel", "tensor"], "Sum it up.") == "<think> kernel, tensor</think> Sum it up."
-
-
 def test_demonstrations_are_of_the_shown_text():
     by_summary = {doc.summary: doc for doc in corpus()}
     for demonstration in next(iter(stream())):
@@ -79,7 +74,7 @@ def test_batches_hold_modules():
             assert len({modules[d.query] for d in group}) <= 2
 
 
-def test_an_epoch_holds_each_docstring_once():
+def test_epoch_holds_each_docstring_once():
     batches = list(itertools.islice(stream(), 15))
     epochs = [batches[:5], batches[5:10], batches[10:]]
     assert all(len({d.query for batch in epoch for d in batch}) == 30 for epoch in epochs)

@@ -58,7 +58,7 @@ def synset(gloss: str, *words: str, file: str = "noun.animal", examples: tuple[s
     return Synset("n00000001", file, words, gloss, examples, (), marked)
 
 
-def test_a_line_of_the_database_is_read():
+def test_line_of_the_database_is_read():
     dog = read_synset(NOUNS.splitlines()[5])
     examples = ("the dog barked all night", "dogs bark")
     assert dog == Synset("n00000500", "noun.animal", ("dog", "house dog"), "a domestic pet", examples, ("n00000400",), marked=False)
@@ -110,7 +110,7 @@ def test_plain_glosses(gloss, word, marked, plain):
     assert is_plain(synset(gloss, word, marked=marked)) == plain
 
 
-def test_an_example_has_the_word_and_none_of_the_gloss():
+def test_example_has_the_word_alone():
     examples = ("he moved on", "leaping and dancing they came", "She danced with joy")
     leap = synset("skip, leap, or move up and down", "dance", examples=examples)
     assert example(leap, "dance") == "She danced with joy"
@@ -118,7 +118,7 @@ def test_an_example_has_the_word_and_none_of_the_gloss():
     assert content("The runner was running with dogs!") == {"runn", "dog"}
 
 
-def test_a_second_answer_is_seen():
+def test_second_answer_is_seen():
     meant, other = synset("one", "bank", file="noun.artifact"), synset("two", "bank", file="noun.location")
     alone, shown = Query("bank", None, meant, other), Query("bank", "she sat on the bank", meant, other)
     assert answers(alone, other)
@@ -187,10 +187,10 @@ def test_pairs_that_were_checked_by_hand(shipped):
 
 @needs_wordnet
 def test_neighbours_in_wordnet_are_nearer():
-    whole = read_wordnet(WORDNET)
+    wordnet = read_wordnet(WORDNET)
 
     def near(one, other):
-        return whole.similarity(whole.senses["noun", one][0], whole.senses["noun", other][0])
+        return wordnet.similarity(wordnet.senses["noun", one][0], wordnet.senses["noun", other][0])
 
     assert near("dog", "cat") > near("dog", "car") > near("dog", "anger")
     assert near("car", "truck") > near("car", "spoon")
@@ -198,7 +198,7 @@ def test_neighbours_in_wordnet_are_nearer():
 
 
 @needs_wordnet
-def test_the_script_writes_what_is_shipped(tmp_path, monkeypatch):
+def test_script_writes_what_is_shipped(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["make.py", str(WORDNET), "--output", str(tmp_path)])
     main()
     for file in ("LICENSE-WordNet", *(f"data/{name}.jsonl" for name in ("documents", "queries", "pairs"))):

@@ -12,6 +12,7 @@ import evaluate
 from experiments.paper_tables import quality_latency, report
 from experiments.paper_tables.tables import AVERAGE, CATEGORIES, Row, as_csv, cell, figure, markdown
 from tests.conftest import ROOT
+from tests.runs import mlflow_runs
 
 FOLDER = ROOT / "experiments" / "paper_tables"
 
@@ -84,8 +85,8 @@ def test_evaluations_become_both_tables(compose, tiny_policy_folder, tmp_path, c
     shown = capsys.readouterr().out
     assert "| tiny | + CL | n/m |" in shown
     client = MlflowClient(cfg.paths.tracking_uri)
-    runs = client.search_runs([client.get_experiment_by_name(cfg.project).experiment_id], "run_name = 'paper tables: test'")
-    logged = {file.path for file in client.list_artifacts(runs[0].info.run_id)}
+    (run,) = [run for run in mlflow_runs(client, cfg.project) if run.info.run_name == "paper tables: test"]
+    logged = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert logged == {"tables.md", "tables.csv", "tables.png", "similarities_tiny_grace_sup.png"}
     with pytest.raises(SystemExit, match=r"^paper_tables: no evaluation on mteb_eng_v1 of a model in "):
         report.main([str(models), *where[2:], "--output", str(tmp_path / "none")])
@@ -101,5 +102,5 @@ def test_lengths_are_timed_and_scored(tiny_policy_folder, tmp_path):
     assert all(float(second[time]) > 0 for time in ("writing_ms", "encoding_ms"))
     assert first["average"] != second["average"]
     client = MlflowClient(uri)
-    (run,) = client.search_runs([client.get_experiment_by_name("grace").experiment_id])
+    (run,) = mlflow_runs(client, "grace")
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {f"quality_latency.{kind}" for kind in ("md", "csv", "png")}

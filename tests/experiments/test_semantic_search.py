@@ -31,7 +31,7 @@ def test_summaries_find_their_docstrings(tmp_path):
         assert all(hit.rationale == index.rationales[documents.index(hit.document)] for hit in hits)
 
 
-def test_the_command_shows_hits_and_rationales(tmp_path, capsys):
+def test_command_shows_hits_and_rationales(tmp_path, capsys):
     main(["read and write a cache", "--packages", "joblib", "--cache", str(tmp_path), "--hits", "2"])
     shown = capsys.readouterr().out
     assert "128 docstrings of joblib read in" in shown

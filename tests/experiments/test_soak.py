@@ -6,7 +6,7 @@ import torch
 from experiments.soak import soak
 
 
-def test_growth_is_the_slope_of_the_second_half():
+def test_growth_is_the_later_slope():
     assert soak.growth([0.0, 50.0, 90.0, *(100.0 + 0.01 * step for step in range(3, 8))]) == pytest.approx(10.0)
     assert soak.growth([7.0] * 10) == 0
 

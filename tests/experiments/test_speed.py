@@ -26,7 +26,7 @@ def test_rounds_alternate_and_ratios_are_of_pairs():
     assert paired_ratio([2, 9, 30], [1, 3, 10]) == 3
 
 
-def test_a_table_is_markdown():
+def test_table_is_markdown():
     assert table(["a", "b"], [[1, "x"]]) == "| a | b |\n| --- | --- |\n| 1 | x |\n"
 
 
@@ -69,7 +69,7 @@ def test_trl_reward_sees_our_embeddings():
     documents, queries = ["a sorted copy of the list", "the edges of a graph"], ["sort a list", "graph edges"]
     written = HFEngine(5).generate(policy, renderer(documents), n=3)
     reward = ListwiseReward(policy.model, renderer, new_tokens=5, rollouts=3, batch_size=4)
-    repeated = [[text for text in side for _ in range(3)] for side in (documents, queries, documents[::-1])]
+    repeated = [[text for text in texts for _ in range(3)] for texts in (documents, queries, documents[::-1])]
     values = reward([ids.tolist() for ids in written.rationales()], *repeated)
     assert len(values) == 6
     assert len(set(values)) > 1
@@ -109,7 +109,7 @@ def test_scaling(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not TRL.exists(), reason="needs TRL in .venv-trl, see experiments/speed/README.md")
-def test_a_step_against_trl(tmp_path):
+def test_step_against_trl(tmp_path):
     file = tmp_path / "table.md"
     sizes = ["--instances", "4", "--rollouts", "2", "--new-tokens", "4", "--instances-per-micro-batch", "2"]
     step.main([*sizes, *FEW, "--output", str(file)])

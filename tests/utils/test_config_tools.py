@@ -1,17 +1,11 @@
-"""What configs ask of the machine, groups of configs as objects, and the estimate of a run's time."""
+"""What configs ask of the machine, and groups of configs as objects."""
 
-import logging
-import re
-
-import lightning as L
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from src.callbacks.progress import TimeEstimate
 from src.utils import machine
 from src.utils.instantiate import instantiate_all
-from tests.callbacks.conftest import FewTriplets, make_module
 
 FRACTION = {"_target_": "fractions.Fraction", "numerator": 1, "denominator": 2}
 
@@ -24,7 +18,7 @@ def test_groups_of_configs_are_instantiated_in_order():
 
 
 @pytest.mark.parametrize("entry", [{"numerator": 1}, "fractions.Fraction", 3])
-def test_an_entry_without_target_is_named(entry):
+def test_entry_without_target_is_named(entry):
     with pytest.raises(ValueError, match=r"callbacks\.wrong has no _target_"):
         instantiate_all(OmegaConf.create({"wrong": entry}), "callbacks")
 
@@ -42,16 +36,3 @@ def test_bfloat16_is_what_the_processor_says():
     if not torch.cuda.is_available():
         flags = torch.cpu.get_capabilities()
         assert machine.has_bfloat16() == bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
-
-
-def test_time_estimate_is_logged(tiny_policy, tmp_path, caplog):
-    module, data = make_module(tiny_policy), FewTriplets(2)
-    data.batch_size = 2
-    trainer = L.Trainer(
-        accelerator="cpu", max_epochs=1, limit_train_batches=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        callbacks=[TimeEstimate(evaluated_texts=10)], default_root_dir=tmp_path,
-    )  # fmt: skip
-    with caplog.at_level(logging.INFO):
-        trainer.fit(module, data)
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "src.callbacks.progress"]
-    assert re.fullmatch(r"GRACE: 2 batches of 2 texts on .*CPU threads.*; about \d+ minutes, evaluation included", line)

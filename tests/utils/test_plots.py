@@ -1,4 +1,3 @@
-
 import pytest
 
 from src.utils.plots import TermHistory, curves_figure, reward_terms_figure, running_mean, scores_figure, similarities_figure
@@ -24,7 +23,7 @@ def test_reward_terms_figure(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 5000
 
 
-def test_a_single_batch_can_be_drawn():
+def test_single_batch_can_be_drawn():
     assert len(reward_terms_figure({"total": TermHistory([1], [0.1], [0.0])}).get_axes()) == 2
 
 

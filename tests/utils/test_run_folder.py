@@ -71,7 +71,7 @@ def test_last_is_the_run_started_last(tmp_path, choose):
         choose("last", name="other", seed=0)
 
 
-def test_last_is_of_the_same_seed_and_has_trained(tmp_path, choose):
+def test_last_has_same_seed_and_trained(tmp_path, choose):
     for seed, at in ((0, 10), (1, 20)):
         started(tmp_path / "tiny" / f"s{seed}", at, seed=seed)
     started(tmp_path / "tiny" / "failed", 30)
@@ -81,7 +81,7 @@ def test_last_is_of_the_same_seed_and_has_trained(tmp_path, choose):
         choose("last", seed=2)
 
 
-def test_a_checkpoint_names_the_folder_of_its_run(tmp_path, choose):
+def test_checkpoint_names_its_run_folder(tmp_path, choose):
     run = started(tmp_path / "tiny" / "a", at=10)
     saved(run)
     for name in ("last.ckpt", "batch_4.ckpt"):
@@ -125,7 +125,7 @@ def test_requeued_job_resumes_from_its_own_state(tmp_path, choose, requeue):
     assert starting_point(str(other), work(folder, command)) == str(checkpoint)
 
 
-def test_requeued_job_that_saved_nothing_starts_as_told(tmp_path, requeue):
+def test_requeued_job_without_checkpoint_starts_as_told(tmp_path, requeue):
     checkpoint = saved(tmp_path / "run")
     earlier = checkpoint.with_name("batch_2.ckpt")
     earlier.mkdir()
@@ -174,7 +174,7 @@ def test_second_process_in_a_folder_is_refused(tmp_path):
         assert f"process {os.getpid()} " in (tmp_path / "run.lock").read_text()
 
 
-def test_refused_run_writes_nothing_and_rank_zero_alone_writes(tmp_path, monkeypatch):
+def test_refused_run_writes_nothing(tmp_path, monkeypatch):
     def start(**settings):
         logging = {"root": {"handlers": ["console", "file"]}}
         hydra = {"run": {"dir": str(tmp_path)}, "output_subdir": ".hydra", "overrides": {"task": []}, "job_logging": logging}

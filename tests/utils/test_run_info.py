@@ -73,7 +73,7 @@ def test_settings_are_those_that_change_results(compose):
         assert settings_of(compose("seed=3", "experiment=tiny_sup", other)) != base
 
 
-def test_changed_settings_are_named_and_make_another_run(tmp_path, caplog):
+def test_changed_settings_make_another_run(tmp_path, caplog):
     checkpoint, run = str(tmp_path / "run" / "checkpoints" / "batch_4.ckpt"), tmp_path / "run"
     base = {"seed": 0, "reward.hard_reduction": "mean", "packages": ["a"]}
     assert not settings_changed(base, run, checkpoint)  # an older run, which saved none
@@ -90,7 +90,7 @@ def test_changed_settings_are_named_and_make_another_run(tmp_path, caplog):
     assert read_settings(run) is None
 
 
-def test_renamed_settings_and_moved_classes_are_no_change(compose):
+def test_renamed_settings_are_no_change(compose):
     now = settings_of(compose("experiment=smollm2_sup", "reward=listwise", "reward@module.pathwise_reward=listwise"))
     old_name = {new: old for old, new in RENAMED.items()}
     old_name |= {

@@ -95,22 +95,6 @@ def test_table_sent_twice_is_one_mlflow_table(logger):
     assert tables == [{"path": path, "type": "table"} for path in ("rationales/step_3.json", "theirs.json")]
 
 
-def test_new_run_is_tagged_with_the_old(logger, tmp_path):
-    first = logger()
-    first.log_metrics({"loss": 1.0}, 1)
-    second = logger()
-    second.start_new_run()
-    second.log_metrics({"loss": 2.0}, 1)
-    client = second.experiment
-    assert second.run_id != first.run_id
-    assert client.get_run(str(second.run_id)).data.tags["resumed_from"] == first.run_id
-    assert [run.data.metrics["loss"] for run in client.search_runs([str(second.experiment_id)])] == [2.0, 1.0]
-    third = logger()
-    assert third.resumed
-    assert third.run_id == second.run_id
-    assert (tmp_path / "run" / f"run_{first.run_id}.json").exists()
-
-
 def test_artifact_location_is_of_local_stores_only(logger):
     assert logger(artifact_location="file:///here")._artifact_location == "file:///here"
     assert logger(artifact_location="file:///here", tracking_uri="http://localhost:5000")._artifact_location is None
@@ -172,7 +156,7 @@ def test_unknown_run_is_one_line(logger, tmp_path):
         logger().log_metrics({"loss": 1.0}, 1)
 
 
-def test_no_server_to_start_with_is_one_line(logger):
+def test_missing_server_is_one_line(logger):
     with pytest.raises(ConnectionError, match=r"^no MLflow at http://me:\*\*\*@127.0.0.1:\d+: .*logger=none$") as caught:
         logger(tracking_uri=f"http://me:secret@127.0.0.1:{free_port()}").log_metrics({"loss": 1.0}, 1)
     assert "secret" not in str(caught.value)
@@ -251,7 +235,8 @@ def test_outbox_keeps_order_over_processes(tmp_path):
     with open(box.file, "a") as file:
         file.write('{"number": 3')  # the process was killed here
     again = Outbox(box.file, seconds_between_tries=0)
-    assert again.waits
+    assert [message["number"] for message in again.messages()] == [0, 1, 2]
+    again.put({"number": 4})
     sent: list[Message] = []
 
     def send(message):
@@ -261,20 +246,11 @@ def test_outbox_keeps_order_over_processes(tmp_path):
         return True
 
     assert again.empty(send) == 2
-    assert list(again.messages()) == [{"number": 2}]
+    assert list(again.messages()) == [{"number": 2}, {"number": 4}]
     sent.clear()
-    assert again.empty(send) == 1
+    assert again.empty(send) == 2
     assert not again.waits
     assert again.empty(send) == 0
-
-
-def test_outbox_drops_a_partial_line(tmp_path):
-    file = tmp_path / "unsent.jsonl"
-    file.write_text('{"number": 0}\n{"number": 1')
-    box = Outbox(file)
-    for number in (2, 3):
-        box.put({"number": number})
-    assert list(Outbox(file).messages()) == [{"number": number} for number in (0, 2, 3)]
 
 
 def test_outbox_waits_between_tries(tmp_path):

@@ -89,7 +89,7 @@ def test_quoted_secrets_are_hidden(monkeypatch):
         assert "ne" not in left
 
 
-def test_secret_keys_are_hidden_and_token_counts_are_not():
+def test_secret_keys_are_hidden():
     plain = {"max_new_tokens": 8, "tokens": 10, "tokenizer": "x", "pad_token": "<pad>", "forward_pass": True, "key_value_heads": 2}
     plain |= {"special_tokens": ["<a>"], "token": None}
     names = ("pgpassword", "db_pass", "pwd", "passphrase", "connection_string", "hf_token", "aws_secret_access_key")

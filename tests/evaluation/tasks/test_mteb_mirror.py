@@ -15,10 +15,8 @@ import pytest
 from src.evaluation.benchmarks import named_tasks
 from src.evaluation.run_tasks import run_tasks
 from src.evaluation.tasks.mteb_mirror import copy_folder, download, localised
-from src.modules.encoder.encoder import RationaleEncoder
-from src.modules.encoder.settings import EncoderSettings
-from src.modules.rollouts.hf import HFEngine
 from tests.conftest import ROOT
+from tests.evaluation.builders import encoder
 from tests.hub_server import Hub, Repositories, local_hub
 from tests.own_files import LABELS, SCORED, TEXTS, write_own_tasks
 
@@ -90,10 +88,10 @@ def test_downloaded_data_is_evaluated_offline(tiny_policy, tmp_path):
         assert "\n  mteb/sts12-sts: " in errors
     assert {file.name for file in folder.iterdir() if file.is_file()} == {"README.md", "test.jsonl"}
     assert not list(folder.parent.glob("*.partial"))
-    encoder = RationaleEncoder(tiny_policy, EncoderSettings("Name the terms.", 96, 4), HFEngine(4), rationale=False)
+    own_encoder = encoder(tiny_policy, rationale=False)
     own = write_own_tasks(tmp_path / "own") / "MyRetrieval.yaml"  # the same texts and answers
     tasks = named_tasks(["BIOSSES", "NFCorpus", str(own)], tmp_path / "data")
-    scores = run_tasks(encoder, tasks, tmp_path / "results", "tiny")  # HF_HUB_OFFLINE=1
+    scores = run_tasks(own_encoder, tasks, tmp_path / "results", "tiny")  # HF_HUB_OFFLINE=1
     assert scores.failures == {}
     stored = json.loads(next((tmp_path / "results").rglob("BIOSSES.json")).read_text())
     assert stored["dataset_revision"] == BIOSSES["revision"]

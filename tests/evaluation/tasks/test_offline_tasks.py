@@ -11,7 +11,6 @@ import torch
 from omegaconf import OmegaConf
 
 from src.datamodules.docstrings import Docstring, collect
-from src.evaluation.run_tasks import run_tasks
 from src.evaluation.tasks.offline_tasks import (
     SIZES,
     OfflineSize,
@@ -23,10 +22,7 @@ from src.evaluation.tasks.offline_tasks import (
     overlap,
     subpackage,
 )
-from src.evaluation.tasks.wordnet_tasks import SPECS, read_rows, wordnet_sets, wordnet_tasks
-from src.modules.encoder.encoder import RationaleEncoder
-from src.modules.encoder.settings import EncoderSettings
-from src.modules.rollouts.hf import HFEngine
+from src.evaluation.tasks.wordnet_tasks import read_rows, wordnet_sets, wordnet_tasks
 from tests.conftest import ROOT
 
 PACKAGES = ["networkx", "rich"]
@@ -98,12 +94,6 @@ def test_random_states_are_left_alone(make, cache_dir):
     assert drawn[0] == drawn[1]
 
 
-@BOTH
-def test_unknown_size(make, cache_dir):
-    with pytest.raises(ValueError, match=r"size 'huge'.*mini, small, large"):
-        make(cache_dir, "huge")
-
-
 # ---- docstrings
 
 
@@ -151,7 +141,7 @@ def test_docstring_sets_share_texts(cache_dir):
     assert len(set(train.values())) > 1
     assert set(train.values()) == set(test.values())
     used = train.keys() | test.keys() | {row["sentences"] for row in lines(folders["clustering"] / "test.jsonl")}
-    used |= {row[side] for row in lines(folders["pairs"] / "test.jsonl") for side in ("sentence1", "sentence2")}
+    used |= {row[name] for row in lines(folders["pairs"] / "test.jsonl") for name in ("sentence1", "sentence2")}
     assert used <= texts
 
 
@@ -188,14 +178,6 @@ def test_held_out_packages_suffice(part):
 # ---- WordNet
 
 
-class Counting(RationaleEncoder):
-    """Keeps the texts that it embeds."""
-
-    def encode(self, texts: list[str], prompt_type: str | None = None) -> np.ndarray:
-        self.seen = [*getattr(self, "seen", []), *texts]
-        return super().encode(texts, prompt_type)
-
-
 @pytest.mark.parametrize("size", ["small", "large"])
 def test_wordnet_sets(size):
     rows = read_rows(WORDNET, size)
@@ -224,18 +206,6 @@ def test_wordnet_sizes_are_nested():
     assert read_rows(WORDNET, "mini") == small
     assert all([row for row in large[name] if row["small"]] == rows for name, rows in small.items())
     assert all(0 < len(rows) < len(large[name]) for name, rows in small.items())
-
-
-def test_wordnet_texts_are_embedded_once(tiny_policy, tmp_path):
-    settings = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, max_new_tokens=4)
-    encoder = Counting(tiny_policy, settings, HFEngine(4), rationale=False)
-    scores = run_tasks(encoder, wordnet_tasks(WORDNET, tmp_path / "cache"), tmp_path / "results", "tiny")
-    assert scores.failures == {}
-    assert list(scores.tasks) == [spec.name for spec in SPECS]
-    assert list(scores.categories) == [spec.kind for spec in SPECS]
-    assert len(encoder.seen) == len(set(encoder.seen)) == WORDNET_TEXTS["small"]
-    again = run_tasks(Counting(tiny_policy, settings, HFEngine(4), rationale=False), wordnet_tasks(WORDNET, tmp_path), None, "tiny")
-    assert again == scores
 
 
 def test_missing_wordnet_file(tmp_path):

@@ -12,12 +12,10 @@ from src.evaluation.run_tasks import run_tasks
 from src.evaluation.tasks.own_data import Name, Text, read_rows
 from src.evaluation.tasks.own_tasks import KINDS, find_own_tasks, own_task
 from src.modules.encoder.encoder import RationaleEncoder
-from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
-from src.modules.rollouts.hf import HFEngine
-from tests.own_files import LABELS, SCORED, TEXTS, TOPICS, describe, jsonl, tsv, write_own_tasks
-
-SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, max_new_tokens=4)
+from tests.datamodules.builders import write
+from tests.evaluation import builders
+from tests.own_files import LABELS, SCORED, TEXTS, TOPICS, describe, tsv, write_own_tasks
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def encoder(tiny_policy: Policy) -> RationaleEncoder:
-    return RationaleEncoder(tiny_policy, SETTINGS, HFEngine(4))
+    return builders.encoder(tiny_policy)
 
 
 def cosines(encoder: RationaleEncoder, pairs: list[tuple[int, int]]) -> list[float]:
@@ -78,8 +76,8 @@ def test_retrieval_is_the_ndcg_of_a_loop(folder, encoder):
 def test_titles_and_grades(encoder, tmp_path):
     """A document may be a title or a text alone; a grade may be written as 2.0."""
     documents = [("graphs", TEXTS[0]), ("", TEXTS[1]), (TEXTS[4], ""), (TEXTS[8], None), (None, TEXTS[9])]
-    jsonl(tmp_path / "corpus.jsonl", [{"_id": i, "title": title, "text": text} for i, (title, text) in enumerate(documents)])
-    jsonl(tmp_path / "queries.jsonl", [{"_id": "q", "text": "graphs"}])
+    write(tmp_path / "corpus.jsonl", *[{"_id": i, "title": title, "text": text} for i, (title, text) in enumerate(documents)])
+    write(tmp_path / "queries.jsonl", *[{"_id": "q", "text": "graphs"}])
     tsv(tmp_path / "qrels.tsv", [("query-id", "corpus-id", "score"), ("q", 0, 2.0), ("q", 1, 1), ("q", 4, 0)])
     file = describe(tmp_path, "Titles", "Retrieval", "corpus: corpus.jsonl\nqueries: queries.jsonl\nqrels: qrels.tsv")
     assert "Titles" in scores_of(encoder, file)
@@ -93,7 +91,7 @@ def test_titles_and_grades(encoder, tmp_path):
 
 def test_reranking_in_rows_and_in_lists(folder, encoder, tmp_path):
     lists = [json.loads(line) for line in (folder / "rerank.jsonl").read_text().splitlines()]
-    rows = [(row["query"], text, label) for row in lists for label, side in enumerate(("negative", "positive")) for text in row[side]]
+    rows = [(row["query"], text, label) for row in lists for label, role in enumerate(("negative", "positive")) for text in row[role]]
     tsv(tmp_path / "rows.tsv", [("query", "document", "label"), *rows])
     scores = scores_of(encoder, folder / "MyReranking.yaml", describe(tmp_path, "Rows", "Reranking", "data: rows.tsv"))
     assert scores["Rows"] == scores["MyReranking"]
@@ -129,7 +127,7 @@ PAIR = {"sentence1": "a", "sentence2": "b"}
     ],
 )
 def test_bad_row(kind, rows, message, tmp_path):
-    jsonl(tmp_path / "rows.jsonl", rows)
+    write(tmp_path / "rows.jsonl", *rows)
     with pytest.raises(ValueError, match=rf"Bad.yaml: .*{message}") as caught:
         own_task(describe(tmp_path, "Bad", kind, "data: rows.jsonl"))
     assert "\n" not in str(caught.value)
@@ -200,6 +198,6 @@ def test_named_column_wins(names, tmp_path):
     tsv(tmp_path / "sts.tsv", [("sentence1", "sentence2", *names), ("a", "b", *(values[name] for name in names))])
     ((_, row),) = read_rows(tmp_path / "sts.tsv", {"score": "similarity"}, score=float)
     assert row == {"score": 0.25}
-    jsonl(tmp_path / "swapped.jsonl", [{"text": "a label", "label": "a text"}])
+    write(tmp_path / "swapped.jsonl", *[{"text": "a label", "label": "a text"}])
     ((_, row),) = read_rows(tmp_path / "swapped.jsonl", {"text": "label", "label": "text"}, text=Text, label=Name)
     assert row == {"text": "a text", "label": "a label"}
