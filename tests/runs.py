@@ -122,7 +122,6 @@ def batches_saved(folder: Path) -> int:
 def mlflow_runs(client: MlflowClient, project: str) -> list[Run]:
     """Returns the runs of an experiment, the newest first."""
     experiment = client.get_experiment_by_name(project)
-    assert experiment is not None
     return list(client.search_runs([experiment.experiment_id]))
 
 
@@ -134,7 +133,6 @@ def steps(client: MlflowClient, run: Run, metric: str = "reward/total/mean") -> 
 def stop_at(line: str, command: list[str]) -> tuple[int, str]:
     """Starts a command as users do and sends it SIGUSR1 when it says a line; returns its exit status and output."""
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
         shown = ""
         for said in process.stdout:
             shown += said

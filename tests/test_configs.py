@@ -1,4 +1,4 @@
-"""Every config composes, what it describes can be made, and mistakes fail in Hydra's own words."""
+"""Every config composes, and what it describes can be instantiated."""
 
 import shlex
 from pathlib import Path
@@ -122,7 +122,7 @@ def test_search_composes(search, compose):
 
 
 def study_commands(start: str) -> list[list[str]]:
-    """What follows the program's name in the studies' commands that begin so."""
+    """Returns the arguments of the studies' commands that begin with `start`."""
     lines = [line for file in (ROOT / "experiments").glob("*/README.md") for line in file.read_text().splitlines()]
     return [shlex.split(line, comments=True)[len(start.split()) - 1 :] for line in lines if line.startswith(start)]
 

@@ -1,4 +1,4 @@
-"""evaluate.py: policies side by side, its settings, its tasks, and evaluations that are killed or cannot have their data."""
+"""evaluate.py: comparisons of policies, settings, tasks, evaluations that are killed or lack their data."""
 
 import json
 import shutil
@@ -126,7 +126,7 @@ def stored(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(3 * PATIENCE)
-def test_killed_evaluation_goes_on(programs, compose, tiny_policy_folder, tmp_path):
+def test_killed_evaluation_resumes(programs, compose, tiny_policy_folder, tmp_path):
     results = tmp_path / "outputs" / "mteb"
     killed = command(programs, tmp_path, tiny_policy_folder, *SMALL)
     until = time.monotonic() + PATIENCE

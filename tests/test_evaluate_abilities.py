@@ -1,8 +1,7 @@
-"""General abilities in evaluate.py: what they are compared with, and that what is missing is found before anything is scored."""
+"""General abilities in evaluate.py: the policy they are compared with, and errors before anything is scored."""
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ from tests.runs import mlflow_runs
 OFFLINE = ["abilities.tasks=offline", "abilities.packages=[networkx]", "abilities.count=8"]
 
 
-def test_abilities_stand_beside_those_of_the_base(compose, tiny_policy_folder, tmp_path, capsys):
+def test_abilities_are_compared_with_the_base(compose, tiny_policy_folder, tmp_path, capsys):
     pytest.importorskip("lm_eval")
     trained = Path(shutil.copytree(tiny_policy_folder, tmp_path / "export"))
     small = ["size=small", "packages.test=[networkx,rich]", "rationale=false"]
@@ -47,8 +46,7 @@ def test_both_are_scored_on_the_named_device(compose, monkeypatch):
         return {"task": AbilityScore("acc", True, (1.0, 0.0), (1.0, 1.0))}
 
     monkeypatch.setattr(setup, "run_abilities", run_abilities)
-    settings: Any = None
-    policies = {name: (small_policy(), settings) for name in ("base", "trained")}
+    policies = {name: (small_policy(), None) for name in ("base", "trained")}
     setup.report_abilities(cfg, policies, "base", Console(quiet=True))
     assert scored == [torch.device("meta")] * 2
 
@@ -102,7 +100,7 @@ def test_unknown_base_must_be_named(compose, tiny_policy_folder, tmp_path, monke
     assert message.endswith("base= names another")
 
 
-def test_missing_package_or_task_is_named(compose, tiny_policy_folder, monkeypatch):
+def test_missing_package_or_task(compose, tiny_policy_folder, monkeypatch):
     pytest.importorskip("lm_eval")
     base = f"base={tiny_policy_folder}"
     message = stopped(compose, monkeypatch, "abilities.tasks=[gsm8k,nosuchtask]", base)

@@ -1,4 +1,4 @@
-"""vLLM is installed without its dependencies; all that it requires must be there all the same."""
+"""vLLM is installed without its dependencies; those that it needs must be installed too."""
 
 import importlib.util
 from importlib import metadata

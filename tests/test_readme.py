@@ -1,4 +1,4 @@
-"""The commands of README.md, CONTRIBUTING.md and docs/, each run or composed as far as a small machine without a network goes."""
+"""The commands of README.md, CONTRIBUTING.md and docs/, run or composed on CPUs and without a network."""
 
 import importlib
 import importlib.util
@@ -45,7 +45,7 @@ SETTINGS = {"abilities", "algorithm", "callbacks", "datamodule", "embeddings", "
 
 
 def blocks(language: str, *pages: str) -> list[str]:
-    """The fenced blocks of a language, of all pages or those named."""
+    """Returns the fenced blocks of a language, of all pages or those named."""
     texts = [text for page, text in PAGES.items() if not pages or page.name in pages]
     return [block for text in texts for block in re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)]
 
@@ -55,7 +55,7 @@ INLINE = [code for text in PAGES.values() for code in re.findall(r"`([^`\n]+)`",
 
 
 def commands(*beginnings: str) -> list[str]:
-    """The different command lines of the shell blocks that begin so, without comments."""
+    """Returns the command lines of the shell blocks with one of these beginnings, each once, without comments."""
     return list(dict.fromkeys(line for line in LINES if line.startswith(beginnings)))
 
 
@@ -188,7 +188,7 @@ def test_documented_experiment_composes(compose, documented):
 
 
 def test_documented_reward_is_one(monkeypatch):
-    names: dict[str, object] = {}
+    names = {}
     for block in blocks("python", "CONTRIBUTING.md"):
         exec(block, names)
     names["test_margin_is_the_equation"]()
@@ -209,7 +209,7 @@ def test_documented_task_is_one(tmp_path):
 
 def test_python_examples(tiny_policy_folder, tmp_path):
     folder = export(Policy.load(str(tiny_policy_folder)), EncoderSettings.load(tiny_policy_folder), tmp_path / "export")
-    ours, theirs = ({}, {})  # type: tuple[dict[str, object], dict[str, object]]
+    ours, theirs = {}, {}
     for names, block in zip((ours, theirs), blocks("python", "README.md"), strict=True):
         exec(block.replace("outputs/smollm2_sup/.../export", str(folder)), names)
     for name in ("plain", "vectors"):

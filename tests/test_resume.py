@@ -33,7 +33,7 @@ def runs(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def small(tiny_policy_folder: Path, tracking_uri: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run in which everything that has a state has one: dropout, warm-up, groups held for an update, monitoring callbacks."""
+    """A run with every kind of state: dropout, warm-up, groups held for an update, monitoring callbacks."""
     base = tmp_path_factory.getbasetemp()
     return [
         *("experiment=tiny_sup", f"policy.path={tiny_policy_folder}", f"paths.cache_dir={base}/docstrings"),
@@ -225,8 +225,8 @@ def test_new_settings_start_another_mlflow_run(runs, own, tmp_path, tracking_uri
     client = MlflowClient(tracking_uri)
     second, first = mlflow_runs(client, tmp_path.name)
     assert second.data.tags["resumed_from"] == first.info.run_id
-    assert json.loads((tmp_path / "run.json").read_text())["run_id"] == second.info.run_id
-    assert (tmp_path / f"run_{first.info.run_id}.json").exists()
+    assert json.loads((tmp_path / "mlflow" / "run.json").read_text())["run_id"] == second.info.run_id  # a further resume logs to it
+    assert (tmp_path / "mlflow" / f"run_{first.info.run_id}.json").exists()
     # a batch is logged before its checkpoint is saved, so what was saved is in the first run
     assert steps(client, second) == [4, 5, 6, 7, 8]
     assert steps(client, first)[:5] == [1, 2, 3, 4, 5]

@@ -27,13 +27,16 @@ def test_train_end_to_end(run_train, places, tracking_uri, tmp_path):
     assert run.info.status == "FINISHED"
     assert (run.data.params["seed"], run.data.params["reward._target_"]) == ("7", "src.modules.objectives.rewards.document")
     assert {"git.commit", "version.lightning", "hardware.cores"} <= set(run.data.tags)
-    for metric in ("reward/total/mean", "reward/hard/within_group_std", "kl/from_start", "throughput/rollout_tokens_per_second"):
+    each_batch = ["reward/positive/mean", "reward/hard/within_group_std", "update/entropy", "kl/from_start"]
+    each_batch += ["throughput/rollout_tokens_per_second", "seconds/batch", "memory/peak_rss_gib"]
+    for metric in each_batch:
         assert steps(client, run, metric) == [1, 2], metric
     assert {"mteb/average", "test/base/average", "test/base_reasoning/average", "test/grace/DocstringRetrieval"} <= set(run.data.metrics)
     artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert "figures/reward_terms.png" in {file.path for file in client.list_artifacts(run.info.run_id, "figures")}
     assert {"config.yaml", "figures", "rationales", "report", "report.html", "report.md", "similarities"} <= artifacts
     config = yaml.safe_load((tmp_path / "artifacts" / run.info.run_id / "artifacts" / "config.yaml").read_text())
-    assert config["paths"]["output_dir"] == f"{tmp_path}/out"
+    assert config["paths"]["output_dir"] == run.data.params["paths.output_dir"] == f"{tmp_path}/out"
 
 
 def test_stopped_run_resumes_in_place(run_train, places, tracking_uri, tmp_path):
@@ -91,7 +94,6 @@ def test_sweep_over_training_resumes(run_train, places, tracking_uri, tmp_path):
 def test_optimized_metric_is_returned(compose, tmp_path):
     settings = ["logger=none", *ONE_BATCH, "trainer.accelerator=cpu", "packages.train=[urllib3]", "reward=listwise"]
     reward = train(compose(*settings, "optimized_metric=reward/total/mean", "callbacks.checkpoint=null"))
-    assert reward is not None
     assert reward < 0  # of the listwise form, a sum of log-probabilities
     assert not list(tmp_path.rglob("*.ckpt"))  # nor does Lightning save one
     with pytest.raises(KeyError, match=r"optimized_metric='nope' was never logged.*reward/total/mean"):

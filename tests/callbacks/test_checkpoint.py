@@ -21,7 +21,7 @@ from tests.small_disk import small_disk
 
 
 class Metric(L.Callback):
-    """A score at some rollout batches, as an evaluation leaves it; and how many checkpoints there ever were at once."""
+    """Reports scores after some rollout batches, as an evaluation does; counts the checkpoints that exist at once."""
 
     def __init__(self, scores: dict[int, float], folder: Path) -> None:
         self.scores, self.folder, self.most = scores, folder, 0

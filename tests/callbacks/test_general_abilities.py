@@ -1,6 +1,5 @@
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -39,9 +38,8 @@ def test_sharded_policy_is_scored_in_full(module, tiny_policy_folder, tmp_path):
     try:
         shard(module.policy, torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
         assert is_sharded(module.policy)
-        monitored: Any = trainer
-        abilities.at_start(monitored, module)
-        abilities.at_end(monitored, module)
+        abilities.at_start(trainer, module)
+        abilities.at_end(trainer, module)
         assert is_sharded(module.policy)
     finally:
         if alone:

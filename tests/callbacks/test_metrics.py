@@ -8,7 +8,7 @@ from src.callbacks.metrics import MetricsMonitor, batch_metrics, peak_memory, wi
 from src.modules.objectives import advantages, rewards
 from src.modules.objectives.rewards import Reward
 from src.modules.training.metrics import GRACEMetrics
-from tests.callbacks.conftest import artifacts, fit, make_module, steps
+from tests.callbacks.conftest import fit, make_module, steps
 
 
 def report(unrelated_similarity: float = 0.25) -> GRACEMetrics:
@@ -53,14 +53,9 @@ def test_batch_metrics():
     assert 0.01 < peak_memory(torch.device("cpu"))["memory/peak_rss_gib"] < 1000
 
 
-def test_grace_logs_each_batch_and_draws(module, mlflow_logger, tmp_path):
-    monitor, resumed = MetricsMonitor(str(tmp_path / "out" / "terms.png")), MetricsMonitor()
-    trainer = fit(module, [monitor], tmp_path, batches=3, logger=mlflow_logger)
-    for name in ("reward/positive/mean", "reward/hard/within_group_std", "update/entropy", "seconds/batch", "memory/peak_rss_gib"):
-        assert steps(mlflow_logger, name) == [1, 2, 3], name
-    assert "reward/total/mean" in trainer.callback_metrics
-    assert (tmp_path / "out" / "terms.png").read_bytes().startswith(b"\x89PNG")
-    assert artifacts(mlflow_logger, "figures") == {"terms.png"}
+def test_history_survives_a_checkpoint(module, tmp_path):
+    monitor, resumed = MetricsMonitor(), MetricsMonitor()
+    fit(module, [monitor], tmp_path, batches=3)
     assert monitor.state_key == "RewardDiagnostics"  # so that earlier checkpoints bring its state
     resumed.load_state_dict(monitor.state_dict())
     assert resumed.history == monitor.history

@@ -47,7 +47,7 @@ def test_mteb_never(module, tmp_path):
 
 
 def test_starting_policy_is_embedded_once(fresh_module, retrieval, tmp_path, monkeypatch):
-    embedded: list[int] = []
+    embedded = []
     embed = RationaleEncoder._run
     monkeypatch.setattr(RationaleEncoder, "_run", lambda self, texts, *how: embedded.append(len(texts)) or embed(self, texts, *how))
     kept, scores, calls = tmp_path / "embeddings", [], []

@@ -35,6 +35,6 @@ def read(reader: Reader, path: Path) -> list[Triplet | BadRecord]:
 
 
 def all_triplets(folder: Path) -> list[Triplet]:
-    """The triplets of a prepared folder."""
+    """Returns the triplets of a prepared folder."""
     prepared = PreparedTriplets(folder)
     return prepared.triplets(np.arange(len(prepared)))

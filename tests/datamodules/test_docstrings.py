@@ -157,7 +157,7 @@ def test_packages_are_installed_at_their_pins():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = dict(line.split("==") for line in project["dependencies"] if "==" in line)
     owners = packages_distributions()
-    named: set[str] = set()
+    named = set()
     for file in (ROOT / "configs" / "packages").glob("*.yaml"):
         config = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
         assert isinstance(config, dict)

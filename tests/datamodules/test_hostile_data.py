@@ -1,4 +1,4 @@
-"""Data that tries to run code or to lead elsewhere, and data that is arbitrary bytes."""
+"""Data that tries to run code or to escape its folder, and data of arbitrary bytes."""
 
 import codecs
 import json
@@ -169,7 +169,7 @@ def test_damaged_parquet(tmp_path, cases):
         for place, byte in changes:
             damaged[place] = byte
         file.write_bytes(bytes(damaged[:cut]))
-        found: list[Triplet | BadRecord] = []
+        found = []
         message = "data.parquet "
         try:
             found = read(TripletReader(), file)

@@ -156,7 +156,7 @@ preparation.prepare([DataFile(path, path.name)], Stuck(), limit(), sys.argv[2], 
 
 
 class Stuck(SentenceReader):
-    """A reader that never gets through its second chunk, by the name of one that does: both prepare the same."""
+    """A reader that hangs in its second chunk, and has the name, and so the cache folder, of one that does not."""
 
     def read(self, chunk: Chunk) -> Iterator[Triplet | BadRecord]:
         if chunk.start > 0:

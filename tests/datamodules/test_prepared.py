@@ -124,20 +124,15 @@ def test_malformed_records_stop_the_run(tmp_path):
 
 
 def test_malformed_records_are_skipped_on_request(tmp_path, caplog):
-    path = write_triplets(
-        tmp_path / "data.jsonl", 20, b"{", b'{"query": "many words %s", "positive": "p", "negative": "n"}' % (b"and more " * 40)
-    )
+    too_long = b'{"query": "many words %s", "positive": "p", "negative": "n"}' % (b"and more " * 40)
+    path = write_triplets(tmp_path / "data.jsonl", 20, b"{", too_long)
     for _ in range(2):  # prepared, and found prepared
         caplog.clear()
         module = data(path, on_bad_record="skip")
         with caplog.at_level(logging.INFO):
             module.prepare_data()
         assert (module.report.records, module.report.kept, module.report.bad, module.report.too_long) == (22, 20, 1, 1)
-        for said in (
-            "1 malformed records",
-            "data.jsonl:21: not JSON",
-            "1 have a text whose prompt is longer than module.max_prompt_tokens=60",
-        ):
+        for said in ("1 malformed records", "data.jsonl:21: not JSON", "1 have a text whose prompt", "module.max_prompt_tokens=60"):
             assert said in caplog.text
     assert len(module.prepared) == 20
 
@@ -196,7 +191,7 @@ class Nothing(L.LightningModule):
 
 
 @pytest.mark.parametrize("limit_batches", [None, 3], ids=["full epochs", "short epochs"])
-def test_resumed_run_and_next_epoch_go_on(tmp_path, limit_batches):
+def test_resumed_run_continues_the_stream(tmp_path, limit_batches):
     path, checkpoint = write_triplets(tmp_path / "data.jsonl", 25), tmp_path / "stopped.ckpt"  # 24 to train on: 6 batches a pass
 
     def fit(seen, ckpt_path=None):

@@ -80,9 +80,9 @@ def test_tables_name_every_ability():
 
 
 def test_folder_has_lm_evals_form(tmp_path):
-    folder = ability_folder(["networkx"], CACHE, 30)
-    assert ability_folder(["networkx"], CACHE, 30) == folder
-    docs = {doc.body: doc for doc in collect(["networkx"], CACHE)}
+    folder = ability_folder(["networkx"], tmp_path, 30)
+    assert ability_folder(["networkx"], tmp_path, 30) == folder
+    docs = {doc.body: doc for doc in collect(["networkx"], tmp_path)}
     questions = [json.loads(line) for line in (folder / "docstring_choice.jsonl").read_text().splitlines()]
     assert len(questions) == 30
     for question in questions:
@@ -92,7 +92,7 @@ def test_folder_has_lm_evals_form(tmp_path):
     for name, config in task_configs(folder).items():
         assert yaml.safe_load((folder / f"{name}.yaml").read_text()) == config
     with pytest.raises(ValueError, match="name more packages"):
-        ability_folder(["networkx"], CACHE, 10**6)
+        ability_folder(["networkx"], tmp_path, 10**6)
 
 
 @pytest.fixture(scope="module")

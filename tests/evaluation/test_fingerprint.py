@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import date
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,7 +77,6 @@ def test_configs_and_tokenizers_change_it(tiny_policy, change):
 
 def test_frozen_encoders_config_changes_it(tiny_policy_folder):
     policy = Policy.load(str(tiny_policy_folder), encoder="frozen")
-    assert policy.frozen_encoder is not None
     before = revision(encoder(policy))
     policy.frozen_encoder.config = copy.deepcopy(policy.model.config)
     assert revision(encoder(policy)) == before
@@ -84,24 +85,16 @@ def test_frozen_encoders_config_changes_it(tiny_policy_folder):
 
 
 def test_dated_template_changes_it_daily(tiny_policy, monkeypatch):
-    class Clock:
-        day = "01 May"
-
-        @classmethod
-        def now(cls):
-            return cls
-
-        @classmethod
-        def strftime(cls, format):
-            return cls.day
+    def set_date(day):
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", SimpleNamespace(now=lambda: date(2026, 5, day)))
 
     tiny_policy.tokenizer.chat_template = "{{ strftime_now('%d %B') }}" + str(tiny_policy.tokenizer.chat_template)
-    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+    set_date(1)
     yesterdays = encoder(tiny_policy)
     before = revision(yesterdays)
-    Clock.day = "02 May"
+    set_date(2)
     assert revision(encoder(tiny_policy)) != before
-    assert revision(yesterdays) == before  # it goes on with the prompts that it was made with
+    assert revision(yesterdays) == before  # its prompts stay those that it was made with
 
 
 ANOTHER = """

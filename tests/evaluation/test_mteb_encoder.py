@@ -194,7 +194,7 @@ def test_encode_both_of_a_frozen_encoder(tiny_policy):
 
 def test_embedded_in_bfloat16_scored_in_float32(tiny_policy, tasks, tmp_path):
     """Autocast would round MTEB's cosines too, and texts that lie close together would tie."""
-    seen: dict[str, set[object]] = {"embedded": set(), "compared": set()}
+    seen = {"embedded": set(), "compared": set()}
 
     class Watched(RationaleEncoder):
         def encode(self, *args, **kwargs):

@@ -55,5 +55,4 @@ def test_kill_leaves_a_complete_file(programs, tmp_path):
     writer.send_signal(signal.SIGKILL)
     assert writer.wait() == -signal.SIGKILL
     found = AtomicResults(tmp_path).load_task_result("BIOSSES", META)
-    assert found is not None
     assert len(found.scores["test"]) == 2000

@@ -1,6 +1,8 @@
 """The benchmarks run at small sizes and measure what they name."""
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ FEW = ["--repeats", "1", "--packages", "joblib"]
 
 
 def test_rounds_alternate_and_ratios_are_of_pairs():
-    order: list[str] = []
+    order = []
     seconds = alternating({name: lambda name=name: order.append(name) for name in "ab"}, 3)
     assert "".join(order) == "abbaab"
     assert [len(own) for own in seconds.values()] == [3, 3]
@@ -77,19 +79,22 @@ def test_trl_reward_sees_our_embeddings():
     torch.testing.assert_close(embedded, written.embeddings, rtol=0, atol=1e-4)
 
 
+def run_benchmark(main: Callable[[list[str]], None], folder: Path, *options: str) -> str:
+    """Runs a benchmark at small sizes; returns its table."""
+    main([*options, *FEW, "--output", str(folder / "table.md")])
+    return (folder / "table.md").read_text()
+
+
 def test_rollouts(tmp_path):
-    file = tmp_path / "table.md"
-    rollouts.main(["--prompts", "3", "--new-tokens", "4", "--rollouts", "1", "2", *FEW, "--output", str(file)])
-    text = file.read_text()
+    text = run_benchmark(rollouts.main, tmp_path, "--prompts", "3", "--new-tokens", "4", "--rollouts", "1", "2")
     assert text.count("| transformers generate |") == text.count("| transformers continuous batching |") == 2
     assert "GFLOP/s take" in text
 
 
 def test_evaluation(tmp_path):
-    file = tmp_path / "table.md"
-    evaluation.main(["--texts", "6", "--batch-size", "4", *FEW, "--output", str(file)])
-    assert "| generate, decode, encode |" in file.read_text()
-    assert float(file.read_text().split("embeddings ")[1].split()[0]) > 0.99
+    text = run_benchmark(evaluation.main, tmp_path, "--texts", "6", "--batch-size", "4")
+    assert "| generate, decode, encode |" in text
+    assert float(text.split("embeddings ")[1].split()[0]) > 0.99
 
 
 def test_steps_of_a_model_with_another_vocabulary():
@@ -100,20 +105,16 @@ def test_steps_of_a_model_with_another_vocabulary():
 
 
 def test_scaling(tmp_path):
-    file = tmp_path / "table.md"
     sizes = ["--instances", "2", "--rollouts", "2", "--new-tokens", "3", "--doublings", "0"]
-    scaling.main([*sizes, *FEW, "--output", str(file)])
-    assert file.read_text().count("\n| ") >= len(scaling.WAYS)
-    assert file.with_suffix(".png").stat().st_size > 1000
+    assert run_benchmark(scaling.main, tmp_path, *sizes).count("\n| ") >= len(scaling.WAYS)
+    assert (tmp_path / "table.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not TRL.exists(), reason="needs TRL in .venv-trl, see experiments/speed/README.md")
 def test_step_against_trl(tmp_path):
-    file = tmp_path / "table.md"
     sizes = ["--instances", "4", "--rollouts", "2", "--new-tokens", "4", "--instances-per-micro-batch", "2"]
-    step.main([*sizes, *FEW, "--output", str(file)])
-    assert "| TRL GRPOTrainer |" in file.read_text()
+    assert "| TRL GRPOTrainer |" in run_benchmark(step.main, tmp_path, *sizes)
 
 
 def test_without_trl_the_error_names_its_requirements(capsys, tmp_path):

@@ -1,6 +1,5 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,7 @@ def test_folder_is_made_once(tmp_path):
         time.sleep(0.2)
         made.append(partial)
 
-    made: list[Path] = []
+    made = []
     with ThreadPoolExecutor(3) as pool:
         folders = list(pool.map(lambda _: make_folder_once(tmp_path / "new" / "folder", write), range(3)))
     assert folders == [tmp_path / "new" / "folder"] * 3

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what comes back, what is refused, and what a full disk or a killed process leaves."""
+"""Checkpoints on disk: round trips, damage, full disks, killed processes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What configs ask of the machine, and groups of configs as objects."""
+"""Config values that depend on the machine, and instantiated groups of configs."""
 
 import pytest
 import torch

@@ -36,7 +36,7 @@ def requeue(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def started(folder: Path, at: float, **settings: object) -> Path:
-    """A folder in which a run was started; without settings it failed before training."""
+    """Makes a folder in which a run was started; without settings it failed before training."""
     folder.mkdir(parents=True)
     (folder / "run.lock").touch()
     os.utime(folder / "run.lock", (at, at))
@@ -53,7 +53,7 @@ def saved(folder: Path) -> Path:
 
 
 def work(folder: Path, overrides: list[str]) -> Path:
-    """Leaves what a process leaves that starts in a folder."""
+    """Reserves a folder and releases it, as a process does that starts and ends there."""
     with reserve_folder(folder, overrides):
         return folder
 

@@ -3,15 +3,12 @@
 import logging
 import subprocess
 
-import mlflow
 import pytest
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from src.utils.renamed_settings import RENAMED
 from src.utils.run_info import flatten, git_state, hardware, log_run_info, package_versions
-from src.utils.run_logger import RunLogger
 from src.utils.run_settings import FILE, changes, read_settings, settings_changed, settings_of, write_settings
 
 
@@ -44,17 +41,7 @@ def test_versions_and_hardware():
     assert int(hardware()["hardware.cores"]) >= 1
 
 
-def test_run_holds_its_config_without_passwords(tracking_uri, tmp_path):
-    logger = RunLogger("run_info", tracking_uri=tracking_uri, artifact_location=f"file://{tmp_path}/artifacts")
-    cfg = OmegaConf.create({"paths": {"tracking_uri": "http://me:pw@host", "root": "/r", "out": "${.root}/out"}, "seed": 3})
-    log_run_info([logger], cfg, tmp_path)
-    run = logger.experiment.get_run(logger.run_id)
-    paths = {"tracking_uri": "http://me:***@host", "root": "/r", "out": "/r/out"}
-    assert run.data.params == {f"paths.{name}": value for name, value in paths.items()} | {"seed": "3"}
-    assert run.data.tags["git.commit"] == "none: not a git repository"
-    assert "version.torch" in run.data.tags
-    mlflow.set_tracking_uri(tracking_uri)
-    assert yaml.safe_load(mlflow.artifacts.load_text(f"runs:/{logger.run_id}/config.yaml"))["paths"] == paths
+def test_missing_setting_is_an_error(tmp_path):
     with pytest.raises(MissingMandatoryValue, match="name"):
         log_run_info([], OmegaConf.create({"name": "???"}), tmp_path)
 

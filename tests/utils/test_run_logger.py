@@ -18,7 +18,7 @@ import pytest
 from matplotlib.figure import Figure
 from mlflow.exceptions import MlflowException
 
-from src.utils.outbox import Message, Outbox
+from src.utils.outbox import Outbox
 from src.utils.run_logger import RunLogger
 from tests.programs import free_port
 from tests.small_disk import small_disk
@@ -237,7 +237,7 @@ def test_outbox_keeps_order_over_processes(tmp_path):
     again = Outbox(box.file, seconds_between_tries=0)
     assert [message["number"] for message in again.messages()] == [0, 1, 2]
     again.put({"number": 4})
-    sent: list[Message] = []
+    sent = []
 
     def send(message):
         if len(sent) == 2:

@@ -14,6 +14,7 @@ from mlflow.tracking import MlflowClient
 from src.utils.sweeps import TrackedSweep, fingerprint, parse, short, warn_of_other_code
 from tests.conftest import ROOT
 from tests.programs import Programs
+from tests.runs import mlflow_runs
 
 GRID = ["reward.consistency_weight=0,0.2", "reward.hard_weight=0,0.1"]
 
@@ -41,9 +42,7 @@ class Sweeper:
 
     def runs(self) -> tuple[Run, list[Run]]:
         """The one parent, and its children from the oldest to the newest."""
-        experiment = self.client.get_experiment_by_name(self.folder.name)
-        assert experiment is not None
-        runs = self.client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+        runs = mlflow_runs(self.client, self.folder.name)[::-1]
         (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
         children = [run for run in runs if run is not parent]
         assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
