@@ -72,8 +72,8 @@ def test_stopped_run_resumes_in_place(run_train, places, tracking_uri, tmp_path)
 @pytest.mark.slow
 def test_sweep_over_training_resumes(run_train, places, tracking_uri, tmp_path):
     grid = ["-m", "reward=paper", "reward.consistency_weight=0,0.2", "module.num_generations=1,2"]
-    command = [*grid, *ONE_BATCH, "optimized_metric=reward/total/mean", *places, f"hydra.sweep.dir={tmp_path}/sweep"]
-    done = run_train(*command)  # a group of one is refused
+    command = [*grid, *ONE_BATCH, "optimized_metric=reward/total/mean", *places]
+    done = run_train(*command, f"hydra.sweep.dir={tmp_path}/sweep")  # a group of one is refused
     assert done.returncode == 1
     assert "sweep: 2 of 4 points failed" in done.stderr
     assert "  consistency_weight=0, num_generations=1: InstantiationException:" in done.stderr
