@@ -1,4 +1,4 @@
-"""A headless Chromium for pages that people will look at: the system's, or the one of `playwright install chromium`."""
+"""A headless Chromium: the system's, or the one of `playwright install chromium`."""
 
 import os
 import shutil

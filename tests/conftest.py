@@ -1,8 +1,10 @@
 """Fixtures: a policy small enough for any machine, configs composed into temporary folders, an MLflow store."""
 
+import functools
 import itertools
 import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -75,6 +77,24 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
     """Starts the project's programs; imports are done once."""
     with Programs(tmp_path_factory.mktemp("programs")) as programs:
         yield programs
+
+
+@pytest.fixture
+def run_train(programs: Programs) -> Callable[..., "subprocess.CompletedProcess[str]"]:
+    """(*overrides) -> result of `python train.py` with them."""
+    environment = {key: value for key, value in os.environ.items() if key != "PROJECT_ROOT"}
+    return functools.partial(programs.run, "train.py", env=environment)
+
+
+@pytest.fixture
+def places(tracking_uri: str, tiny_policy_folder: Path, tmp_path: Path) -> list[str]:
+    """A tiny policy, few and small packages, and everything written below `tmp_path`."""
+    return [
+        *("experiment=tiny_sup", f"policy.path={tiny_policy_folder}", f"project={tmp_path.name}"),
+        *(f"hydra.run.dir={tmp_path}/out", f"paths.output_root={tmp_path}/outputs", f"paths.cache_dir={tmp_path}/cache"),
+        *(f"paths.tracking_uri={tracking_uri}", f"paths.artifact_location=file://{tmp_path}/artifacts"),
+        *("packages.train=[urllib3]", "packages.validation=[rich]", "packages.test=[networkx]"),
+    ]
 
 
 Compose = Callable[..., DictConfig]

@@ -26,7 +26,7 @@ class Hub:
 
 
 @contextmanager
-def local_hub(repositories: Repositories, held: set[str] = frozenset()) -> Iterator[Hub]:  # type: ignore[assignment]
+def local_hub(repositories: Repositories, held: set[str] = frozenset()) -> Iterator[Hub]:
     """Serves repositories until the block ends."""
 
     class Handler(BaseHTTPRequestHandler):

@@ -42,15 +42,12 @@ class Program:
 
     def poll(self) -> int | None:
         """Returns the exit status, or minus the signal that ended it; None while it runs."""
-        status: int | None = self._programs.ask({"poll": self.pid})
-        return status
+        return self._programs.ask({"poll": self.pid})
 
     def wait(self, timeout: float = 600) -> int:
         """Returns the exit status; raises TimeoutError."""
         self._wait_until(lambda: self.poll() is not None, timeout)
-        status = self.poll()
-        assert status is not None
-        return status
+        return self.poll()
 
     def wait_for(self, line: str, timeout: float = 600) -> None:
         """Waits until its standard output holds a line; raises TimeoutError, or RuntimeError if it ends before."""
@@ -80,8 +77,7 @@ def free_port() -> int:
     """Returns a port that is free on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
+        return free.getsockname()[1]
 
 
 class Programs:
@@ -98,14 +94,11 @@ class Programs:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
 
     def ask(self, request: dict[str, Any]) -> Any:
         """Returns the forking process's answer to a request."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())

@@ -1,10 +1,11 @@
-"""Training runs in processes of their own, of one rank or several, that are killed, signalled and resumed."""
+"""Training runs in separate processes, of one rank or several, that are killed, signalled and resumed; what MLflow has of them."""
 
 import itertools
 import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,8 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
 
 from tests.programs import ROOT, Programs, free_port
+
+TINY = ["callbacks=minimal", "rollout.max_new_tokens=4"]
 
 LONGEST = 300.0
 """Seconds within which the other ranks must end after the first."""
@@ -112,6 +117,28 @@ def batches_saved(folder: Path) -> int:
     """Returns the rollout batches of a run's last checkpoint."""
     contents = folder / "checkpoints" / "last.ckpt" / "checkpoint.json"
     return int(json.loads(contents.read_text())["rollout_batches"]) if contents.exists() else 0
+
+
+def mlflow_runs(client: MlflowClient, project: str) -> list[Run]:
+    """Returns the runs of an experiment, the newest first."""
+    experiment = client.get_experiment_by_name(project)
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+def steps(client: MlflowClient, run: Run, metric: str = "reward/total/mean") -> list[int]:
+    """Returns the steps at which a run logged a metric."""
+    return [point.step for point in client.get_metric_history(run.info.run_id, metric)]
+
+
+def stop_at(line: str, command: list[str]) -> tuple[int, str]:
+    """Starts a command as users do and sends it SIGUSR1 when it says a line; returns its exit status and output."""
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        shown = ""
+        for said in process.stdout:
+            shown += said
+            if line in said:
+                process.send_signal(signal.SIGUSR1)
+    return process.returncode, shown
 
 
 def train_here() -> None:

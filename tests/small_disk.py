@@ -1,4 +1,4 @@
-"""A small file system that is soon full, if this machine allows mounting one."""
+"""A small file system that is soon full, where mounting one is allowed."""
 
 import subprocess
 from collections.abc import Iterator

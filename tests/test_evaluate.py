@@ -1,4 +1,4 @@
-"""evaluate.py: policies side by side, its settings, its tasks, and evaluations that are killed or cannot have their data."""
+"""evaluate.py: comparisons of policies, settings, tasks, evaluations that are killed or lack their data."""
 
 import json
 import shutil
@@ -14,9 +14,9 @@ import evaluate
 from src.evaluation.setup import load_tasks, make_encoder
 from src.modules.encoder.export import load_policy
 from src.modules.rollouts.hf import HFEngine
-from tests.conftest import Compose
 from tests.own_files import write_own_tasks
 from tests.programs import Program, Programs
+from tests.runs import mlflow_runs
 
 PATIENCE = 600
 """Seconds for a process of a few seconds' work, on a machine that may be busy with others."""
@@ -25,9 +25,7 @@ SMALL = ["size=small", "packages.test=[networkx,rich]"]
 EVERYDAY = ["WordNetRetrieval", "WordNetSimilarity", "WordNetClassification", "WordNetPairs"]
 
 
-def test_base_and_trained_policy_side_by_side(
-    compose: Compose, tiny_policy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_base_and_trained_policy_side_by_side(compose, tiny_policy_folder, tmp_path, capsys):
     trained = tmp_path / "runs" / "tiny" / "now" / "export"
     shutil.copytree(tiny_policy_folder, trained)
     cfg = compose(*SMALL, f"base={tiny_policy_folder}", f"paths.output_root={tmp_path}/runs", "max_new_tokens=3", config_name="evaluate")
@@ -40,8 +38,7 @@ def test_base_and_trained_policy_side_by_side(
     assert f"{100 * scores['Base'].average:.2f}" in shown
     assert len(list(Path(cfg.results_dir).rglob("DocstringRetrieval.json"))) == 3
     client = MlflowClient(cfg.paths.tracking_uri)
-    experiment = client.get_experiment_by_name(cfg.project)
-    runs = {run.info.run_name: run.data for run in client.search_runs([experiment.experiment_id])}
+    runs = {run.info.run_name: run.data for run in mlflow_runs(client, cfg.project)}
     assert runs.keys() == {f"evaluate: {row}" for row in scores}
     for row, found in scores.items():
         data = runs[f"evaluate: {row}"]
@@ -49,7 +46,7 @@ def test_base_and_trained_policy_side_by_side(
         assert data.params["rationale"] == str(row != "Base")
 
 
-def test_everyday_english(compose: Compose, tiny_policy_folder: Path) -> None:
+def test_everyday_english(compose, tiny_policy_folder):
     for benchmark, size, count in (("everyday", "large", 4), ("[test,everyday]", "mini", 9), ("[everyday,BIOSSES]", "small", 5)):
         found = [task.metadata.name for task in load_tasks(compose(f"benchmark={benchmark}", f"size={size}", config_name="evaluate"))]
         assert (len(found), set(EVERYDAY) <= set(found)) == (count, True)
@@ -75,14 +72,14 @@ def test_everyday_english(compose: Compose, tiny_policy_folder: Path) -> None:
         (["max_prompt_tokens=0"], "max_prompt_tokens=0"),
     ],
 )
-def test_a_wrong_setting_is_one_line(compose: Compose, tiny_policy_folder: Path, overrides: list[str], message: str) -> None:
+def test_wrong_setting_is_one_line(compose, tiny_policy_folder, overrides, message):
     cfg = compose(f"base={tiny_policy_folder}", *overrides, config_name="evaluate")
     with pytest.raises(SystemExit, match=rf"^evaluate.py: .*{message}") as caught:
         evaluate.evaluate(cfg)
     assert "\n" not in str(caught.value)
 
 
-def test_prompts_are_the_models_or_as_named(compose: Compose, tiny_policy_folder: Path) -> None:
+def test_prompts_are_the_models_or_as_named(compose, tiny_policy_folder):
     policy, own = load_policy(tiny_policy_folder)
     named = ["instruction=Name it.", "max_prompt_tokens=77", "template_kwargs={enable_thinking: false}"]
     asked = make_encoder(compose(*named, "device=cpu", config_name="evaluate"), policy, own, rationale=True).settings
@@ -100,7 +97,7 @@ class PreparedEngine(HFEngine):
 
 
 @pytest.mark.parametrize(("named", "longest"), [([], 96), (["max_prompt_tokens=200"], 200)])
-def test_an_engine_is_told_the_longest_prompt(compose: Compose, tiny_policy_folder: Path, named: list[str], longest: int) -> None:
+def test_engine_is_told_the_longest_prompt(compose, tiny_policy_folder, named, longest):
     engine = "{_target_: tests.test_evaluate.PreparedEngine, _partial_: true, max_prompt_tokens: 1024}"
     cfg = compose(*named, "device=cpu", "~engine", f"+engine={engine}", config_name="evaluate")
     encoder = make_encoder(cfg, *load_policy(tiny_policy_folder), rationale=True)
@@ -129,7 +126,7 @@ def stored(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(3 * PATIENCE)
-def test_a_killed_evaluation_goes_on(programs: Programs, compose: Compose, tiny_policy_folder: Path, tmp_path: Path) -> None:
+def test_killed_evaluation_resumes(programs, compose, tiny_policy_folder, tmp_path):
     results = tmp_path / "outputs" / "mteb"
     killed = command(programs, tmp_path, tiny_policy_folder, *SMALL)
     until = time.monotonic() + PATIENCE
@@ -154,7 +151,7 @@ def test_a_killed_evaluation_goes_on(programs: Programs, compose: Compose, tiny_
 
 
 @pytest.mark.timeout(3 * PATIENCE)
-def test_tasks_without_data_are_named(programs: Programs, tiny_policy_folder: Path, tmp_path: Path) -> None:
+def test_tasks_without_data_are_named(programs, tiny_policy_folder, tmp_path):
     write_own_tasks(tmp_path / "data")
     run = command(programs, tmp_path, tiny_policy_folder, "benchmark=[BIOSSES,MySTS,Banking77Classification,MyPairs,CQADupstackRetrieval]")
     assert run.wait(PATIENCE) == 1
@@ -170,9 +167,7 @@ def test_tasks_without_data_are_named(programs: Programs, tiny_policy_folder: Pa
     assert shown.count("failed") == 3
 
 
-def test_a_task_without_data_is_tried_once(
-    compose: Compose, tiny_policy_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_task_without_data_is_tried_once(compose, tiny_policy_folder, tmp_path, caplog, capsys):
     options = [f"base={tiny_policy_folder}", f"paths.output_root={tmp_path}/runs", "max_new_tokens=1", "~logger", "benchmark=BIOSSES"]
     scores = evaluate.evaluate(compose(*options, config_name="evaluate"))
     assert list(scores) == ["Base", "Base + reasoning"]
@@ -182,7 +177,7 @@ def test_a_task_without_data_is_tried_once(
 
 
 @pytest.mark.slow  # of the shipped policy and the large tasks, as `python evaluate.py` runs them; minutes without the caches
-def test_a_second_evaluation_is_twenty_times_as_fast(compose: Compose) -> None:
+def test_second_evaluation_is_much_faster(compose):
     cfg = compose("~logger", config_name="evaluate")
     load_tasks(cfg)  # docstrings are read once, whatever is scored on them
     seconds = []

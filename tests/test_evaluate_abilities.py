@@ -1,8 +1,7 @@
-"""General abilities in evaluate.py: what they are compared with, and that what is missing is found before anything is scored."""
+"""General abilities in evaluate.py: the policy they are compared with, and errors before anything is scored."""
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,13 +19,12 @@ from src.modules.policy.model import Policy
 from src.utils.checkpoint_io import FolderCheckpoints
 from tests.builders import small_policy
 from tests.conftest import Compose
+from tests.runs import mlflow_runs
 
 OFFLINE = ["abilities.tasks=offline", "abilities.packages=[networkx]", "abilities.count=8"]
 
 
-def test_abilities_stand_beside_those_of_the_base(
-    compose: Compose, tiny_policy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_abilities_are_compared_with_the_base(compose, tiny_policy_folder, tmp_path, capsys):
     pytest.importorskip("lm_eval")
     trained = Path(shutil.copytree(tiny_policy_folder, tmp_path / "export"))
     small = ["size=small", "packages.test=[networkx,rich]", "rationale=false"]
@@ -35,22 +33,20 @@ def test_abilities_stand_beside_those_of_the_base(
     assert "General abilities of export beside" in capsys.readouterr().out
     assert "| docstring_choice | acc |" in Path(cfg.paths.output_dir, "abilities_export.md").read_text()
     client = MlflowClient(cfg.paths.tracking_uri)
-    runs = client.search_runs([client.get_experiment_by_name(cfg.project).experiment_id])
-    (run,) = [run for run in runs if run.info.run_name == "evaluate: abilities of export"]
+    (run,) = [run for run in mlflow_runs(client, cfg.project) if run.info.run_name == "evaluate: abilities of export"]
     assert run.data.metrics["abilities/docstring_text/gain"] == 0.0  # the same weights
 
 
-def test_both_are_scored_on_the_named_device(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_are_scored_on_the_named_device(compose, monkeypatch):
     cfg = compose(*OFFLINE, "~logger", "device=meta", config_name="evaluate")
     scored = []
 
-    def run_abilities(policy: Policy, **_: object) -> dict[str, AbilityScore]:
+    def run_abilities(policy, **_):
         scored.append(policy.device)
         return {"task": AbilityScore("acc", True, (1.0, 0.0), (1.0, 1.0))}
 
     monkeypatch.setattr(setup, "run_abilities", run_abilities)
-    settings: Any = None
-    policies = {name: (small_policy(), settings) for name in ("base", "trained")}
+    policies = {name: (small_policy(), None) for name in ("base", "trained")}
     setup.report_abilities(cfg, policies, "base", Console(quiet=True))
     assert scored == [torch.device("meta")] * 2
 
@@ -62,7 +58,7 @@ def run_folder(folder: Path, policy_folder: Path, config: str) -> Path:
     return Path(shutil.copytree(policy_folder, folder / "export"))
 
 
-def test_an_export_began_with_the_policy_of_its_run(tiny_policy_folder: Path, tmp_path: Path) -> None:
+def test_starting_policy_of_an_export(tiny_policy_folder, tmp_path):
     export = run_folder(tmp_path / "run", tiny_policy_folder, f"paths: {{root: {tmp_path}}}\npolicy: {{path: '${{paths.root}}/start'}}\n")
     assert starting_policy(str(export), load_policy(export)[0]) == f"{tmp_path}/start"
     of_nothing = run_folder(tmp_path / "fresh", tiny_policy_folder, "policy: {vocab_size: 4096}\n")
@@ -71,7 +67,7 @@ def test_an_export_began_with_the_policy_of_its_run(tiny_policy_folder: Path, tm
             starting_policy(unknown, load_policy(export)[0])
 
 
-def test_a_checkpoint_began_with_its_policy_path(compose: Compose, tiny_policy_folder: Path, tmp_path: Path) -> None:
+def test_starting_policy_of_a_checkpoint(compose, tiny_policy_folder, tmp_path):
     pytest.importorskip("lm_eval")
     checkpoint, policy = tmp_path / "last.ckpt", Policy.load(str(tiny_policy_folder))
     grace = {"policy_path": policy.path, "policy_files": policy_files(policy), "encoder": "live", "lora": None}
@@ -93,7 +89,7 @@ def stopped(compose: Compose, monkeypatch: pytest.MonkeyPatch, *overrides: str) 
     return str(caught.value)
 
 
-def test_an_unknown_base_must_be_named(compose: Compose, tiny_policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_base_must_be_named(compose, tiny_policy_folder, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     message = stopped(compose, monkeypatch, *OFFLINE, f"model={tiny_policy_folder}")
     assert message.startswith("evaluate.py: abilities.tasks compares ")
@@ -104,10 +100,12 @@ def test_an_unknown_base_must_be_named(compose: Compose, tiny_policy_folder: Pat
     assert message.endswith("base= names another")
 
 
-def test_a_missing_package_or_task_is_named(compose: Compose, tiny_policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_or_task(compose, tiny_policy_folder, monkeypatch):
     pytest.importorskip("lm_eval")
     base = f"base={tiny_policy_folder}"
     message = stopped(compose, monkeypatch, "abilities.tasks=[gsm8k,nosuchtask]", base)
     assert message == "evaluate.py: lm-eval has no task or group named nosuchtask: `lm-eval ls tasks` lists them"
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
-    assert "lm-eval, which is not installed" in stopped(compose, monkeypatch, *OFFLINE, base)
+    message = stopped(compose, monkeypatch, *OFFLINE, base)
+    assert "lm-eval, which is not installed" in message
+    assert "[abilities]" in message

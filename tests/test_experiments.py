@@ -1,6 +1,5 @@
 """The published experiments, trained for two batches on stand-ins of their backbones, with no network."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,8 @@ import torch
 from hydra import compose as hydra_compose
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import ROOT, Compose
+from tests.conftest import ROOT
+from tests.datamodules.builders import write_triplets
 from train import train
 
 BACKBONES = {
@@ -48,10 +48,8 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture
 def own_data(tmp_path: Path) -> dict[str, Path]:
     """A file of triplets and one of sentences."""
-    rows = [{"query": f"query {i}", "positive": f"a document about {i}", "negative": [f"another {i}"]} for i in range(12)]
-    (tmp_path / "triplets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "sentences.txt").write_text("".join(f"A sentence about {i}.\n" for i in range(12)))
-    return {"sup": tmp_path / "triplets.jsonl", "unsup": tmp_path / "sentences.txt"}
+    return {"sup": write_triplets(tmp_path / "triplets.jsonl", 12), "unsup": tmp_path / "sentences.txt"}
 
 
 def fit(cfg, policy: str | None, metric: str) -> float:
@@ -62,13 +60,13 @@ def fit(cfg, policy: str | None, metric: str) -> float:
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_published_needs_a_local_policy_and_file(experiment: str, compose: Compose, stand_in, own_data) -> None:
+def test_published_needs_a_local_policy_and_file(experiment, compose, stand_in, own_data):
     cfg = compose(f"experiment={experiment}", f"datamodule.path={own_data[experiment.rsplit('_', 1)[1]]}", *SMALL)
     assert fit(cfg, stand_in(experiment), "update/updates") == 2
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_published_settings(experiment: str, compose: Compose) -> None:
+def test_published_settings(experiment, compose):
     backbone, data = experiment.rsplit("_", 1)
     cfg = compose(f"experiment={experiment}")
     assert hydra_compose("train", [f"experiment={experiment}"]).policy.path == BACKBONES[backbone][0]
@@ -84,24 +82,14 @@ def test_published_settings(experiment: str, compose: Compose) -> None:
 
 @pytest.mark.parametrize("lora", [[], ["policy/lora=all_linear"]], ids=["full", "lora"])
 @pytest.mark.parametrize("name", ["baseline_cl_sup", "baseline_simcse_unsup"])
-def test_baseline_needs_a_local_policy_and_file(name: str, lora: list[str], compose: Compose, stand_in, own_data) -> None:
+def test_baseline_needs_a_local_policy_and_file(name, lora, compose, stand_in, own_data):
     data = name.rsplit("_", 1)[1]
     cfg = compose(f"experiment={name}", f"datamodule.path={own_data[data]}", *FEW, *lora)
     assert (cfg.policy.gradient_checkpointing, cfg.trainer.precision, cfg.module.temperature) == (True, "bf16-mixed", 0.05)
     assert 0 < fit(cfg, stand_in(f"qwen1.5b_{data}"), "update/loss") < 10
 
 
-def test_rationale_length_and_reward_are_one_setting_each(compose: Compose) -> None:
-    assert compose("experiment=qwen3b_sup", "rollout.max_new_tokens=256", "reward=listwise").rollout.max_new_tokens == 256
-
-
-def test_without_a_network_the_error_names_the_setting(compose: Compose, stand_in) -> None:
-    message = r"no data at 'princeton-nlp/datasets-for-simcse'.*datamodule\.path="
-    with pytest.raises(FileNotFoundError, match=message):
-        fit(compose("experiment=qwen3b_unsup", *SMALL), stand_in("qwen3b_unsup"), "update/updates")
-
-
-def test_tiny_unsup_needs_nothing(compose: Compose) -> None:
+def test_tiny_unsup_needs_nothing(compose):
     cfg = compose("experiment=tiny_unsup", *SMALL)
     cfg.packages.train = ["urllib3"]
     assert -1 <= fit(cfg, None, "reward/self/mean") <= 1

@@ -1,4 +1,4 @@
-"""vLLM is installed without its dependencies; all that it requires must be there all the same."""
+"""vLLM is installed without its dependencies; those that it needs must be installed too."""
 
 import importlib.util
 from importlib import metadata
@@ -15,7 +15,7 @@ LEFT_OUT = {"mistral-common", "torchvision", "torchaudio", "torchcodec", "setupt
 
 @pytest.mark.vllm
 @NEEDS_VLLM[1]
-def test_vllm_requirements_are_met() -> None:
+def test_vllm_requirements_are_met():
     (build,) = metadata.packages_distributions()["vllm"]
     assert metadata.version(build) == "0.32.0"
     unmet = []
@@ -32,7 +32,7 @@ def test_vllm_requirements_are_met() -> None:
     assert not unmet
 
 
-def test_missing_vllm_names_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_vllm_names_the_target(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="`make vllm`"):
         VLLMEngine(8)

@@ -10,10 +10,7 @@ from hydra import compose as hydra_compose
 from mlflow.tracking import MlflowClient
 
 from tests.conftest import ROOT
-from tests.programs import Programs
-from tests.test_train import TINY, mlflow_runs, places, reward_steps, stop_at
-
-__all__ = ["places"]  # a fixture
+from tests.runs import TINY, mlflow_runs, steps, stop_at
 
 SMALL = [*TINY, "module.num_generations=2", "trainer.limit_train_batches=2", "algorithm.truncation=none"]
 
@@ -37,11 +34,11 @@ def assert_traces_of_one_rank(folder: Path, tracking_uri: str) -> None:
     client = MlflowClient(tracking_uri)
     (run,) = mlflow_runs(client, folder.name)
     assert run.info.status == "FINISHED"
-    assert reward_steps(client, run) == [1, 2]
+    assert steps(client, run) == [1, 2]
 
 
 @pytest.mark.slow
-def test_lightning_starts_the_second_process(places: list[str], tracking_uri: str, tmp_path: Path) -> None:
+def test_lightning_starts_the_second_process(places, tracking_uri, tmp_path):
     command = [sys.executable, "train.py", "trainer=cpu_ddp", *SMALL, *places]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -49,7 +46,7 @@ def test_lightning_starts_the_second_process(places: list[str], tracking_uri: st
 
 
 @pytest.mark.slow
-def test_signal_to_the_first_process_stops_both(places: list[str], tmp_path: Path) -> None:
+def test_signal_to_the_first_process_stops_both(places, tmp_path):
     own = ["trainer.limit_train_batches=20", "logger=none", "callbacks.progress.seconds_between_lines=0"]
     code, shown = stop_at("rollout batch 2/20", [sys.executable, "train.py", "trainer=cpu_ddp", *SMALL, *places, *own])
     assert code == 75, shown[-3000:]
@@ -71,7 +68,7 @@ def sbatch(folder: Path, settings: list[str], **environment: str) -> "subprocess
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, ""), (1, ""), (75, "requeue 7\n")])
-def test_slurm_script_requeues_after_75_only(status: int, requeued: str, tmp_path: Path) -> None:
+def test_slurm_script_requeues_after_75_only(status, requeued, tmp_path):
     python, commands = tmp_path / "python", tmp_path / "commands.txt"
     python.write_text(f'#!/bin/bash\necho "$@" >> {commands}\nexit {status}\n')
     python.chmod(0o755)
@@ -85,21 +82,21 @@ def test_slurm_script_requeues_after_75_only(status: int, requeued: str, tmp_pat
 
 
 @pytest.mark.slow
-def test_slurm_script_trains_with_slurm_s_ranks(places: list[str], tracking_uri: str, tmp_path: Path) -> None:
+def test_slurm_script_trains_with_slurm_s_ranks(places, tracking_uri, tmp_path):
     done = sbatch(tmp_path, ["trainer.accelerator=cpu", *SMALL, *places])
     assert done.returncode == 0, done.stderr[-3000:]
     assert_traces_of_one_rank(tmp_path, tracking_uri)
 
 
 @pytest.mark.usefixtures("compose")
-def test_slurm_launcher_asks_for_a_task_a_device() -> None:
+def test_slurm_launcher_has_task_per_device():
     overrides = ["hydra/launcher=slurm", "trainer=fsdp", "trainer.devices=4", "trainer.num_nodes=2"]
     launcher = hydra_compose("train", overrides=overrides, return_hydra_config=True).hydra.launcher
     assert (launcher.nodes, launcher.tasks_per_node, launcher.gpus_per_node) == (2, 4, 4)
     assert launcher._target_.endswith("SlurmLauncher")
 
 
-def test_sweep_of_runs_that_start_processes_is_refused(programs: Programs, tmp_path: Path) -> None:
+def test_sweep_of_process_starters_is_refused(programs, tmp_path):
     settings = ["trainer=cpu_ddp", "seed=0,1", "logger=none", "callbacks=minimal", f"hydra.sweep.dir={tmp_path}"]
     done = programs.run("train.py", "-m", *settings)
     assert done.returncode != 0

@@ -1,7 +1,6 @@
 """`dry_run=true` prints the plan of a run, refuses numbers that do not divide, and loads nothing."""
 
 import re
-from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig
@@ -21,7 +20,7 @@ def planned(compose: Compose, *overrides: str, experiment: str = "qwen1.5b_sup",
     return cfg
 
 
-def test_batch_and_weights_are_divided(compose: Compose) -> None:
+def test_batch_and_weights_are_divided(compose):
     one, four, ddp = (
         plan(planned(compose, *settings))
         for settings in ([], ["trainer=fsdp", "trainer.devices=4"], ["trainer=ddp", "trainer.devices=2", "trainer.num_nodes=2"])
@@ -33,17 +32,17 @@ def test_batch_and_weights_are_divided(compose: Compose) -> None:
     assert "DDP's buckets" in text(planned(compose, "trainer=ddp", "trainer.devices=2"))
 
 
-def test_table_adds_up(compose: Compose) -> None:
+def test_table_adds_up(compose):
     said = text(planned(compose))
     held = [float(value) for value in re.findall(r"^ +([\d.]+)  (?!together|peak)\S", said, flags=re.MULTILINE)]
     sums = [float(value) for value in re.findall(r"^ +([\d.]+)  together", said, flags=re.MULTILINE)]
-    peak = float(re.search(r"([\d.]+)  peak", said)[1])  # type: ignore[index]
+    peak = float(re.search(r"([\d.]+)  peak", said)[1])
     assert sum(held) == pytest.approx(sum(sums), abs=0.1)
     assert peak == pytest.approx(sums[0] + max(sums[1:]), abs=0.1)
     assert "64 instances / 1 ranks = 64 each, with K = 8 rollouts and M = 1 negatives" in said
 
 
-def test_adapters_and_a_reference_count(compose: Compose) -> None:
+def test_adapters_and_a_reference_count(compose):
     _, full = plan(planned(compose))
     work, adapted = plan(planned(compose, "policy/lora=all_linear", "algorithm.kl_coef=0.1"))
     assert adapted.trained == adapted.parameters - full.parameters < 0.05 * full.parameters
@@ -60,19 +59,19 @@ def test_adapters_and_a_reference_count(compose: Compose) -> None:
         (["trainer=ddp"], r"trainer\.devices=-1 means all GPUs"),
     ],
 )
-def test_impossible_divisions_are_refused(overrides: list[str], message: str, compose: Compose) -> None:
+def test_impossible_divisions_are_refused(overrides, message, compose):
     with pytest.raises(PlanError, match=message):
         plan(planned(compose, *overrides))
     with pytest.raises(SystemExit, match=f"^train.py: {message}"):
         train(planned(compose, *overrides))
 
 
-def test_other_training_is_refused(compose: Compose) -> None:
+def test_other_training_is_refused(compose):
     with pytest.raises(PlanError, match="dry_run plans GRACE training"):
         plan(compose("experiment=tiny_baseline_cl_sup", "dry_run=true"))
 
 
-def test_dry_run_loads_nothing(compose: Compose, tmp_path: Path, tiny_policy_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_loads_nothing(compose, tmp_path, tiny_policy_folder, capsys):
     AutoConfig.from_pretrained(tiny_policy_folder).save_pretrained(tmp_path / "config alone")
     cfg = planned(compose, "trainer=cpu_ddp", experiment="tiny_sup", path=str(tmp_path / "config alone"))
     cfg.datamodule.cache_dir = str(tmp_path / "no cache")

@@ -1,8 +1,7 @@
-"""The commands of README.md, CONTRIBUTING.md and docs/, each run or composed as far as a small machine without a network goes."""
+"""The commands of README.md, CONTRIBUTING.md and docs/, run or composed on CPUs and without a network."""
 
 import importlib
 import importlib.util
-import json
 import re
 import runpy
 import shlex
@@ -24,7 +23,8 @@ from src.modules.encoder.export import export
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.objectives import rewards
 from src.modules.policy.model import Policy
-from tests.conftest import ROOT, Compose
+from tests.conftest import ROOT
+from tests.datamodules.builders import write_triplets
 from train import train
 
 PAGES = {page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))}
@@ -45,7 +45,7 @@ SETTINGS = {"abilities", "algorithm", "callbacks", "datamodule", "embeddings", "
 
 
 def blocks(language: str, *pages: str) -> list[str]:
-    """The fenced blocks of a language, of all pages or those named."""
+    """Returns the fenced blocks of a language, of all pages or those named."""
     texts = [text for page, text in PAGES.items() if not pages or page.name in pages]
     return [block for text in texts for block in re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)]
 
@@ -55,7 +55,7 @@ INLINE = [code for text in PAGES.values() for code in re.findall(r"`([^`\n]+)`",
 
 
 def commands(*beginnings: str) -> list[str]:
-    """The different command lines of the shell blocks that begin so, without comments."""
+    """Returns the command lines of the shell blocks with one of these beginnings, each once, without comments."""
     return list(dict.fromkeys(line for line in LINES if line.startswith(beginnings)))
 
 
@@ -74,11 +74,7 @@ def points(overrides: list[str]) -> list[list[str]]:
 
 @pytest.fixture
 def triplets(tmp_path: Path) -> Path:
-    file = tmp_path / "triplets.jsonl"
-    count = 80  # for a batch of 64, and some held out
-    records = [{"query": f"query {i}", "positive": f"a document about {i}", "negative": f"another {i}"} for i in range(count)]
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return file
+    return write_triplets(tmp_path / "triplets.jsonl", 80)  # for a batch of 64, and some held out
 
 
 @pytest.fixture
@@ -93,13 +89,13 @@ def documented(tmp_path: Path) -> str:
     return f"hydra.searchpath=[file://{tmp_path}]"
 
 
-def test_every_command_is_of_a_tested_kind() -> None:
+def test_every_command_is_of_a_tested_kind():
     tested = ("python train.py", "python evaluate.py", "python -m ", "make ", "torchrun ", "sbatch ", "pip install ", "pre-commit install")
     assert [line for line in LINES if line and not line.startswith(tested)] == []
 
 
 @pytest.mark.parametrize("command", commands("python train.py"))
-def test_train_commands(command: str, compose: Compose, triplets: Path) -> None:
+def test_train_commands(command, compose, triplets):
     for overrides in points(shlex.split(command)[2:] or ["seed=0"]):
         own = [re.sub(r"^datamodule\.path=.*", f"datamodule.path={triplets}", override) for override in overrides]
         if not any(override.startswith(("experiment=", "hparams_search=")) for override in own):
@@ -124,11 +120,11 @@ def test_train_commands(command: str, compose: Compose, triplets: Path) -> None:
 
 
 @pytest.mark.parametrize("command", commands("torchrun", "sbatch") + [code for code in INLINE if code.startswith("python train.py ")])
-def test_other_ways_to_train_compose(command: str, compose: Compose, documented: str) -> None:
+def test_other_ways_to_train_compose(command, compose, documented):
     assert compose(documented, *composed_settings(command)).name
 
 
-def test_evaluate_commands(compose: Compose) -> None:
+def test_evaluate_commands(compose):
     lines = commands("python evaluate.py")
     assert "python evaluate.py" in lines  # run by tests/test_evaluate.py on small tasks
     for command in (*lines, *(code for code in INLINE if code.startswith("python evaluate.py ") and "<" not in code)):
@@ -139,12 +135,12 @@ def test_evaluate_commands(compose: Compose) -> None:
 
 
 @pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m ([\w.]+)", "\n".join(PAGES.values())))))
-def test_modules_that_are_run_exist(module: str) -> None:
+def test_modules_that_are_run_exist(module):
     assert importlib.util.find_spec(module)
 
 
 @pytest.mark.parametrize("command", [line for line in commands("python -m ") if "=" not in line])
-def test_modules_that_are_run_have_help(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_modules_that_are_run_have_help(command, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [command, "--help"])
     with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_module(command.split()[2], run_name="__main__")
@@ -152,12 +148,12 @@ def test_modules_that_are_run_have_help(command: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("path", re.findall(r"^\| `[\w.]+` \| `((?:src|experiments)\.[\w.]+)` \|$", CHANGELOG, flags=re.MULTILINE))
-def test_import_paths_of_the_changelog(path: str) -> None:
+def test_import_paths_of_the_changelog(path):
     module, name = path.rsplit(".", 1)
     assert hasattr(importlib.import_module(module), name)
 
 
-def test_extras_exist() -> None:
+def test_extras_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     named = re.findall(r"pip install -e '\.\[(\w+)\]'", "\n".join(PAGES.values()))
     assert named
@@ -165,7 +161,7 @@ def test_extras_exist() -> None:
 
 
 @pytest.mark.parametrize("command", commands("make"))
-def test_make_targets_exist(command: str) -> None:
+def test_make_targets_exist(command):
     done = subprocess.run(["make", "--dry-run", *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -177,7 +173,7 @@ def keys(settings: object, prefix: str = "") -> set[str]:
     return {f"{prefix}{name}" for name in settings}.union(*(keys(value, f"{prefix}{name}.") for name, value in settings.items()))
 
 
-def test_settings_that_are_named_exist(compose: Compose) -> None:
+def test_settings_that_are_named_exist(compose):
     composed = [compose(*o) for o in (["experiment=smollm2_sup"], ["experiment=tiny_sup", "reward=document"], ["experiment=triplets_sup"])]
     known = set().union(*(keys(OmegaConf.to_container(cfg)) for cfg in (*composed, hydra_compose("evaluate"))))
     named = {match[1] for code in INLINE if (match := re.match(r"(\w+(?:\.\w+)+)(=.*)?$", code)) and match[1].split(".")[0] in SETTINGS}
@@ -185,44 +181,44 @@ def test_settings_that_are_named_exist(compose: Compose) -> None:
     assert sorted(named - known) == []
 
 
-def test_the_documented_experiment_composes(compose: Compose, documented: str) -> None:
+def test_documented_experiment_composes(compose, documented):
     cfg = compose(documented, "experiment=mine", "datamodule.path=triplets.jsonl")
     assert (cfg.name, cfg.module.num_generations, cfg.rollout.max_new_tokens) == ("mine", 4, 512)
     assert cfg.policy.lora is not None
 
 
-def test_the_documented_reward_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    names: dict[str, object] = {}
+def test_documented_reward_is_one(monkeypatch):
+    names = {}
     for block in blocks("python", "CONTRIBUTING.md"):
         exec(block, names)
-    names["test_margin_is_the_equation"]()  # type: ignore[operator]
+    names["test_margin_is_the_equation"]()
     monkeypatch.setattr(rewards, "margin", names["margin"], raising=False)
     (config,) = blocks("yaml", "CONTRIBUTING.md")
     e = rewards.Embeddings.normalised(torch.randn(3, 5), torch.randn(3, 2, 5), torch.randn(3, 1, 5))
     assert instantiate(OmegaConf.create(config))(e).total.shape == (3, 2)
 
 
-def test_the_documented_task_is_one(tmp_path: Path) -> None:
+def test_documented_task_is_one(tmp_path):
     (description,) = blocks("yaml", "evaluation.md")
     (tmp_path / "Tickets.yaml").write_text(description)
     (tmp_path / "tickets.tsv").write_text("4.5\tit crashes\tit stops at once\n0.5\tit crashes\tthe colour is wrong\n")
     (task,) = named_tasks(["Tickets"], tmp_path)
     task.load_data()
-    assert task.dataset["test"]["score"] == [4.5, 0.5]  # type: ignore[index]
+    assert task.dataset["test"]["score"] == [4.5, 0.5]
 
 
-def test_python_examples(tiny_policy_folder: Path, tmp_path: Path) -> None:
+def test_python_examples(tiny_policy_folder, tmp_path):
     folder = export(Policy.load(str(tiny_policy_folder)), EncoderSettings.load(tiny_policy_folder), tmp_path / "export")
-    ours, theirs = ({}, {})  # type: tuple[dict[str, object], dict[str, object]]
+    ours, theirs = {}, {}
     for names, block in zip((ours, theirs), blocks("python", "README.md"), strict=True):
         exec(block.replace("outputs/smollm2_sup/.../export", str(folder)), names)
     for name in ("plain", "vectors"):
-        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5)  # type: ignore[arg-type]
-    assert len(ours["rationales"]) == 2  # type: ignore[arg-type]
+        np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5)
+    assert len(ours["rationales"]) == 2
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_and_pictures_are_there(page: Path) -> None:
+def test_links_and_pictures_are_there(page):
     for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]+))?\)", PAGES[page]):
         if target.startswith("http"):
             continue

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from src.utils.checkpoint_io import read_checkpoint
 from src.utils.preemption import TRY_AGAIN
 from tests.programs import Programs
-from tests.runs import Runs, batches_saved, callback
+from tests.runs import Runs, batches_saved, callback, mlflow_runs, steps
 
 OF_THE_MACHINE = ("seconds/", "throughput/", "memory/", "mteb/seconds")
 """Metrics that differ between any two runs."""
@@ -33,7 +33,7 @@ def runs(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def small(tiny_policy_folder: Path, tracking_uri: str, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run in which everything that has a state has one: dropout, warm-up, groups held for an update, monitoring callbacks."""
+    """A run with every kind of state: dropout, warm-up, groups held for an update, monitoring callbacks."""
     base = tmp_path_factory.getbasetemp()
     return [
         *("experiment=tiny_sup", f"policy.path={tiny_policy_folder}", f"paths.cache_dir={base}/docstrings"),
@@ -75,12 +75,6 @@ def own(small: list[str], tmp_path: Path) -> list[str]:
     return [*small, *SHORT, f"project={tmp_path.name}"]
 
 
-def mlflow_runs(client: MlflowClient, project: str) -> list[Run]:
-    experiment = client.get_experiment_by_name(project)
-    assert experiment is not None
-    return list(client.search_runs([experiment.experiment_id]))
-
-
 def status(uri: str, folder: Path) -> str:
     (run,) = mlflow_runs(MlflowClient(uri), folder.name)
     return str(run.info.status)
@@ -90,10 +84,6 @@ def history(client: MlflowClient, run: Run) -> dict[str, list[tuple[int, float |
     """Steps and values of every metric; no values of the machine."""
     points = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
     return {key: sorted((p.step, None if key.startswith(OF_THE_MACHINE) else p.value) for p in found) for key, found in points.items()}
-
-
-def reward_steps(client: MlflowClient, run: Run) -> list[int]:
-    return [point.step for point in client.get_metric_history(run.info.run_id, "reward/total/mean")]
 
 
 def tables(client: MlflowClient, run: Run) -> dict[str, object]:
@@ -114,7 +104,7 @@ def assert_alike(reference: Path, resumed: Path, tracking_uri: str, batches: int
     client = MlflowClient(tracking_uri)
     (expected,), (found,) = (mlflow_runs(client, folder.name) for folder in folders)
     assert expected.info.status == found.info.status == "FINISHED"
-    assert reward_steps(client, expected) == list(range(1, batches + 1))
+    assert steps(client, expected) == list(range(1, batches + 1))
     assert history(client, found) == history(client, expected)
     assert tables(client, found) == tables(client, expected)
 
@@ -140,7 +130,7 @@ def assert_same(ours: Any, theirs: Any, name: str) -> None:
 # ---- one process
 
 
-def test_killed_twice(runs: Runs, own: list[str], reference: Path, tmp_path: Path, tracking_uri: str) -> None:
+def test_killed_twice(runs, own, reference, tmp_path, tracking_uri):
     for hook in ("setup", "on_fit_start"):  # before anything was saved
         assert runs.run(tmp_path, *own, callback("KillIn", hook=hook)) == -signal.SIGKILL
     runs.kill_and_resume(tmp_path, 2, 0, 3, *own)
@@ -149,7 +139,7 @@ def test_killed_twice(runs: Runs, own: list[str], reference: Path, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_ten_times(runs: Runs, small: list[str], tmp_path: Path, tracking_uri: str) -> None:
+def test_killed_ten_times(runs, small, tmp_path, tracking_uri):
     length = ("trainer.limit_train_batches=16", "trainer.max_epochs=3")
     never, often = tmp_path / f"{tmp_path.name}_never", tmp_path / f"{tmp_path.name}_often"
     runs.succeed(never, *small, *length, f"project={never.name}")
@@ -158,7 +148,7 @@ def test_killed_ten_times(runs: Runs, small: list[str], tmp_path: Path, tracking
 
 
 @pytest.mark.parametrize("every", [pytest.param(2, id="last batch saved"), pytest.param(3, id="saved before", marks=pytest.mark.slow)])
-def test_killed_at_the_end(runs: Runs, own: list[str], reference: Path, tmp_path: Path, tracking_uri: str, every: int) -> None:
+def test_killed_at_the_end(runs, own, reference, tmp_path, tracking_uri, every):
     own = [*own, f"callbacks.checkpoint.every_n_rollout_batches={every}"]
     assert runs.run(tmp_path, *own, callback("KillIn", hook="on_train_end")) == -signal.SIGKILL
     assert batches_saved(tmp_path) == (8 if every == 2 else 6)
@@ -168,7 +158,7 @@ def test_killed_at_the_end(runs: Runs, own: list[str], reference: Path, tmp_path
 
 
 @pytest.mark.parametrize(("number", "batch"), [(signal.SIGUSR1, 4), (signal.SIGTERM, 3)], ids=["mid_epoch", "last_of_an_epoch"])
-def test_signalled(runs: Runs, own: list[str], reference: Path, tmp_path: Path, tracking_uri: str, number: int, batch: int) -> None:
+def test_signalled(runs, own, reference, tmp_path, tracking_uri, number, batch):
     stop = callback("KillAt", batch=batch, seconds=0, signal_number=int(number))
     assert runs.run(tmp_path, *own, SAVE_NEVER, stop) == TRY_AGAIN
     assert batches_saved(tmp_path) == batch + 1  # the batch was finished
@@ -178,7 +168,7 @@ def test_signalled(runs: Runs, own: list[str], reference: Path, tmp_path: Path, 
     assert_alike(reference, tmp_path, tracking_uri)
 
 
-def test_signalled_in_the_last_batch(runs: Runs, own: list[str], reference: Path, tmp_path: Path, tracking_uri: str) -> None:
+def test_signalled_in_the_last_batch(runs, own, reference, tmp_path, tracking_uri):
     stop = callback("KillAt", batch=7, seconds=0, signal_number=int(signal.SIGTERM))
     runs.succeed(tmp_path, *own, "optimized_metric=reward/total/mean", stop)
     assert_alike(reference, tmp_path, tracking_uri)
@@ -195,9 +185,7 @@ def test_signalled_in_the_last_batch(runs: Runs, own: list[str], reference: Path
         pytest.param(None, 1, 2, id="both ranks", marks=pytest.mark.slow),
     ],
 )
-def test_ranks_signalled(
-    runs: Runs, own: list[str], reference_of_two: Path, tmp_path: Path, tracking_uri: str, signalled: int | None, slow: int, batch: int
-) -> None:
+def test_ranks_signalled(runs, own, reference_of_two, tmp_path, tracking_uri, signalled, slow, batch):
     """The signal comes while the faster rank waits for the other in a collective."""
     stop = callback("KillAt", batch=batch, seconds=0.1, signal_number=int(signal.SIGUSR1), rank=signalled)
     statuses = runs.run_ranks(tmp_path, *own, SAVE_NEVER, callback("Slow", rank=slow, seconds=0.4), stop)
@@ -208,7 +196,7 @@ def test_ranks_signalled(
     assert_alike(reference_of_two, tmp_path, tracking_uri)
 
 
-def test_rank_killed(runs: Runs, own: list[str], reference_of_two: Path, tmp_path: Path, tracking_uri: str) -> None:
+def test_rank_killed(runs, own, reference_of_two, tmp_path, tracking_uri):
     statuses = runs.run_ranks(tmp_path, *own, callback("KillAt", batch=5, seconds=0, rank=1))
     assert statuses == [1, -signal.SIGKILL], runs.log.read_text()[-3000:]
     assert "LostProcessError: rank 0: another of the 2 processes has ended" in runs.log.read_text()
@@ -219,43 +207,27 @@ def test_rank_killed(runs: Runs, own: list[str], reference_of_two: Path, tmp_pat
 # ---- other settings, one run a folder
 
 
-def test_new_optimizer_settings_are_used(runs: Runs, own: list[str], reference: Path, tmp_path: Path, tracking_uri: str) -> None:
+def test_new_optimizer_settings_are_used(runs, own, reference, tmp_path, tracking_uri):
     runs.succeed(tmp_path, *own, f"ckpt_path={reference}/checkpoints/batch_6.ckpt", "module.learning_rate=5e-4")
     assert "module.learning_rate=0.0005 in place of 0.001" in runs.log.read_text()
     client = MlflowClient(tracking_uri)
     (run,) = mlflow_runs(client, tmp_path.name)  # a branch is a run of its own
-    assert reward_steps(client, run) == [7, 8]
+    assert steps(client, run) == [7, 8]
     states = [read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (reference, tmp_path)]
     rates = [state["optimizer_states"][0]["param_groups"][0]["lr"] for state in states]
     assert rates[1] == pytest.approx(rates[0] / 2)
 
 
-def test_new_settings_start_another_mlflow_run(runs: Runs, own: list[str], tmp_path: Path, tracking_uri: str) -> None:
+def test_new_settings_start_another_mlflow_run(runs, own, tmp_path, tracking_uri):
     own = [*own, "callbacks.checkpoint.every_n_rollout_batches=3"]
     assert runs.run(tmp_path, *own, callback("KillAt", batch=5, seconds=0)) == -signal.SIGKILL  # logged up to 5, saved 3
     runs.succeed(tmp_path, *own, "reward=paper", "ckpt_path=last")
     client = MlflowClient(tracking_uri)
     second, first = mlflow_runs(client, tmp_path.name)
     assert second.data.tags["resumed_from"] == first.info.run_id
+    assert json.loads((tmp_path / "mlflow" / "run.json").read_text())["run_id"] == second.info.run_id  # a further resume logs to it
+    assert (tmp_path / "mlflow" / f"run_{first.info.run_id}.json").exists()
     # a batch is logged before its checkpoint is saved, so what was saved is in the first run
-    assert reward_steps(client, second) == [4, 5, 6, 7, 8]
-    assert reward_steps(client, first)[:5] == [1, 2, 3, 4, 5]
+    assert steps(client, second) == [4, 5, 6, 7, 8]
+    assert steps(client, first)[:5] == [1, 2, 3, 4, 5]
     assert "goes on with other settings than it began with: reward._target_=src.modules.objectives.rewards.paper" in runs.log.read_text()
-
-
-def test_old_names_of_settings_go_on_as_the_same_run(
-    runs: Runs, own: list[str], reference: Path, tmp_path: Path, tracking_uri: str
-) -> None:
-    assert runs.run(tmp_path, *own, callback("KillAt", batch=5, seconds=0)) == -signal.SIGKILL
-    file = tmp_path / "settings.json"
-    old = file.read_text().replace("module.num_generations", "module.num_rollouts").replace("algorithm.kl_coef", "algorithm.kl_weight")
-    file.write_text(old.replace("src.modules.objectives.rewards.", "src.modules.rewards."))
-    runs.succeed(tmp_path, *own, "ckpt_path=last")
-    assert_alike(reference, tmp_path, tracking_uri)
-
-
-def test_second_run_in_a_folder_is_refused(runs: Runs, own: list[str], reference: Path) -> None:
-    before = sorted(path.name for path in (reference / "checkpoints").iterdir())
-    assert runs.run(reference, *own, "logger=none") == 1
-    assert f"{reference} holds a run already: go on with it by ckpt_path=last" in runs.log.read_text()
-    assert sorted(path.name for path in (reference / "checkpoints").iterdir()) == before

@@ -24,7 +24,7 @@ from tests.conftest import SENTENCES
 
 
 def triplets(count: int) -> list[Triplet]:
-    """At most eight, made of the sentences."""
+    """Returns `count` triplets of the sentences, at most eight."""
     s = SENTENCES
     return [Triplet(f"t{i}", s[i], s[i + 2], (s[i + 4],)) for i in range(min(count, 8))]
 
@@ -32,12 +32,14 @@ def triplets(count: int) -> list[Triplet]:
 class FewTriplets(L.LightningDataModule):
     """Batches of two triplets."""
 
+    batch_size = 2
+
     def __init__(self, batches: int) -> None:
         super().__init__()
         self.batches = batches
 
     def train_dataloader(self) -> DataLoader[list[Triplet]]:
-        return DataLoader([triplets(2)] * self.batches, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader([triplets(2)] * self.batches, batch_size=None)
 
     def fixed_triplets(self, count: int) -> list[Triplet]:
         return triplets(count)
@@ -112,7 +114,7 @@ def fit(
 
 @pytest.fixture
 def mlflow_logger(tracking_uri: str, tmp_path: Path) -> RunLogger:
-    """A run of its own in the session's store; its artifacts go below tmp_path."""
+    """A new run in the session's store; its artifacts go below tmp_path."""
     return RunLogger(tmp_path.name, tracking_uri=tracking_uri, artifact_location=f"file://{tmp_path}/mlartifacts")
 
 

@@ -1,6 +1,5 @@
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -8,11 +7,9 @@ import torch
 from src.callbacks.general_abilities import GeneralAbilities
 from src.evaluation.abilities import AbilityScore, run_abilities
 from src.modules.distributed.fsdp import is_sharded, shard
-from src.modules.grace import GRACE
 from src.modules.policy.model import Policy
-from src.utils.run_logger import RunLogger
 from tests.callbacks.conftest import artifacts, fit
-from tests.conftest import ROOT, Compose
+from tests.conftest import ROOT
 
 pytest.importorskip("lm_eval")
 
@@ -21,7 +18,7 @@ def callback(folder: Path, tasks: str | None = "offline") -> GeneralAbilities:
     return GeneralAbilities(str(folder / "abilities.md"), tasks, ["networkx"], str(ROOT / "data" / "cache"), count=8)
 
 
-def test_changes_are_logged_with_an_interval(module: GRACE, mlflow_logger: RunLogger, tmp_path: Path) -> None:
+def test_changes_are_logged_with_an_interval(module, mlflow_logger, tmp_path):
     fit(module, [callback(tmp_path)], tmp_path, batches=1, logger=mlflow_logger)
     metrics = mlflow_logger.experiment.get_run(mlflow_logger.run_id).data.metrics
     for task in ("docstring_choice", "docstring_text"):
@@ -32,7 +29,7 @@ def test_changes_are_logged_with_an_interval(module: GRACE, mlflow_logger: RunLo
     assert artifacts(mlflow_logger, "report") == {"abilities.md"}
 
 
-def test_a_sharded_policy_is_scored_in_full(module: GRACE, tiny_policy_folder: Path, tmp_path: Path) -> None:
+def test_sharded_policy_is_scored_in_full(module, tiny_policy_folder, tmp_path):
     abilities, trainer = callback(tmp_path), SimpleNamespace(loggers=[], is_global_zero=False)
     expected = run_abilities(Policy.load(str(tiny_policy_folder)), **abilities.questions, **abilities.options)
     alone = not torch.distributed.is_initialized()  # vLLM, where it was started in this process, leaves a group of one
@@ -41,9 +38,8 @@ def test_a_sharded_policy_is_scored_in_full(module: GRACE, tiny_policy_folder: P
     try:
         shard(module.policy, torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
         assert is_sharded(module.policy)
-        monitored: Any = trainer
-        abilities.at_start(monitored, module)
-        abilities.at_end(monitored, module)
+        abilities.at_start(trainer, module)
+        abilities.at_end(trainer, module)
         assert is_sharded(module.policy)
     finally:
         if alone:
@@ -53,7 +49,7 @@ def test_a_sharded_policy_is_scored_in_full(module: GRACE, tiny_policy_folder: P
 
 
 @pytest.mark.parametrize("count", [8, 9])
-def test_a_resumed_run_compares_with_its_start(count: int, module: GRACE, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_resumed_run_compares_with_its_start(count, module, tmp_path, caplog):
     first, second = callback(tmp_path), callback(tmp_path)
     first.before = {"docstring_choice": AbilityScore("acc", True, (1.0,) * 8, (1.0,) * 8)}
     first._questions = first.questions | {"count": count}
@@ -66,7 +62,7 @@ def test_a_resumed_run_compares_with_its_start(count: int, module: GRACE, tmp_pa
         assert second.changes == {}
 
 
-def test_without_tasks_nothing_is_scored(module: GRACE, tmp_path: Path) -> None:
+def test_without_tasks_nothing_is_scored(module, tmp_path):
     abilities = callback(tmp_path, tasks=None)
     fit(module, [abilities], tmp_path, batches=1)
     assert abilities.before == {}
@@ -74,7 +70,7 @@ def test_without_tasks_nothing_is_scored(module: GRACE, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [["callbacks=abilities"], ["callbacks=smollm2", "callbacks.abilities.tasks=offline"]])
-def test_every_list_can_have_abilities(settings: list[str], compose: Compose) -> None:
+def test_every_list_can_have_abilities(settings, compose):
     cfg = compose(*settings).callbacks
     assert (cfg.abilities.tasks, cfg.abilities.packages) == ("offline", ["scipy", "pandas", "networkx"])
     assert compose().callbacks.abilities.tasks is None

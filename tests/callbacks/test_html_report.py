@@ -9,7 +9,6 @@ from src.callbacks.html_report import HTMLReport, main, read_run, render
 from src.callbacks.metrics import MetricsMonitor
 from src.callbacks.rationale_table import RationaleTable
 from src.callbacks.similarities import SimilarityHistograms
-from src.modules.grace import GRACE
 from src.modules.policy.model import Policy
 from src.utils.run_logger import RUN, RunLogger
 from tests.browser import chromium
@@ -37,7 +36,7 @@ def run(tiny_policy_folder: Path, tracking_uri: str, tmp_path_factory: pytest.Te
     return logger.experiment, str(logger.run_id), folder
 
 
-def test_a_run_is_read_back(run: Logged) -> None:
+def test_run_is_read_back(run):
     data = read_run(*run[:2])
     assert [step for step, _ in data.curves["reward/total/mean"]] == [1, 2, 3]
     assert len(data.rationales) == 3
@@ -48,13 +47,13 @@ def test_a_run_is_read_back(run: Logged) -> None:
     assert data.scores == []
 
 
-def test_the_report_is_an_artifact_of_its_run(run: Logged) -> None:
+def test_report_is_an_artifact(run):
     client, run_id, folder = run
     client.download_artifacts(run_id, "report.html", str(folder))
     assert (folder / "report.html").read_text() == (folder / "out" / "report.html").read_text()
 
 
-def test_a_browser_shows_it_and_runs_no_script(run: Logged, tmp_path: Path) -> None:
+def test_browser_shows_it_without_scripts(run, tmp_path):
     client, run_id, _ = run
     text = SENTENCES[2]
     hostile = {"step": [9], "text": [text], "rationale": [HOSTILE], "length": [8], "finished": [False], **{term: [0.5] for term in TERMS}}
@@ -89,7 +88,7 @@ def test_a_browser_shows_it_and_runs_no_script(run: Logged, tmp_path: Path) -> N
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def test_an_empty_run_has_a_page(tracking_uri: str, tmp_path: Path) -> None:
+def test_empty_run_has_a_page(tracking_uri, tmp_path):
     client = MlflowClient(tracking_uri)
     experiment = client.create_experiment(tmp_path.name, artifact_location=f"file://{tmp_path}/mlartifacts")
     page = render(read_run(client, client.create_run(experiment).info.run_id))
@@ -97,7 +96,7 @@ def test_an_empty_run_has_a_page(tracking_uri: str, tmp_path: Path) -> None:
     assert "has logged none" in page
 
 
-def test_without_an_answer_it_says_how_to_get_the_report(module: GRACE, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unreachable_store_names_the_command(module, tmp_path, caplog):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / RUN).write_text('{"run_id": "0123456789abcdef0123456789abcdef", "experiment_id": "1"}')
     logger = RunLogger("gone", folder=str(tmp_path / "run"), tracking_uri="http://127.0.0.1:9")  # begun by a server that is away
@@ -108,7 +107,7 @@ def test_without_an_answer_it_says_how_to_get_the_report(module: GRACE, tmp_path
         main(["0123456789abcdef0123456789abcdef", "--tracking-uri", "http://127.0.0.1:9", "--folder", str(tmp_path)])
 
 
-def test_the_command(run: Logged, tracking_uri: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_command(run, tracking_uri, tmp_path, caplog):
     main([run[1], "--tracking-uri", tracking_uri, "--folder", str(tmp_path)])
     assert f"wrote {tmp_path}/report.html" in caplog.text
     assert "<section>" in (tmp_path / "report.html").read_text()

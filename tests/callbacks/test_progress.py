@@ -1,12 +1,10 @@
 import logging
-from collections.abc import Callable
-from pathlib import Path
+import re
 
 import pytest
 
 from src.callbacks.checkpoint import RolloutCheckpoint
-from src.callbacks.progress import RolloutProgress, clock
-from src.modules.grace import GRACE
+from src.callbacks.progress import RolloutProgress, TimeEstimate, clock
 from tests.callbacks.conftest import Interrupt, fit
 
 
@@ -14,7 +12,7 @@ def progress_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.name == "src.callbacks.progress"]
 
 
-def test_in_a_log_progress_is_a_few_lines(module: GRACE, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_lines_in_a_log(module, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     fit(module, [RolloutProgress(seconds_between_lines=1000)], tmp_path, batches=4)
     lines = progress_lines(caplog)
@@ -23,7 +21,7 @@ def test_in_a_log_progress_is_a_few_lines(module: GRACE, tmp_path: Path, caplog:
     assert lines[-1].endswith("0:00 left")
 
 
-def test_a_resumed_run_counts_its_own_time(fresh_module: Callable[[], GRACE], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_resumed_run_counts_its_own_time(fresh_module, tmp_path, caplog):
     with pytest.raises(RuntimeError, match="interrupted"):
         fit(fresh_module(), [RolloutCheckpoint(str(tmp_path / "c"), 1), Interrupt(at=5)], tmp_path, batches=8)
     caplog.set_level(logging.INFO)
@@ -35,14 +33,19 @@ def test_a_resumed_run_counts_its_own_time(fresh_module: Callable[[], GRACE], tm
     assert left == pytest.approx(2 * gone, abs=2)
 
 
-def test_in_a_terminal_progress_is_a_bar(
-    module: GRACE, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_bar_in_a_terminal(module, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     fit(module, [RolloutProgress()], tmp_path, batches=2)
     shown = capsys.readouterr().out
     assert all(expected in shown for expected in ("reward=", "tokens/s=", "2/2"))
 
 
-def test_clock() -> None:
+def test_clock():
     assert [clock(5), clock(65), clock(3661)] == ["0:05", "1:05", "1:01:01"]
+
+
+def test_time_estimate_is_logged(module, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    fit(module, [TimeEstimate(evaluated_texts=10)], tmp_path)
+    (line,) = progress_lines(caplog)
+    assert re.fullmatch(r"GRACE: 2 batches of 2 texts on .*CPU threads.*; about \d+ minutes, evaluation included", line)

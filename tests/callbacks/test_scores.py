@@ -3,30 +3,23 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import mlflow
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from src.callbacks.checkpoint import RolloutCheckpoint
-from src.callbacks.export import Export
-from src.callbacks.final_report import FinalReport, columns_of, markdown
+from src.callbacks.final_report import FinalReport, columns_of
 from src.callbacks.mteb_eval import MTEBEvaluation
 from src.callbacks.rationale_table import RationaleTable
 from src.evaluation.run_tasks import EvaluationScores
 from src.evaluation.tasks.offline_tasks import OfflineSize, offline_tasks
 from src.modules.encoder.encoder import RationaleEncoder
-from src.modules.encoder.settings import EncoderSettings
-from src.modules.grace import GRACE
-from src.utils.run_logger import RunLogger
 from tests.callbacks.conftest import Interrupt, fit, steps
 
 TINY = OfflineSize(documents=40, queries=12, per_module=6, candidates=4, per_label=4)
 Tasks = Callable[[], list[Any]]
-Fresh = Callable[[], GRACE]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +29,7 @@ def retrieval(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
     return lambda: offline_tasks(["networkx"], cache, TINY)[:1]
 
 
-def test_mteb_at_start_every_n_and_end(module: GRACE, retrieval: Tasks, mlflow_logger: RunLogger, tmp_path: Path) -> None:
+def test_mteb_at_start_every_n_and_end(module, retrieval, mlflow_logger, tmp_path):
     checkpoint = RolloutCheckpoint(str(tmp_path / "c"), every_n_rollout_batches=2, monitor="mteb/average")
     trainer = fit(module, [MTEBEvaluation(retrieval, every_n_rollout_batches=2), checkpoint], tmp_path, batches=3, logger=mlflow_logger)
     assert steps(mlflow_logger, "mteb/average") == [0, 2, 3]
@@ -48,15 +41,13 @@ def test_mteb_at_start_every_n_and_end(module: GRACE, retrieval: Tasks, mlflow_l
     assert mlflow_logger.experiment.get_metric_history(mlflow_logger.run_id, "mteb/category/Retrieval")[-1].value == values[-1]
 
 
-def test_mteb_never(module: GRACE, tmp_path: Path) -> None:
+def test_mteb_never(module, tmp_path):
     trainer = fit(module, [MTEBEvaluation(lambda: pytest.fail("not needed"), every_n_rollout_batches=None)], tmp_path)
     assert "mteb/average" not in trainer.callback_metrics
 
 
-def test_a_starting_policy_is_embedded_once_for_all_runs(
-    fresh_module: Fresh, retrieval: Tasks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    embedded: list[int] = []
+def test_starting_policy_is_embedded_once(fresh_module, retrieval, tmp_path, monkeypatch):
+    embedded = []
     embed = RationaleEncoder._run
     monkeypatch.setattr(RationaleEncoder, "_run", lambda self, texts, *how: embedded.append(len(texts)) or embed(self, texts, *how))
     kept, scores, calls = tmp_path / "embeddings", [], []
@@ -72,27 +63,25 @@ def test_a_starting_policy_is_embedded_once_for_all_runs(
     assert len(list(kept.glob("*.sqlite"))) == 2  # of the starting policy without and with rationales, none of the trained one
 
 
-def test_mteb_of_a_resumed_run_knows_the_last_score(
-    fresh_module: Fresh, retrieval: Tasks, mlflow_logger: RunLogger, tmp_path: Path
-) -> None:
-    class Told(L.Callback):
-        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-            self.told = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("mteb/")}
+def test_resumed_mteb_knows_last_score(fresh_module, retrieval, mlflow_logger, tmp_path):
+    class Metrics(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            self.found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("mteb/")}
 
-    def callbacks() -> list[Any]:
+    def callbacks():
         return [MTEBEvaluation(retrieval, every_n_rollout_batches=2), RolloutCheckpoint(str(tmp_path / "c"), every_n_rollout_batches=3)]
 
     with pytest.raises(RuntimeError, match="interrupted"):
         fit(fresh_module(), [*callbacks(), Interrupt(at=3)], tmp_path, batches=4, logger=mlflow_logger)
-    told = Told()
-    fit(fresh_module(), [*callbacks(), told], tmp_path, batches=4, logger=mlflow_logger, ckpt_path=tmp_path / "c" / "last.ckpt")
+    start = Metrics()
+    fit(fresh_module(), [*callbacks(), start], tmp_path, batches=4, logger=mlflow_logger, ckpt_path=tmp_path / "c" / "last.ckpt")
     assert steps(mlflow_logger, "mteb/average") == [0, 2, 4]  # the start is not scored again
     logged = mlflow_logger.experiment.get_metric_history(mlflow_logger.run_id, "mteb/average")
-    assert told.told == {"mteb/average": pytest.approx(logged[1].value), "mteb/rollout_batches": 2}
+    assert start.found == {"mteb/average": pytest.approx(logged[1].value), "mteb/rollout_batches": 2}
 
 
-def test_a_failing_task_stops_a_run_at_its_start(module: GRACE, retrieval: Tasks, tmp_path: Path) -> None:
-    def broken() -> list[Any]:
+def test_failing_task_stops_at_start(module, retrieval, tmp_path):
+    def broken():
         tasks = retrieval()
         tasks[0].metadata = tasks[0].metadata.model_copy(update={"main_score": "no_such_score"})
         return tasks
@@ -103,9 +92,7 @@ def test_a_failing_task_stops_a_run_at_its_start(module: GRACE, retrieval: Tasks
         fit(module, [FinalReport(str(tmp_path), {"docstrings": broken})], tmp_path)
 
 
-def test_final_report(
-    module: GRACE, retrieval: Tasks, mlflow_logger: RunLogger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_final_report(module, retrieval, mlflow_logger, tmp_path, capsys):
     out = tmp_path / "out"
     callbacks = [RationaleTable(str(out / "rationales.md"), texts=2), FinalReport(str(out), {"docstrings": retrieval})]
     fit(module, callbacks, tmp_path, logger=mlflow_logger)
@@ -114,17 +101,19 @@ def test_final_report(
         assert expected in shown
     assert "GRACE over Base + reasoning, in points: Retrieval" in shown
     assert (out / "test_scores.png").read_bytes().startswith(b"\x89PNG")
-    assert "| Base + reasoning |" in (out / "report.md").read_text()
+    page = (out / "report.md").read_text()
+    assert f"| Base | {100 * callbacks[1].rows['Base']['Retrieval']:.2f} |" in page
+    assert "(test_scores.png)" in page
+    assert "(rationales.md)" in page
+    assert "reward_terms.png" not in page  # which no callback has drawn
     assert [steps(mlflow_logger, f"test/{row}/average") for row in ("base", "base_reasoning", "grace")] == [[0], [0], [2]]
     mlflow.set_tracking_uri(mlflow_logger._tracking_uri)
     table = json.loads(mlflow.artifacts.load_text(f"runs:/{mlflow_logger.run_id}/report/test_scores.json"))
     assert [row[0] for row in table["data"]] == ["Base", "Base + reasoning", "GRACE without rationales", "GRACE"]
 
 
-def test_a_resumed_report_keeps_the_starting_rows_of_the_same_tasks(
-    fresh_module: Fresh, retrieval: Tasks, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    def report(group: str = "docstrings") -> FinalReport:
+def test_resumed_report_keeps_starting_rows(fresh_module, retrieval, tmp_path, caplog):
+    def report(group="docstrings"):
         return FinalReport(str(tmp_path / "a"), {group: retrieval})
 
     first, module = report(), fresh_module()
@@ -146,7 +135,7 @@ def test_a_resumed_report_keeps_the_starting_rows_of_the_same_tasks(
         assert list(changed.rows) == ["GRACE without rationales", "GRACE"]
 
 
-def test_columns_of_several_groups_are_their_retrieval_and_average() -> None:
+def test_columns_of_task_groups():
     tasks = {"DocstringRetrieval": 0.4, "DocstringPairs": 0.6, "WordNetRetrieval": 0.2}
     scores = EvaluationScores(tasks, {"Retrieval": 0.3, "PairClassification": 0.6}, average=0.4)
     one = columns_of(scores, {"all": list(tasks)})
@@ -157,25 +146,8 @@ def test_columns_of_several_groups_are_their_retrieval_and_average() -> None:
     )
 
 
-def test_a_policy_trained_without_rationales_is_scored_with_them_if_asked(module: GRACE, retrieval: Tasks, tmp_path: Path) -> None:
+def test_scores_with_rationales_on_request(module, retrieval, tmp_path):
     report = FinalReport(str(tmp_path / "a"), {"docstrings": retrieval}, rationales=True)
     module.settings = replace(module.settings, rationale=False)
     fit(module, [report], tmp_path, batches=1)
     assert list(report.rows) == ["Base", "Base + reasoning", "GRACE", "GRACE + reasoning"]
-
-
-def test_markdown_has_percent_and_links_what_is_there(tmp_path: Path) -> None:
-    (tmp_path / "test_scores.png").touch()
-    page = markdown({"Base": {"Retrieval": 0.12345, "average": 0.5}}, "Tasks", tmp_path)
-    assert "| Base | 12.35 | 50.00 |" in page
-    assert "(test_scores.png)" in page
-    assert "rationales.md" not in page
-
-
-def test_export_is_loaded_by_transformers(module: GRACE, tmp_path: Path) -> None:
-    fit(module, [Export(str(tmp_path / "export"))], tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
-    weights = module.policy.model.state_dict()
-    assert all(weight.equal(weights[name]) for name, weight in model.state_dict().items())
-    assert AutoTokenizer.from_pretrained(tmp_path / "export").chat_template
-    assert EncoderSettings.load(tmp_path / "export") == module.settings

@@ -24,11 +24,17 @@ def write(path: Path, *lines: object) -> Path:
     return path
 
 
+def write_triplets(path: Path, count: int, *more: bytes) -> Path:
+    """Writes triplets, each with one negative, and more lines."""
+    rows = [{"query": f"query {i}", "positive": f"a document about {i}", "negative": f"another {i}"} for i in range(count)]
+    return write(path, *rows, *more)
+
+
 def read(reader: Reader, path: Path) -> list[Triplet | BadRecord]:
     return [record for chunk in scan(DataFile(path, path.name))[1] for record in reader.read(chunk)]
 
 
 def all_triplets(folder: Path) -> list[Triplet]:
-    """The triplets of a prepared folder."""
+    """Returns the triplets of a prepared folder."""
     prepared = PreparedTriplets(folder)
     return prepared.triplets(np.arange(len(prepared)))

@@ -72,7 +72,7 @@ BODY = "The body that follows it is long enough to be a document."
 IDS = ["tablekit.io", "tablekit.io:Table", "tablekit.io:Table.total"]
 
 
-def test_file(package: str) -> None:
+def test_file(package):
     found = read_file(package_root(package) / "io.py", package, "tablekit.io", max_chars=600)
     assert [doc.id for doc in found] == IDS
     assert found[0].summary == "Reads and writes small tables of numbers."
@@ -93,21 +93,21 @@ def test_file(package: str) -> None:
     ],
     ids=["summary of two words", "no body", "body of three words", "summary of 26 words", "summary of 175 characters"],
 )
-def test_unusable_docstring(text: str) -> None:
+def test_unusable_docstring(text):
     assert split_docstring(text, 600) is None
 
 
-def test_long_body_is_cut_between_words() -> None:
+def test_long_body_is_cut_between_words():
     parts = split_docstring("A summary of\n  enough words.\n\n" + "alphabet " * 40, max_chars=100)
     assert parts == ("A summary of enough words.", " ".join(["alphabet"] * 11))
 
 
-def test_first_of_two_copies_is_kept() -> None:
+def test_first_of_two_copies_is_kept():
     texts = {"a": ("Same summary", "first body"), "b": ("same SUMMARY", "second"), "c": ("Another", "First body"), "d": ("Third", "third")}
     assert [doc.id for doc in without_repeats(Docstring(id, "p", "m", *text) for id, text in texts.items())] == ["a", "d"]
 
 
-def test_collect_keeps_a_cache(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collect_keeps_a_cache(package, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     first = collect([package], cache)
     assert [doc.id for doc in first] == IDS  # neither tests nor repeats
@@ -121,7 +121,7 @@ def test_collect_keeps_a_cache(package: str, tmp_path: Path, monkeypatch: pytest
     assert len(list(cache.iterdir())) == 3
 
 
-def test_sentences_are_bodies(package: str, tmp_path: Path) -> None:
+def test_sentences_are_bodies(package, tmp_path):
     file = docstring_sentences([package], str(tmp_path / "cache"), max_text_chars=40)
     assert docstring_sentences([package], str(tmp_path / "cache"), max_text_chars=40) == file
     lines = Path(file).read_text().splitlines()
@@ -130,7 +130,7 @@ def test_sentences_are_bodies(package: str, tmp_path: Path) -> None:
     ] * 3
 
 
-def test_real_package(tmp_path: Path) -> None:
+def test_real_package(tmp_path):
     docs = collect(["rich"], tmp_path / "a")
     assert docs == collect(["rich"], tmp_path / "b")
     assert len(docs) > 100
@@ -143,22 +143,22 @@ def test_real_package(tmp_path: Path) -> None:
         assert len(doc.body) <= 600
 
 
-def test_absent_package(tmp_path: Path) -> None:
+def test_absent_package(tmp_path):
     with pytest.raises(ModuleNotFoundError, match="'nosuchpackage' is not installed"):
         collect(["nosuchpackage"], tmp_path)
 
 
-def test_standard_library() -> None:
+def test_standard_library():
     assert (package_root(STDLIB) / "argparse.py").is_file()
     assert package_version(STDLIB).startswith("3.")
 
 
-def test_packages_are_installed_at_their_pins() -> None:
+def test_packages_are_installed_at_their_pins():
     """Another version is another data set: `pip install .` alone decides what is read."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = dict(line.split("==") for line in project["dependencies"] if "==" in line)
     owners = packages_distributions()
-    named: set[str] = set()
+    named = set()
     for file in (ROOT / "configs" / "packages").glob("*.yaml"):
         config = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
         assert isinstance(config, dict)

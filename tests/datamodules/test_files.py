@@ -50,37 +50,28 @@ def test_shards_share_a_stem(tmp_path, name, stem):
 # ---- compressed files, JSON files
 
 
-@pytest.mark.parametrize("packed", ["b.jsonl.gz", "b.jsonl.zst", "b.parquet.xz"])
-def test_compressed_file_that_no_pattern_names(tmp_path, packed):
-    with pytest.raises(ValueError, match=rf"holds {packed}, .*datamodule\.files"):
-        find_files(folder_of(tmp_path, "a.jsonl", packed), ["*.jsonl", "*.parquet"])
+@pytest.mark.parametrize(
+    ("names", "path", "patterns", "message"),
+    [
+        (["a.jsonl", "b.jsonl.gz"], "", ["*.jsonl"], r"holds b\.jsonl\.gz, .*datamodule\.files"),
+        (["a.jsonl", "b.jsonl.zst"], "", ["*.jsonl"], r"holds b\.jsonl\.zst, .*datamodule\.files"),
+        (["a.jsonl", "b.parquet.xz"], "", ["*.jsonl", "*.parquet"], r"holds b\.parquet\.xz, .*datamodule\.files"),
+        (["a.jsonl", "a.jsonl.gz"], "", ["*.jsonl", "*.jsonl.gz"], r"holds a\.jsonl both plain and compressed"),
+        (["a.jsonl.zst"], "a.jsonl.zst", ["*.jsonl"], r"a\.jsonl\.zst' is compressed"),
+        (["b.json"], "", ["*.jsonl"], r"matches \*\.jsonl \(there is b\.json\)"),
+        ([], "", ["*.jsonl", "*.parquet"], r"matches \*\.jsonl or \*\.parquet: give datamodule\.path"),
+    ],
+)
+def test_unreadable_folder_is_named(tmp_path, names, path, patterns, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        names_in(f"{folder_of(tmp_path, *names)}/{path}", *patterns)
 
 
-def test_gz_that_a_pattern_names(tmp_path):
-    assert names_in(folder_of(tmp_path, "a.jsonl", "b.jsonl.gz"), "*.jsonl", "*.jsonl.gz") == ["a.jsonl", "b.jsonl.gz"]
-    with pytest.raises(ValueError, match=r"holds a\.jsonl both plain and compressed"):
-        names_in(folder_of(tmp_path, "a.jsonl.gz"), "*.jsonl", "*.jsonl.gz")
-
-
-def test_decompressed_file_beside_its_origin(tmp_path):
-    assert names_in(folder_of(tmp_path, "a.txt", "a.txt.gz", "b.txt"), "a.txt") == ["a.txt"]
-
-
-def test_named_zst_file(tmp_path):
-    with pytest.raises(ValueError, match=r"a\.jsonl\.zst' is compressed"):
-        names_in(f"{folder_of(tmp_path, 'a.jsonl.zst')}/a.jsonl.zst")
-
-
-def test_json_beside_json_lines(tmp_path, caplog):
-    with pytest.raises(FileNotFoundError, match=r"matches \*\.jsonl \(there is b\.json\)"):
-        names_in(folder_of(tmp_path, "b.json"))
-    assert names_in(folder_of(tmp_path, "a.jsonl")) == ["a.jsonl"]  # b.json may be about the records
+def test_compressed_and_json_files_beside_others(tmp_path, caplog):
+    assert names_in(folder_of(tmp_path / "gz", "a.jsonl", "b.jsonl.gz"), "*.jsonl", "*.jsonl.gz") == ["a.jsonl", "b.jsonl.gz"]
+    assert names_in(folder_of(tmp_path / "txt", "a.txt", "a.txt.gz", "b.txt"), "a.txt") == ["a.txt"]
+    assert names_in(folder_of(tmp_path / "json", "a.jsonl", "b.json")) == ["a.jsonl"]  # b.json may be about the records
     assert "b.json are not read" in caplog.text
-
-
-def test_folder_without_matching_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"matches \*\.jsonl or \*\.parquet: give datamodule\.path"):
-        names_in(tmp_path, "*.jsonl", "*.parquet")
 
 
 # ---- links, and names that lead elsewhere

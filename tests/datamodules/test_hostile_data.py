@@ -1,4 +1,4 @@
-"""Data that tries to run code or to lead elsewhere, and data that is arbitrary bytes."""
+"""Data that tries to run code or to escape its folder, and data of arbitrary bytes."""
 
 import codecs
 import json
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from src.datamodules import preparation
 from src.datamodules.files import DataFile
 from src.datamodules.preparation import load_report, prepare
-from src.datamodules.reading import BadRecord, Reader, SentenceReader, TripletReader
+from src.datamodules.reading import BadRecord, SentenceReader, TripletReader
 from src.evaluation.benchmarks import named_tasks
 from src.evaluation.tasks.mteb_mirror import copy_folder
 from src.evaluation.tasks.own_tasks import read_description
@@ -35,7 +35,7 @@ def ran(tmp_path: Path) -> Path:
     return tmp_path / "ran"
 
 
-def test_mirror_stays_in_its_folder(tmp_path: Path) -> None:
+def test_mirror_stays_in_its_folder(tmp_path):
     (tmp_path / "elsewhere" / "banking77").mkdir(parents=True)
     (tmp_path / "mirror").mkdir()
     (tmp_path / "mirror" / "mteb").symlink_to(tmp_path / "elsewhere")
@@ -54,7 +54,7 @@ def copied(root: Path) -> Path:
     return folder
 
 
-def test_script_of_a_data_set_is_not_run(tmp_path: Path, ran: Path) -> None:
+def test_data_set_script_is_not_run(tmp_path, ran):
     folder = copied(tmp_path)
     (folder / f"{folder.name}.py").write_text(f"from pathlib import Path\nPath({str(ran)!r}).touch()\n")
     (task,) = named_tasks(["Banking77Classification"], tmp_path)
@@ -64,7 +64,7 @@ def test_script_of_a_data_set_is_not_run(tmp_path: Path, ran: Path) -> None:
     assert not ran.exists()
 
 
-def test_data_card_is_no_code(tmp_path: Path, ran: Path) -> None:
+def test_data_card_is_no_code(tmp_path, ran):
     folder = copied(tmp_path)
     (folder / "test.jsonl").write_text(json.dumps({"text": "a", "label": 1}) + "\n")
     (folder / "README.md").write_text(f"---\nconfigs: {EVIL_YAML.format(ran)}\n---\n")
@@ -74,7 +74,7 @@ def test_data_card_is_no_code(tmp_path: Path, ran: Path) -> None:
     assert not ran.exists()
 
 
-def test_yaml_makes_no_objects(tmp_path: Path, ran: Path) -> None:
+def test_yaml_makes_no_objects(tmp_path, ran):
     file = tmp_path / "evil.yaml"
     file.write_text(f"a: {EVIL_YAML.format(ran)}\n")
     with pytest.raises(yaml.constructor.ConstructorError):
@@ -86,7 +86,7 @@ def test_yaml_makes_no_objects(tmp_path: Path, ran: Path) -> None:
     assert ran.exists()  # it would have worked
 
 
-def test_pickles_in_metadata_stay_bytes(tmp_path: Path, ran: Path) -> None:
+def test_pickles_in_metadata_stay_bytes(tmp_path, ran):
     evil = pickle.dumps(Touch(ran))
     extension = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": evil}
     names = ["query", "positive", "negative"]
@@ -101,9 +101,9 @@ def test_pickles_in_metadata_stay_bytes(tmp_path: Path, ran: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [{"_target_": "os.system", "_args_": ["touch ran"]}, "${oc.env:HOME}", "!!python/object:os.system"])
-def test_config_syntax_in_records_is_text(tmp_path: Path, value: object) -> None:
+def test_config_syntax_in_records_is_text(tmp_path, value):
     (record,) = read(TripletReader(), write(tmp_path / "data.jsonl", {"query": value, "positive": str(value), "negative": "n"}))
-    assert isinstance(record, BadRecord) if isinstance(value, dict) else record.query == value  # type: ignore[union-attr]
+    assert isinstance(record, BadRecord) if isinstance(value, dict) else record.query == value
 
 
 # ---- anything
@@ -127,19 +127,19 @@ def is_blank(raw: bytes) -> bool:
 
 @pytest.mark.parametrize("cases", HUNDRED_OR_THOUSANDS)
 @pytest.mark.parametrize("reader", [TripletReader(), TripletReader(0), TripletReader(2), SentenceReader()], ids=repr)
-def test_any_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: Reader, cases: settings) -> None:
+def test_any_lines(tmp_path, monkeypatch, reader, cases):
     file = tmp_path / "data.jsonl"
 
     @cases
     @given(st.lists(st.tuples(line, ends), max_size=8), st.integers(1, 60))
-    def check(lines: list[tuple[bytes, bytes]], block: int) -> None:
+    def check(lines, block):
         file.write_bytes(b"".join(raw + end for raw, end in lines))
-        whole = read(reader, file)
+        intact = read(reader, file)
         monkeypatch.setattr(preparation, "_CHUNK_BYTES", block)
-        assert read(reader, file) == whole  # however it is cut
+        assert read(reader, file) == intact  # wherever it is cut
         monkeypatch.undo()
         numbers = []
-        for record in whole:
+        for record in intact:
             name, _, number = (record.id if isinstance(record, Triplet) else record.where).rpartition(":")
             assert name == "data.jsonl"
             numbers.append(int(number))
@@ -156,20 +156,20 @@ def test_any_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: Read
 
 
 @pytest.mark.parametrize("cases", HUNDRED_OR_THOUSANDS)
-def test_damaged_parquet(tmp_path: Path, cases: settings) -> None:
+def test_damaged_parquet(tmp_path, cases):
     good = tmp_path / "good.parquet"
     columns = {"query": ["a", "b"] * 20, "positive": ["c", "d"] * 20, "negative": [["e"], ["f", "g"]] * 20}
     pq.write_table(pa.table(columns), good, row_group_size=16)
-    whole, file = good.read_bytes(), tmp_path / "data.parquet"
+    intact, file = good.read_bytes(), tmp_path / "data.parquet"
 
     @cases
-    @given(st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)), max_size=4), st.none() | st.integers(0, len(whole)))
-    def check(changes: list[tuple[int, int]], cut: int | None) -> None:
-        damaged = bytearray(whole)
+    @given(st.lists(st.tuples(st.integers(0, len(intact) - 1), st.integers(0, 255)), max_size=4), st.none() | st.integers(0, len(intact)))
+    def check(changes, cut):
+        damaged = bytearray(intact)
         for place, byte in changes:
             damaged[place] = byte
         file.write_bytes(bytes(damaged[:cut]))
-        found: list[Triplet | BadRecord] = []
+        found = []
         message = "data.parquet "
         try:
             found = read(TripletReader(), file)
@@ -183,13 +183,13 @@ def test_damaged_parquet(tmp_path: Path, cases: settings) -> None:
 
 
 @pytest.mark.parametrize("cases", HUNDRED_OR_THOUSANDS)
-def test_prepared_is_what_was_read(tmp_path: Path, cases: settings) -> None:
+def test_prepared_is_what_was_read(tmp_path, cases):
     most = limit(60)
     file = DataFile(tmp_path / "data.txt", "data.txt")
 
     @settings(cases, max_examples=cases.max_examples // 5)  # each writes a folder
     @given(st.lists(st.text(max_size=30) | st.sampled_from(["<|im_end|>", "</think> a", "x" * 200]), max_size=6))
-    def check(texts: list[str]) -> None:
+    def check(texts):
         file.path.write_text("\n".join(texts), encoding="utf-8", newline="")
         triplets = [record for record in read(SentenceReader(), file.path) if isinstance(record, Triplet)]
         folder = prepare([file], SentenceReader(), most, tmp_path / "cache", num_proc=1)

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -21,7 +19,6 @@ from src.datamodules.reading import BadRecord, Chunk, SentenceReader, TripletRea
 from src.modules.prompt.renderer import PromptRenderer
 from src.records import Triplet
 from tests.builders import SENTENCES, small_tokenizer
-from tests.conftest import ROOT
 from tests.datamodules.builders import all_triplets, limit, write
 
 
@@ -137,7 +134,7 @@ class KilledByOne(SentenceReader):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_killed_process(tmp_path: Path) -> None:
+def test_killed_process(tmp_path):
     file = sentences(tmp_path, 300)
     with pytest.raises(RuntimeError, match=r"^.*was killed.* datamodule.num_proc below 2$"):
         prepare([file], KilledByOne(), limit(), tmp_path / "cache", num_proc=2)
@@ -159,7 +156,7 @@ preparation.prepare([DataFile(path, path.name)], Stuck(), limit(), sys.argv[2], 
 
 
 class Stuck(SentenceReader):
-    """A reader that never gets through its second chunk, by the name of one that does: both prepare the same."""
+    """A reader that hangs in its second chunk, and has the name, and so the cache folder, of one that does not."""
 
     def read(self, chunk: Chunk) -> Iterator[Triplet | BadRecord]:
         if chunk.start > 0:
@@ -171,20 +168,16 @@ class Stuck(SentenceReader):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_killed_preparation_is_cleaned_up(tmp_path: Path) -> None:
+def test_killed_preparation_is_cleaned_up(programs, tmp_path):
     file, cache = sentences(tmp_path, 300), tmp_path / "cache"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", STUCK, str(file.path), str(cache)], cwd=ROOT, env=environment) as stuck:
-        try:
-            until = time.monotonic() + 240
-            while not list(cache.rglob("*.arrow")):
-                assert stuck.poll() is None
-                assert time.monotonic() < until
-                time.sleep(0.05)
-            with pytest.raises(Timeout):  # another run would wait
-                FileLock(next(cache.glob("*.lock")), timeout=0.1).acquire()
-        finally:
-            stuck.kill()
+    stuck, until = programs.start("-c", STUCK, str(file.path), str(cache)), time.monotonic() + 240
+    while not list(cache.rglob("*.arrow")):
+        assert stuck.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    with pytest.raises(Timeout):  # another run would wait
+        FileLock(next(cache.glob("*.lock")), timeout=0.1).acquire()
+    stuck.send_signal(signal.SIGKILL)
     folder = prepare([file], SentenceReader(), limit(), cache)  # once its processes have ended
     assert len(all_triplets(folder)) > 0
     assert [path for path in cache.iterdir() if path.is_dir()] == [folder]

@@ -16,7 +16,8 @@ from src.datamodules.preparation import prepare
 from src.datamodules.prepared import PreparedDataModule, PreparedTriplets, TripletBatches, held_out
 from src.datamodules.reading import TripletReader
 from src.records import Triplet
-from tests.datamodules.builders import limit, write
+from src.utils.preemption import BeginNextEpoch
+from tests.datamodules.builders import limit, write, write_triplets
 
 
 def make(folder: Path, sources: list[str]) -> PreparedTriplets:
@@ -58,22 +59,11 @@ def test_pass_sees_everything_once(tmp_path):
     assert first != [t.query for batch in TripletBatches(prepared, [np.arange(30)], 6, seed=2) for t in batch]
 
 
-def test_stream_resumes_anywhere(tmp_path, monkeypatch):
-    prepared = make(tmp_path, ["s"] * 31)
-
-    def stream(done: int) -> TripletBatches:
-        return TripletBatches(prepared, [np.arange(31)], 4, seed=1, done=lambda: done)
-
-    whole = [batch for done in (0, 7, 14) for batch in stream(done)]
-    assert len(whole) == 21
-    asked = []
-    genuine = prepared.triplets
-    monkeypatch.setattr(prepared, "triplets", lambda places: asked.append(places) or genuine(places))
-    for done in range(21):
-        asked.clear()
-        end_of_pass = (done // 7 + 1) * 7
-        assert list(islice(stream(done), 2)) == whole[done : min(done + 2, end_of_pass)]
-        assert len(asked) <= 2
+def test_resumed_stream_reads_no_earlier_batch(tmp_path, monkeypatch):
+    prepared, asked = make(tmp_path, ["s"] * 31), []
+    triplets = prepared.triplets
+    monkeypatch.setattr(prepared, "triplets", lambda places: asked.append(places) or triplets(places))
+    assert len(list(islice(TripletBatches(prepared, [np.arange(31)], 4, seed=1, done=lambda: 5), 2))) == len(asked) == 2
 
 
 def test_batches_of_one_source(tmp_path):
@@ -102,18 +92,13 @@ def test_no_group_fills_a_batch(tmp_path):
 # ---- the data module
 
 
-def records(folder: Path, count: int, *more: bytes) -> Path:
-    rows = [{"query": f"query {i}", "positive": f"text {i}", "negative": "no"} for i in range(count)]
-    return write(folder / "data.jsonl", *rows, *more)
-
-
 def data(path: Path, **settings: Any) -> PreparedDataModule:
     settings = {"batch_size": 6, "cache_dir": str(path.parent / "cache"), **settings}
     return PreparedDataModule(str(path), ["*.jsonl"], TripletReader(), lambda: limit(60), **settings)
 
 
 def test_pass_is_an_epoch_without_held_out(tmp_path):
-    module = data(records(tmp_path, 20), val_fraction=0.1)
+    module = data(write_triplets(tmp_path / "data.jsonl", 20), val_fraction=0.1)
     loader = module.train_dataloader()
     seen = [triplet.positive for batch in loader for triplet in batch]
     assert len(loader) == 3
@@ -124,7 +109,7 @@ def test_pass_is_an_epoch_without_held_out(tmp_path):
 
 
 def test_malformed_records_stop_the_run(tmp_path):
-    path = records(tmp_path, 20, *[b"{"] * 25, b"[]")
+    path = write_triplets(tmp_path / "data.jsonl", 20, *[b"{"] * 25, b"[]")
     with pytest.raises(ValueError, match=r"data\.jsonl:21: not JSON") as caught:
         data(path).prepare_data()
     message = str(caught.value)
@@ -139,18 +124,15 @@ def test_malformed_records_stop_the_run(tmp_path):
 
 
 def test_malformed_records_are_skipped_on_request(tmp_path, caplog):
-    path = records(tmp_path, 20, b"{", b'{"query": "many words %s", "positive": "p", "negative": "n"}' % (b"and more " * 40))
+    too_long = b'{"query": "many words %s", "positive": "p", "negative": "n"}' % (b"and more " * 40)
+    path = write_triplets(tmp_path / "data.jsonl", 20, b"{", too_long)
     for _ in range(2):  # prepared, and found prepared
         caplog.clear()
         module = data(path, on_bad_record="skip")
         with caplog.at_level(logging.INFO):
             module.prepare_data()
         assert (module.report.records, module.report.kept, module.report.bad, module.report.too_long) == (22, 20, 1, 1)
-        for said in (
-            "1 malformed records",
-            "data.jsonl:21: not JSON",
-            "1 have a text whose prompt is longer than module.max_prompt_tokens=60",
-        ):
+        for said in ("1 malformed records", "data.jsonl:21: not JSON", "1 have a text whose prompt", "module.max_prompt_tokens=60"):
             assert said in caplog.text
     assert len(module.prepared) == 20
 
@@ -208,22 +190,27 @@ class Nothing(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-@pytest.mark.parametrize("limit_batches", [None, 3], ids=["whole epochs", "short epochs"])
-def test_resumed_run_and_next_epoch_go_on(tmp_path, limit_batches):
-    path = records(tmp_path, 25)  # 24 to train on: 6 batches a pass
+@pytest.mark.parametrize("limit_batches", [None, 3], ids=["full epochs", "short epochs"])
+def test_resumed_run_continues_the_stream(tmp_path, limit_batches):
+    path, checkpoint = write_triplets(tmp_path / "data.jsonl", 25), tmp_path / "stopped.ckpt"  # 24 to train on: 6 batches a pass
 
-    def fit(seen: Seen, epochs: int, ckpt_path: Path | None = None) -> list[list[str]]:
+    def fit(seen, ckpt_path=None):
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = L.Trainer(accelerator="cpu", max_epochs=epochs, limit_train_batches=limit_batches, callbacks=[seen], **quiet)
+        epochs, callbacks = 2 if limit_batches is None else 4, [seen, BeginNextEpoch()]
+        trainer = L.Trainer(accelerator="cpu", max_epochs=epochs, limit_train_batches=limit_batches, callbacks=callbacks, **quiet)
         trainer.fit(Nothing(), datamodule=data(path, batch_size=4), ckpt_path=ckpt_path)
         return seen.batches
 
-    epochs = 2 if limit_batches is None else 4
-    whole = fit(Seen(), epochs)
-    assert len(whole) == 12
-    assert {name for batch in whole[:6] for name in batch} == {name for batch in whole[6:] for name in batch}
-    assert whole[:6] != whole[6:]
-    for until in (2, 3, 6, 7, 11):
-        with pytest.raises(RuntimeError, match="interrupted"):
-            fit(Seen(until, tmp_path / "stopped.ckpt"), epochs)
-        assert fit(Seen(), epochs, tmp_path / "stopped.ckpt") == whole[until:], until
+    uninterrupted = fit(Seen())
+    assert len(uninterrupted) == 12
+    assert {name for batch in uninterrupted[:6] for name in batch} == {name for batch in uninterrupted[6:] for name in batch}
+    assert uninterrupted[:6] != uninterrupted[6:]
+    for stops in ((2,), (3, 4, 5), (6, 7, 9), (3, 6, 11), (9, 10)):  # within epochs and at their ends
+        start = 0
+        for stop in stops:
+            seen = Seen(stop - start, checkpoint)
+            with pytest.raises(RuntimeError, match="interrupted"):
+                fit(seen, checkpoint if start else None)
+            assert seen.batches == uninterrupted[start:stop], (stops, stop)
+            start = stop
+        assert fit(Seen(), checkpoint) == uninterrupted[start:], stops

@@ -10,14 +10,14 @@ def names(*wanted: str, data_dir: Path | None = None) -> list[str]:
     return [task.metadata.name for task in named_tasks(wanted, data_dir)]
 
 
-def test_benchmarks_by_name() -> None:
+def test_benchmarks_by_name():
     assert len(names("mteb_eng_v1")) == 56
     assert names("mteb_eng_v1") == names("MTEB(eng, v1)")
     assert len(names("mteb_eng_v2")) == 41
     assert names("mteb_eng_v2", "BIOSSES") == names("mteb_eng_v2")  # which has it
 
 
-def test_tasks_by_name(tmp_path: Path) -> None:
+def test_tasks_by_name(tmp_path):
     write_own_tasks(tmp_path / "data" / "mine")
     assert names("BIOSSES", "MySTS", "STS12", data_dir=tmp_path / "data") == ["BIOSSES", "MySTS", "STS12"]
     assert len(names("own", data_dir=tmp_path / "data")) == 6
@@ -34,18 +34,18 @@ def test_tasks_by_name(tmp_path: Path) -> None:
         ("JSTS", ["default"], ["validation"]),  # of none: there is no English in it
     ],
 )
-def test_a_task_alone_has_english_subsets_and_splits(name: str, subsets: list[str], splits: list[str]) -> None:
+def test_named_task_is_english_only(name, subsets, splits):
     (task,) = named_tasks([name])
     assert (task.hf_subsets, task.eval_splits) == (subsets, splits)
 
 
-def test_of_two_tasks_with_one_name_the_first(tmp_path: Path) -> None:
+def test_first_of_two_equal_names(tmp_path):
     files = [str(write_own_tasks(tmp_path / folder) / "MySTS.yaml") for folder in ("first", "second")]
     (task,) = named_tasks(files)
     assert task.metadata.dataset["path"] == str(tmp_path / "first")
 
 
-def test_a_broken_description_stops_only_its_users(tmp_path: Path) -> None:
+def test_broken_description_stops_only_its_users(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [")
     assert names(data_dir=tmp_path) == []  # as benchmark=test asks for it
     assert len(names("mteb_eng_v2", data_dir=tmp_path)) == 41
@@ -55,7 +55,7 @@ def test_a_broken_description_stops_only_its_users(tmp_path: Path) -> None:
             names(name, data_dir=tmp_path)
 
 
-def test_unknown_names(tmp_path: Path) -> None:
+def test_unknown_names(tmp_path):
     with pytest.raises(ValueError, match=r"MTEB has no task or benchmark named 'STSBench', and no task of your own is"):
         names("STSBench", data_dir=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no task of your own in .*: a YAML file there"):

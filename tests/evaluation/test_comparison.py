@@ -16,7 +16,7 @@ def exported(root: Path, run: str, time: str, age: int) -> Path:
     return folder
 
 
-def test_latest_export(tmp_path: Path) -> None:
+def test_latest_export(tmp_path):
     assert latest_export(tmp_path) is None
     exported(tmp_path, "b_run", "2026-01-02", age=9)
     newest = exported(tmp_path, "a_run", "2026-01-01", age=1)
@@ -24,7 +24,7 @@ def test_latest_export(tmp_path: Path) -> None:
     assert latest_export(tmp_path) == newest
 
 
-def test_contenders(tmp_path: Path) -> None:
+def test_contenders(tmp_path):
     rows = (("Base", False), ("Base + reasoning", True))
     base = [Contender(name, "grace/a_policy", "/a/policy/weights", rationale) for name, rationale in rows]
     assert contenders(None, True, "/a/policy/weights", tmp_path) == base
@@ -35,26 +35,26 @@ def test_contenders(tmp_path: Path) -> None:
     assert contenders("some/m", False, "weights", tmp_path, name="me/own") == [replace(alone, model_name="me/own")]
 
 
-def test_model_name() -> None:
+def test_model_name():
     assert model_name("Qwen/Qwen2.5-1.5B-Instruct") == "Qwen/Qwen2.5-1.5B-Instruct"
     assert model_name("/x/outputs/tiny sup/2026-11-21/export") == "grace/tiny-sup_2026-11-21"
     assert model_name("/x/outputs/tiny_sup/2026-11-21/checkpoints/last.ckpt") == "grace/2026-11-21_last"
 
 
-def test_a_model_is_read_as_it_was_trained(tmp_path: Path) -> None:
+def test_model_is_read_as_trained(tmp_path):
     (row,) = contenders("some/m", None, "weights", tmp_path)
     assert row.settled(True) == replace(row, name="m", rationale=True)
     assert row.settled(False) == replace(row, name="m, without rationales", rationale=False)
-    (told,) = contenders("some/m", True, "weights", tmp_path)
-    assert told.settled(False) == told == replace(row, name="m, with rationales", rationale=True)
+    (named,) = contenders("some/m", True, "weights", tmp_path)
+    assert named.settled(False) == named == replace(row, name="m, with rationales", rationale=True)
 
 
-def test_comparison_table() -> None:
-    whole = EvaluationScores({"A": 0.5, "B": 0.25}, {"Retrieval": 0.375}, 0.375)
+def test_comparison_table():
+    full = EvaluationScores({"A": 0.5, "B": 0.25}, {"Retrieval": 0.375}, 0.375)
     half = EvaluationScores({"A": 0.125}, {"Retrieval": 0.125}, 0.125, failures={"B": "no data"})
     none = EvaluationScores({}, {}, float("nan"), failures={"A": "no data", "B": "no data"})
     console = Console(record=True, width=100, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(comparison_table({"one": whole, "two": half, "three": none}, "title"))
+    console.print(comparison_table({"one": full, "two": half, "three": none}, "title"))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines() if "│" in line]
     assert rows == [
         ["A", "50.00", "12.50", "failed"],

@@ -3,9 +3,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from datetime import date
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,19 +15,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from src.evaluation import fingerprint
 from src.evaluation.fingerprint import revision
 from src.modules.encoder.encoder import RationaleEncoder
-from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
-from src.modules.rollouts.hf import HFEngine
 from tests.conftest import ROOT
-
-SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, max_new_tokens=4)
-
-
-def encoder(policy: Policy, settings: EncoderSettings = SETTINGS, new_tokens: int = 4, **options: object) -> RationaleEncoder:
-    return RationaleEncoder(policy, settings, HFEngine(new_tokens), **options)  # type: ignore[arg-type]
+from tests.evaluation.builders import SETTINGS, encoder
 
 
-def test_settings_and_weights_change_it(tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_and_weights_change_the_fingerprint(tiny_policy, monkeypatch):
     revisions = [
         revision(encoder(tiny_policy)),
         revision(encoder(tiny_policy, rationale=False)),
@@ -48,30 +41,14 @@ def test_settings_and_weights_change_it(tiny_policy: Policy, monkeypatch: pytest
     assert len(set(revisions)) == len(revisions)
 
 
-def test_what_changes_no_embedding_does_not(tiny_policy: Policy) -> None:
+def test_harmless_settings_keep_the_fingerprint(tiny_policy):
     assert revision(encoder(tiny_policy)) == revision(encoder(tiny_policy, batch_size=2, seed=5))
     assert revision(encoder(tiny_policy, temperature=1.0)) == revision(encoder(tiny_policy, temperature=1.0, batch_size=2))
     assert revision(encoder(tiny_policy, rationale=False)) == revision(encoder(tiny_policy, new_tokens=9, rationale=False))
 
 
-def change_epsilon(policy: Policy) -> None:
-    policy.model.config.rms_norm_eps = 1e-5
-
-
-def change_rotation(policy: Policy) -> None:
-    policy.model.config.rope_parameters["rope_theta"] = 1e6
-
-
-def scale_rotation(policy: Policy) -> None:
-    policy.model.config.rope_parameters |= {"rope_type": "linear", "factor": 2.0}
-
-
-def change_end_tokens(policy: Policy) -> None:
-    policy.model.generation_config = GenerationConfig(eos_token_id=[1, 2])
-
-
 def remove_a_merge(policy: Policy) -> None:
-    backend = json.loads(policy.tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    backend = json.loads(policy.tokenizer.backend_tokenizer.to_str())
     backend["model"]["merges"].pop()
     template, eos, pad = policy.tokenizer.chat_template, policy.tokenizer.eos_token, policy.tokenizer.pad_token
     backend = Tokenizer.from_str(json.dumps(backend))
@@ -79,12 +56,18 @@ def remove_a_merge(policy: Policy) -> None:
     policy.tokenizer.chat_template = template
 
 
-def lower_case(policy: Policy) -> None:
-    policy.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()  # type: ignore[attr-defined]
+CHANGES = {
+    "epsilon": lambda policy: setattr(policy.model.config, "rms_norm_eps", 1e-5),
+    "rotation": lambda policy: policy.model.config.rope_parameters.update(rope_theta=1e6),
+    "scaled rotation": lambda policy: policy.model.config.rope_parameters.update(rope_type="linear", factor=2.0),
+    "end tokens": lambda policy: setattr(policy.model, "generation_config", GenerationConfig(eos_token_id=[1, 2])),
+    "a merge": remove_a_merge,
+    "lower case": lambda policy: setattr(policy.tokenizer.backend_tokenizer, "normalizer", normalizers.Lowercase()),
+}
 
 
-@pytest.mark.parametrize("change", [change_epsilon, change_rotation, scale_rotation, change_end_tokens, remove_a_merge, lower_case])
-def test_configs_and_tokenizers_change_it(tiny_policy: Policy, change: Callable[[Policy], None]) -> None:
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_configs_and_tokenizers_change_it(tiny_policy, change):
     before, template = revision(encoder(tiny_policy)), tiny_policy.tokenizer.chat_template
     vocabulary = tiny_policy.tokenizer.get_vocab()
     change(tiny_policy)
@@ -92,35 +75,26 @@ def test_configs_and_tokenizers_change_it(tiny_policy: Policy, change: Callable[
     assert revision(encoder(tiny_policy)) != before
 
 
-def test_a_frozen_encoders_config_changes_it(tiny_policy_folder: Path) -> None:
+def test_frozen_encoders_config_changes_it(tiny_policy_folder):
     policy = Policy.load(str(tiny_policy_folder), encoder="frozen")
-    assert policy.frozen_encoder is not None
     before = revision(encoder(policy))
     policy.frozen_encoder.config = copy.deepcopy(policy.model.config)
     assert revision(encoder(policy)) == before
-    policy.frozen_encoder.config.rms_norm_eps = 1e-5  # type: ignore[union-attr]
+    policy.frozen_encoder.config.rms_norm_eps = 1e-5
     assert revision(encoder(policy)) != before
 
 
-def test_a_template_with_the_date_changes_it_daily(tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Clock:
-        day = "01 May"
-
-        @classmethod
-        def now(cls) -> type["Clock"]:
-            return cls
-
-        @classmethod
-        def strftime(cls, format: str) -> str:
-            return cls.day
+def test_dated_template_changes_it_daily(tiny_policy, monkeypatch):
+    def set_date(day):
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", SimpleNamespace(now=lambda: date(2026, 5, day)))
 
     tiny_policy.tokenizer.chat_template = "{{ strftime_now('%d %B') }}" + str(tiny_policy.tokenizer.chat_template)
-    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+    set_date(1)
     yesterdays = encoder(tiny_policy)
     before = revision(yesterdays)
-    Clock.day = "02 May"
+    set_date(2)
     assert revision(encoder(tiny_policy)) != before
-    assert revision(yesterdays) == before  # it goes on with the prompts that it was made with
+    assert revision(yesterdays) == before  # its prompts stay those that it was made with
 
 
 ANOTHER = """
@@ -131,7 +105,7 @@ print(revision(RationaleEncoder.from_pretrained(sys.argv[1], device="cpu")))
 """
 
 
-def test_another_process_and_folder_give_the_same(tiny_policy_folder: Path, tmp_path: Path) -> None:
+def test_another_process_and_folder_give_the_same(tiny_policy_folder, tmp_path):
     own = RationaleEncoder.from_pretrained(tiny_policy_folder, device="cpu")
     own.policy.model.save_pretrained(tmp_path)
     own.policy.tokenizer.save_pretrained(tmp_path)

@@ -1,7 +1,6 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import mteb
@@ -15,25 +14,11 @@ from src.evaluation.mteb_encoder import MTEBEncoder, describe
 from src.evaluation.run_tasks import run_tasks
 from src.evaluation.tasks.offline_tasks import OfflineSize, offline_tasks
 from src.modules.encoder.encoder import RationaleEncoder
-from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
 from src.modules.rollouts.hf import HFEngine
+from tests.evaluation.builders import SETTINGS, Recording, encoder
 
-SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, max_new_tokens=4)
 SIZE = OfflineSize(documents=60, queries=24, per_module=5, candidates=6, per_label=8)
-
-
-class Counting(RationaleEncoder):
-    """Keeps the texts that it embeds, and as what."""
-
-    def encode(self, texts: list[str], prompt_type: str | None = None) -> np.ndarray:  # type: ignore[override]
-        self.seen = [*getattr(self, "seen", []), *texts]
-        self.sides = [*getattr(self, "sides", []), prompt_type]
-        return super().encode(texts, prompt_type)
-
-
-def encoder(policy: Policy, **options: object) -> Counting:
-    return Counting(policy, SETTINGS, HFEngine(SETTINGS.max_new_tokens), **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +31,14 @@ def batches(*texts: list[str]) -> list[dict[str, list[str]]]:
 
 
 def embed(adapter: MTEBEncoder, inputs: object) -> np.ndarray:
-    return adapter.encode(inputs, task_metadata=None, hf_split="test", hf_subset="default")  # type: ignore[arg-type]
+    return adapter.encode(inputs, task_metadata=None, hf_split="test", hf_subset="default")
 
 
-def test_each_text_is_embedded_once(tiny_policy: Policy, tasks: list[Any], tmp_path: Path) -> None:
+def test_each_text_is_embedded_once(tiny_policy, tasks, tmp_path):
     own = encoder(tiny_policy)
-    scores = run_tasks(own, tasks, tmp_path, "tiny")  # type: ignore[arg-type]
+    scores = run_tasks(own, tasks, tmp_path, "tiny")
     assert scores.failures == {}
-    assert list(scores.tasks) == [task.metadata.name for task in tasks]  # type: ignore[attr-defined]
+    assert list(scores.tasks) == [task.metadata.name for task in tasks]
     assert all(0 <= score <= 1 for score in scores.tasks.values())
     assert list(scores.categories) == ["Retrieval", "Reranking", "Classification", "Clustering", "PairClassification"]
     assert scores.average == pytest.approx(sum(scores.tasks.values()) / 5)
@@ -65,78 +50,52 @@ def test_each_text_is_embedded_once(tiny_policy: Policy, tasks: list[Any], tmp_p
     assert stored["scores"]["test"][0]["main_score"] == pytest.approx(scores.tasks["DocstringRetrieval"], abs=1e-4)
 
 
-def test_a_second_run_reads_stored_results(tiny_policy: Policy, tasks: list[Any], tmp_path: Path) -> None:
-    first = run_tasks(encoder(tiny_policy, rationale=False), tasks, tmp_path, "tiny")  # type: ignore[arg-type]
-    assert run_tasks(encoder(tiny_policy, rationale=False), tasks, None, "tiny") == first  # type: ignore[arg-type]
+def test_second_run_reads_stored_results(tiny_policy, tasks, tmp_path):
+    first = run_tasks(encoder(tiny_policy, rationale=False), tasks, tmp_path, "tiny")
+    assert run_tasks(encoder(tiny_policy, rationale=False), tasks, None, "tiny") == first
     again = encoder(tiny_policy, rationale=False)
-    assert run_tasks(again, tasks, tmp_path, "tiny").tasks == pytest.approx(first.tasks, abs=1e-4)  # type: ignore[arg-type]
-    assert not hasattr(again, "seen")
+    assert run_tasks(again, tasks, tmp_path, "tiny").tasks == pytest.approx(first.tasks, abs=1e-4)
+    assert again.seen == []
 
 
-def test_results_of_other_data_are_not_reused(tiny_policy: Policy, tasks: list[Any], tmp_path: Path) -> None:
-    run_tasks(encoder(tiny_policy, rationale=False), tasks[:1], tmp_path, "tiny")  # type: ignore[arg-type]
+def test_results_of_other_data_are_not_reused(tiny_policy, tasks, tmp_path):
+    run_tasks(encoder(tiny_policy, rationale=False), tasks[:1], tmp_path, "tiny")
     other = offline_tasks(["networkx", "rich"], tmp_path, SIZE, seed=1)[:1]
     again = encoder(tiny_policy, rationale=False)
     assert run_tasks(again, other, tmp_path, "tiny") == run_tasks(encoder(tiny_policy, rationale=False), other, None, "tiny")
     assert again.seen
 
 
-def test_failing_tasks_are_named(tiny_policy: Policy, tasks: list[Any]) -> None:
-    class Fails(Counting):
-        def encode(self, texts: list[str], prompt_type: str | None = None) -> np.ndarray:  # type: ignore[override]
+def test_failing_tasks_are_named(tiny_policy, tasks):
+    class Fails(Recording):
+        def encode(self, texts, prompt_type=None):
             raise ValueError("no such luck")
 
     broken = Fails(tiny_policy, SETTINGS, HFEngine(4), rationale=False)
-    scores = run_tasks(broken, tasks[:2], None, "tiny")  # type: ignore[arg-type]
+    scores = run_tasks(broken, tasks[:2], None, "tiny")
     assert scores.failures == {"DocstringRetrieval": "no such luck", "DocstringReranking": "no such luck"}
     assert scores.without_data == ()
     assert np.isnan(scores.average)
     assert scores.flat() == {}
 
 
-def test_random_states_stay(tiny_policy: Policy, tasks: list[Any]) -> None:
+def test_random_states_stay(tiny_policy, tasks):
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    run_tasks(encoder(tiny_policy, temperature=1.0), tasks[-1:], None, "tiny")  # type: ignore[arg-type]
+    run_tasks(encoder(tiny_policy, temperature=1.0), tasks[-1:], None, "tiny")
     torch.testing.assert_close(torch.rand(3), expected)
 
 
-def test_titles_of_documents_are_read(tiny_policy: Policy) -> None:
-    from datasets import Dataset
-    from mteb._create_dataloaders import create_dataloader
-
-    corpus = Dataset.from_list([{"id": "1", "title": "Graphs", "text": "have edges"}])
-    own = encoder(tiny_policy, rationale=False)
-    metadata = mteb.get_task("SciFact").metadata
-    loader = create_dataloader(corpus, task_metadata=metadata, prompt_type=PromptType.document, batch_size=2)
-    adapter = MTEBEncoder(own, "tiny")
-    adapter.encode(loader, task_metadata=metadata, hf_split="test", hf_subset="default", prompt_type=PromptType.document)
-    assert own.seen == ["Graphs have edges"]
-
-
-def test_texts_are_cached_and_in_order(tiny_policy: Policy) -> None:
-    own = encoder(tiny_policy, rationale=False)
-    adapter = MTEBEncoder(own, "tiny")
-    found = embed(adapter, batches(["a", "b"], ["a", "c"]))
-    np.testing.assert_array_equal(found[0], found[2])
-    np.testing.assert_array_equal(embed(adapter, batches(["c", "b", "a"])), found[[3, 1, 0]])
-    assert own.seen == ["a", "b", "c"]
-    assert embed(adapter, []).shape == (0, 32)
-
-
-def test_query_instruction(tiny_policy: Policy) -> None:
-    settings = replace(SETTINGS, query_instruction="Find what answers this.")
-    own = Counting(tiny_policy, settings, HFEngine(4))
+def test_prompt_types_reach_the_encoder(tiny_policy):
+    own = encoder(tiny_policy, replace(SETTINGS, query_instruction="Find what answers this."))
     adapter, text = MTEBEncoder(own, "tiny"), batches(["a graph"])
     document, query, neither = (
-        adapter.encode(text, task_metadata=None, hf_split="test", hf_subset="default", prompt_type=side)  # type: ignore[arg-type]
-        for side in (PromptType.document, PromptType.query, None)
+        adapter.encode(text, task_metadata=None, hf_split="test", hf_subset="default", prompt_type=prompt_type)
+        for prompt_type in (PromptType.document, PromptType.query, None)
     )
-    assert own.sides == ["document", "query"]  # without a side a text is read as a document is
+    assert own.prompt_types == ["document", "query"]  # a text without a type is a document, and cached as one
     np.testing.assert_array_equal(document, neither)
-    expected = RationaleEncoder(tiny_policy, replace(SETTINGS, instruction="Find what answers this."), HFEngine(4)).encode(["a graph"])
-    np.testing.assert_allclose(query, expected, atol=1e-6)
     assert np.abs(query - document).max() > 1e-3
 
 
@@ -144,8 +103,8 @@ MIXED = ["a graph", "Draw random samples from a normal distribution.", "the tabl
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_text_has_one_vector_in_any_batch_or_process(tiny_policy: Policy, temperature: float, tmp_path: Path) -> None:
-    def adapter(batch_size: int, folder: Path | None) -> MTEBEncoder:
+def test_vector_is_same_in_any_batch(tiny_policy, temperature, tmp_path):
+    def adapter(batch_size, folder):
         return MTEBEncoder(encoder(tiny_policy, temperature=temperature, batch_size=batch_size), "tiny", folder)
 
     mixed = embed(adapter(3, tmp_path), batches(MIXED))
@@ -153,14 +112,13 @@ def test_a_text_has_one_vector_in_any_batch_or_process(tiny_policy: Policy, temp
     np.testing.assert_allclose(np.concatenate(alone), mixed, atol=1e-5)
     restarted = adapter(2, tmp_path)
     np.testing.assert_array_equal(embed(restarted, batches(MIXED[::-1])), mixed[::-1])
-    assert not hasattr(restarted.model, "seen")
+    assert restarted.model.seen == []
+    assert embed(restarted, []).shape == (0, 32)
 
 
-def test_a_long_call_is_cached_in_parts(
-    tiny_policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Stops(Counting):
-        def encode(self, texts: list[str], prompt_type: str | None = None) -> np.ndarray:  # type: ignore[override]
+def test_long_call_is_cached_in_parts(tiny_policy, tmp_path, caplog, monkeypatch):
+    class Stops(Recording):
+        def encode(self, texts, prompt_type=None):
             if "stop" in texts:
                 raise KeyboardInterrupt
             return super().encode(texts, prompt_type)
@@ -178,7 +136,7 @@ def test_a_long_call_is_cached_in_parts(
     assert own.seen == ["stop"]
 
 
-def test_model_meta(tiny_policy: Policy) -> None:
+def test_model_meta(tiny_policy):
     meta = describe(encoder(tiny_policy), "tiny")
     assert (meta.name, meta.embed_dim, meta.max_tokens) == ("grace/tiny", 32, 96)
     assert meta.n_parameters == sum(p.numel() for p in tiny_policy.parameters())
@@ -190,9 +148,9 @@ def test_model_meta(tiny_policy: Policy) -> None:
     assert describe(encoder(tiny_policy, rationale=False), "me/tiny").name == "me/tiny"
 
 
-def test_mteb_tabulates_stored_results(tiny_policy: Policy, tasks: list[Any], tmp_path: Path) -> None:
+def test_mteb_tabulates_stored_results(tiny_policy, tasks, tmp_path):
     for rationale in (False, True):
-        run_tasks(encoder(tiny_policy, rationale=rationale), tasks[:1], tmp_path, "me/tiny")  # type: ignore[arg-type]
+        run_tasks(encoder(tiny_policy, rationale=rationale), tasks[:1], tmp_path, "me/tiny")
     found = mteb.ResultCache(tmp_path).load_results(load_experiments="match_name", require_model_meta=True)
     frame = found.to_dataframe()
     assert len(frame.columns) == 3  # the task's name, and a column for each way to write rationales
@@ -200,58 +158,58 @@ def test_mteb_tabulates_stored_results(tiny_policy: Policy, tasks: list[Any], tm
     assert {result.model_name for result in found.model_results} == {"me/tiny"}
 
 
-def test_mteb_mock_run(tiny_policy: Policy) -> None:
+def test_mteb_mock_run(tiny_policy):
     results = mteb.mock_run(MTEBEncoder(encoder(tiny_policy, rationale=False), "tiny"))
     failed = {name: status.exception for name, status in results.items() if isinstance(status, mteb.results.task_result.TaskError)}
     assert failed == {}
     assert results.all_passed
 
 
-def test_one_pass_embeds_with_and_without(tiny_policy: Policy, tmp_path: Path) -> None:
+def test_one_pass_embeds_with_and_without(tiny_policy, tmp_path):
     texts = ["a graph", "a table of numbers", "the sorted copy of a list, which is longer"]
     with MTEBEncoder(encoder(tiny_policy), "tiny", tmp_path, also_without=True) as adapter:
         embed(adapter, batches(texts))
     plain = encoder(tiny_policy, rationale=False)
-    expected = RationaleEncoder(tiny_policy, SETTINGS, HFEngine(4), rationale=False).encode(texts)
+    expected = encoder(tiny_policy, rationale=False).encode(texts)
     with MTEBEncoder(plain, "tiny", tmp_path) as adapter:
         np.testing.assert_allclose(embed(adapter, batches(texts)), expected, atol=1e-5)
-    assert not hasattr(plain, "seen")  # all of them were there
+    assert plain.seen == []  # all of them were there
 
 
 @pytest.mark.parametrize("pooling", ["mean", "eos", "max"])
 @pytest.mark.parametrize("layer", [-1, -2])
-def test_encode_both(tiny_policy: Policy, pooling: str, layer: int) -> None:
-    policy = Policy(tiny_policy.model, tiny_policy.tokenizer, "live", pooling, layer)  # type: ignore[arg-type]
-    own = RationaleEncoder(policy, replace(SETTINGS, pooling=pooling, layer=layer), HFEngine(4))  # type: ignore[arg-type]
+def test_encode_both(tiny_policy, pooling, layer):
+    policy = Policy(tiny_policy.model, tiny_policy.tokenizer, "live", pooling, layer)
+    own = encoder(policy, replace(SETTINGS, pooling=pooling, layer=layer))
     texts = ["a graph", "a table of numbers", "a graph"]
     with_rationales, plain = own.encode_both(texts)
     np.testing.assert_allclose(with_rationales, own.encode(texts), atol=1e-5)
-    np.testing.assert_allclose(plain, own.encode(texts, rationale=False), atol=1e-5)  # type: ignore[arg-type]
+    np.testing.assert_allclose(plain, own.encode(texts, rationale=False), atol=1e-5)
 
 
-def test_encode_both_of_a_frozen_encoder(tiny_policy: Policy) -> None:
+def test_encode_both_of_a_frozen_encoder(tiny_policy):
     frozen = Policy(tiny_policy.model, tiny_policy.tokenizer, "frozen")
-    assert RationaleEncoder(frozen, SETTINGS, HFEngine(4)).encode_both(["a graph"])[1] is None
+    assert encoder(frozen).encode_both(["a graph"])[1] is None
 
 
-def test_embedded_in_bfloat16_scored_in_float32(tiny_policy: Policy, tasks: list[Any], tmp_path: Path) -> None:
+def test_embedded_in_bfloat16_scored_in_float32(tiny_policy, tasks, tmp_path):
     """Autocast would round MTEB's cosines too, and texts that lie close together would tie."""
-    seen: dict[str, set[object]] = {"embedded": set(), "compared": set()}
+    seen = {"embedded": set(), "compared": set()}
 
     class Watched(RationaleEncoder):
-        def encode(self, *args: object, **kwargs: object) -> np.ndarray:  # type: ignore[override]
+        def encode(self, *args, **kwargs):
             seen["embedded"].add(torch.is_autocast_enabled("cpu"))
-            return super().encode(*args, **kwargs)  # type: ignore[arg-type]
+            return super().encode(*args, **kwargs)
 
     class Compared(MTEBEncoder):
-        def similarity(self, first: object, second: object) -> object:
-            found = super().similarity(first, second)  # type: ignore[arg-type]
+        def similarity(self, first, second):
+            found = super().similarity(first, second)
             seen["compared"].add(found.dtype)
             return found
 
     own = Watched(tiny_policy, SETTINGS, HFEngine(4), rationale=False)
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
         patch.setattr("src.evaluation.mteb_encoder.MTEBEncoder", Compared)
-        scores = run_tasks(own, tasks[:1], tmp_path, "tiny")  # type: ignore[arg-type]
+        scores = run_tasks(own, tasks[:1], tmp_path, "tiny")
     assert scores.failures == {}
     assert seen == {"embedded": {True}, "compared": {torch.float32}}

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
@@ -8,7 +6,6 @@ from experiments.tiny_policy.cold_start import ColdStartModule
 from experiments.tiny_policy.demonstrations import Demonstration, write_rationale
 from src.modules.encoder.export import load_policy
 from tests.builders import SENTENCES, small_policy
-from tests.programs import Programs
 
 LOSSES = ("text", "query_rationale", "document_rationale", "nce", "nce_rationale")
 
@@ -19,17 +16,17 @@ def demonstrations() -> list[Demonstration]:
 
 
 def module(**settings: float) -> ColdStartModule:
-    return ColdStartModule(small_policy(), "Name the terms.", max_prompt_tokens=96, max_rationale_tokens=40, **settings)  # type: ignore[arg-type]
+    return ColdStartModule(small_policy(), "Name the terms.", max_prompt_tokens=96, max_rationale_tokens=40, **settings)
 
 
-def test_sequences_hold_the_rationale_and_its_end() -> None:
+def test_sequences_hold_the_rationale_and_its_end():
     cold_start = module()
     rollouts = cold_start.sequences(["One text"], ["<think> a, b</think> sum"])
     assert rollouts.input_ids.shape[1] % 32 == 0
     assert cold_start.policy.tokenizer.decode(rollouts.rationales()[0]) == "<think> a, b</think> sum<|im_end|>"
 
 
-def test_every_second_row_is_pooled_without_the_summary() -> None:
+def test_every_second_row_lacks_the_summary():
     cold_start = module()
     rollouts = cold_start.sequences(["One text", "One text"], ["<think> a</think> sum"] * 2)
     hidden = torch.nn.functional.one_hot(rollouts.input_ids, len(cold_start.policy.tokenizer)).float()
@@ -41,7 +38,7 @@ def test_every_second_row_is_pooled_without_the_summary() -> None:
     assert pooled[0][eos] > 0  # the end of the user's turn is pooled in both
 
 
-def test_losses_reach_every_parameter() -> None:
+def test_losses_reach_every_parameter():
     cold_start = module()
     parts = cold_start.losses(demonstrations())
     assert all(value.isfinite() for value in parts.values())
@@ -49,7 +46,7 @@ def test_losses_reach_every_parameter() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in cold_start.policy.parameters())
 
 
-def test_a_short_fit_lowers_every_loss(tmp_path: Path) -> None:
+def test_short_fit_lowers_every_loss(tmp_path):
     torch.manual_seed(0)
     cold_start, batch = (
         module(learning_rate=3e-3, warmup_steps=2, copy_steps=2),
@@ -58,8 +55,8 @@ def test_a_short_fit_lowers_every_loss(tmp_path: Path) -> None:
     with torch.no_grad():
         before = cold_start.losses(batch)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = L.Trainer(accelerator="cpu", max_steps=40, default_root_dir=tmp_path, **quiet)  # type: ignore[arg-type]
-    trainer.fit(cold_start, DataLoader([batch] * 40, batch_size=None))  # type: ignore[arg-type]
+    trainer = L.Trainer(accelerator="cpu", max_steps=40, default_root_dir=tmp_path, **quiet)
+    trainer.fit(cold_start, DataLoader([batch] * 40, batch_size=None))
     with torch.no_grad():
         after = cold_start.losses(batch)
     assert trainer.global_step == 40
@@ -67,7 +64,7 @@ def test_a_short_fit_lowers_every_loss(tmp_path: Path) -> None:
         assert after[name] < 0.9 * before[name], name
 
 
-def test_copying_loss_is_cross_entropy_of_the_repetition() -> None:
+def test_copying_loss_is_cross_entropy():
     cold_start = module()
     torch.manual_seed(0)
     loss = cold_start.copying_loss(rows=3, tokens=5)
@@ -78,7 +75,7 @@ def test_copying_loss_is_cross_entropy_of_the_repetition() -> None:
     torch.testing.assert_close(loss, torch.stack(expected).mean())
 
 
-def test_the_recipe_trains_and_exports(programs: Programs, tmp_path: Path) -> None:
+def test_recipe_trains_and_exports(programs, tmp_path):
     places = [f"hydra.run.dir={tmp_path}/out", f"paths.cache_dir={tmp_path}/cache", "logger=none"]
     data = ["packages.cold_start=[jinja2]", "packages.validation=[joblib]", "datamodule.modules_per_batch=2"]
     policy = (

@@ -58,7 +58,7 @@ def synset(gloss: str, *words: str, file: str = "noun.animal", examples: tuple[s
     return Synset("n00000001", file, words, gloss, examples, (), marked)
 
 
-def test_a_line_of_the_database_is_read() -> None:
+def test_line_of_the_database_is_read():
     dog = read_synset(NOUNS.splitlines()[5])
     examples = ("the dog barked all night", "dogs bark")
     assert dog == Synset("n00000500", "noun.animal", ("dog", "house dog"), "a domestic pet", examples, ("n00000400",), marked=False)
@@ -66,7 +66,7 @@ def test_a_line_of_the_database_is_read() -> None:
     assert read_synset(VERBS.strip()).file == "verb.motion"
 
 
-def test_senses_and_counts_are_read_by_word(files: Path) -> None:
+def test_senses_and_counts_are_read_by_word(files):
     wordnet = read_wordnet(files)
     assert len(wordnet.synsets) == 9
     assert wordnet.meanings("dog") == ["n00000500", "n00000800", "v00000900"]
@@ -74,7 +74,7 @@ def test_senses_and_counts_are_read_by_word(files: Path) -> None:
     assert wordnet.hyponyms["n00000400"] == ["n00000500", "n00000600"]
 
 
-def test_grades_follow_the_hierarchy(files: Path) -> None:
+def test_grades_follow_the_hierarchy(files):
     wordnet = read_wordnet(files)
     dog, cat, car, verb = "n00000500", "n00000600", "n00000700", "v00000900"
     assert wordnet.depth(dog) == 4
@@ -85,12 +85,12 @@ def test_grades_follow_the_hierarchy(files: Path) -> None:
     assert [grade(value) for value in (0, 0.19, 0.2, 0.75, 0.8, 1)] == [0, 0, 1, 3, 4, 4]
 
 
-def test_missing_files_are_named(tmp_path: Path) -> None:
+def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data.noun"):
         read_wordnet(tmp_path)
 
 
-def test_too_few_words(files: Path) -> None:
+def test_too_few_words(files):
     with pytest.raises(ValueError, match=r"10 documents a class.*noun.animal \(0\)"):
         make(read_wordnet(files), (SMALL, LARGE), (SMALL_PAIRS, LARGE_PAIRS))
 
@@ -106,11 +106,11 @@ def test_too_few_words(files: Path) -> None:
         ("an ethnic group of people with thick soft fur", "cat", False, False),
     ],
 )
-def test_plain_glosses(gloss: str, word: str, marked: bool, plain: bool) -> None:
+def test_plain_glosses(gloss, word, marked, plain):
     assert is_plain(synset(gloss, word, marked=marked)) == plain
 
 
-def test_an_example_has_the_word_and_none_of_the_gloss() -> None:
+def test_example_has_the_word_alone():
     examples = ("he moved on", "leaping and dancing they came", "She danced with joy")
     leap = synset("skip, leap, or move up and down", "dance", examples=examples)
     assert example(leap, "dance") == "She danced with joy"
@@ -118,7 +118,7 @@ def test_an_example_has_the_word_and_none_of_the_gloss() -> None:
     assert content("The runner was running with dogs!") == {"runn", "dog"}
 
 
-def test_a_second_answer_is_seen() -> None:
+def test_second_answer_is_seen():
     meant, other = synset("one", "bank", file="noun.artifact"), synset("two", "bank", file="noun.location")
     alone, shown = Query("bank", None, meant, other), Query("bank", "she sat on the bank", meant, other)
     assert answers(alone, other)
@@ -127,7 +127,7 @@ def test_a_second_answer_is_seen() -> None:
     assert shown.text == 'bank, as in "she sat on the bank"'
 
 
-def test_size_and_licence() -> None:
+def test_size_and_licence():
     assert sum(file.stat().st_size for file in HERE.rglob("*") if file.is_file() and file.suffix != ".pyc") <= 2**20
     text = (HERE / "LICENSE-WordNet").read_text()
     assert "Permission to use, copy, modify and distribute this software and\ndatabase" in text
@@ -135,7 +135,7 @@ def test_size_and_licence() -> None:
     assert text.endswith("Princeton University and LICENSEE agrees to preserve same.\n")
 
 
-def test_counts_in_the_readme(shipped: Rows) -> None:
+def test_counts_in_the_readme(shipped):
     readme = (HERE / "README.md").read_text()
     rows = dict(re.findall(r"^\| ([^|]+?) \| (\d[^|]*\| [^|]*\d) \|$", readme, flags=re.MULTILINE))
     counts = {
@@ -150,7 +150,7 @@ def test_counts_in_the_readme(shipped: Rows) -> None:
         assert rows[name] == f"{count(small)} | {count(shipped)}", name
 
 
-def test_no_query_is_answered_by_copying_words(shipped: Rows) -> None:
+def test_no_query_is_answered_by_copying_words(shipped):
     by_id = {doc["id"]: doc for doc in shipped["documents"]}
     for query in shipped["queries"]:
         answer = by_id[query["answer"]]
@@ -158,7 +158,7 @@ def test_no_query_is_answered_by_copying_words(shipped: Rows) -> None:
         assert not content(query["text"]) & content(answer["text"]), query
 
 
-def test_no_query_has_two_answers(shipped: Rows) -> None:
+def test_no_query_has_two_answers(shipped):
     by_id = {doc["id"]: doc for doc in shipped["documents"]}
     assert len({doc["text"] for doc in shipped["documents"]}) == len(by_id)
     assert len({query["text"] for query in shipped["queries"]}) == len(shipped["queries"])
@@ -169,14 +169,14 @@ def test_no_query_has_two_answers(shipped: Rows) -> None:
         assert alone or query["word"] in by_id[query["rival"]]["words"]
 
 
-def test_every_grade_and_class_is_as_frequent(shipped: Rows) -> None:
+def test_every_grade_and_class_is_as_frequent(shipped):
     for small, pairs, size in ((True, SMALL_PAIRS, SMALL), (False, LARGE_PAIRS, LARGE)):
         rows = {name: [row for row in values if row["small"] or not small] for name, values in shipped.items()}
         assert Counter(grade(pair["similarity"]) for pair in rows["pairs"]) == dict.fromkeys(range(5), pairs)
         assert Counter(doc["class"] for doc in rows["documents"]) == dict.fromkeys(CLASSES, size.documents)
 
 
-def test_pairs_that_were_checked_by_hand(shipped: Rows) -> None:
+def test_pairs_that_were_checked_by_hand(shipped):
     words = {doc["id"]: doc["words"][0] for doc in shipped["documents"]}
     grades = {frozenset((words[pair["one"]], words[pair["other"]])): pair["similarity"] for pair in shipped["pairs"]}
     ape, rat, goose = (grades[frozenset(pair)] for pair in (("monkey", "ape"), ("rat", "monkey"), ("limestone", "goose")))
@@ -186,11 +186,11 @@ def test_pairs_that_were_checked_by_hand(shipped: Rows) -> None:
 
 
 @needs_wordnet
-def test_neighbours_in_wordnet_are_nearer() -> None:
-    whole = read_wordnet(WORDNET)
+def test_neighbours_in_wordnet_are_nearer():
+    wordnet = read_wordnet(WORDNET)
 
-    def near(one: str, other: str) -> float:
-        return whole.similarity(whole.senses["noun", one][0], whole.senses["noun", other][0])
+    def near(one, other):
+        return wordnet.similarity(wordnet.senses["noun", one][0], wordnet.senses["noun", other][0])
 
     assert near("dog", "cat") > near("dog", "car") > near("dog", "anger")
     assert near("car", "truck") > near("car", "spoon")
@@ -198,7 +198,7 @@ def test_neighbours_in_wordnet_are_nearer() -> None:
 
 
 @needs_wordnet
-def test_the_script_writes_what_is_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_script_writes_what_is_shipped(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["make.py", str(WORDNET), "--output", str(tmp_path)])
     main()
     for file in ("LICENSE-WordNet", *(f"data/{name}.jsonl" for name in ("documents", "queries", "pairs"))):

@@ -11,7 +11,8 @@ from mlflow.tracking import MlflowClient
 import evaluate
 from experiments.paper_tables import quality_latency, report
 from experiments.paper_tables.tables import AVERAGE, CATEGORIES, Row, as_csv, cell, figure, markdown
-from tests.conftest import ROOT, Compose
+from tests.conftest import ROOT
+from tests.runs import mlflow_runs
 
 FOLDER = ROOT / "experiments" / "paper_tables"
 
@@ -23,7 +24,7 @@ def rows() -> list[Row]:
     ]
 
 
-def test_cells() -> None:
+def test_cells():
     base, grace = rows()
     assert cell(base, AVERAGE) == "41.23 (40.00)"
     assert cell(base, "STS") == "50.00"
@@ -31,7 +32,7 @@ def test_cells() -> None:
     assert cell(grace, "Retrieval") == "n/m"
 
 
-def test_tables_are_markdown_and_csv() -> None:
+def test_tables_are_markdown_and_csv():
     page = markdown(rows())
     assert "| B | Base [1] | n/m | n/m | n/m | n/m | n/m | 50.00 | n/m | 41.23 (40.00) |" in page
     assert page.endswith("1. run 1\n")
@@ -42,7 +43,7 @@ def test_tables_are_markdown_and_csv() -> None:
     assert len(figure(rows()).axes) == 1
 
 
-def test_published_numbers_are_complete() -> None:
+def test_published_numbers_are_complete():
     published = yaml.safe_load((FOLDER / "published.yaml").read_text())
     models = yaml.safe_load((FOLDER / "models.yaml").read_text())
     for table, sources in report.SOURCES.items():
@@ -54,7 +55,7 @@ def test_published_numbers_are_complete() -> None:
         assert numbers["GRACE"].keys() == {*CATEGORIES, AVERAGE}
 
 
-def test_models_are_read_and_checked(tmp_path: Path) -> None:
+def test_models_are_read_and_checked(tmp_path):
     file = tmp_path / "models.yaml"
     file.write_text("B: {base: experiments/tiny_pol*/weights, cl: null}")
     assert report.read_models(file) == {"B": {"base": str(FOLDER.parent / "tiny_policy" / "weights")}}
@@ -65,9 +66,7 @@ def test_models_are_read_and_checked(tmp_path: Path) -> None:
         report.read_models(file)
 
 
-def test_evaluations_become_both_tables(
-    compose: Compose, tiny_policy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluations_become_both_tables(compose, tiny_policy_folder, tmp_path, capsys):
     trained = Path(shutil.copytree(tiny_policy_folder, tmp_path / "runs" / "tiny" / "now" / "export"))
     shutil.copy(ROOT / "experiments" / "tiny_learning" / "curves.png", trained.parent / "similarities.png")
     small = ["size=small", "packages.test=[networkx,rich]", "max_new_tokens=3"]
@@ -86,14 +85,14 @@ def test_evaluations_become_both_tables(
     shown = capsys.readouterr().out
     assert "| tiny | + CL | n/m |" in shown
     client = MlflowClient(cfg.paths.tracking_uri)
-    runs = client.search_runs([client.get_experiment_by_name(cfg.project).experiment_id], "run_name = 'paper tables: test'")
-    logged = {file.path for file in client.list_artifacts(runs[0].info.run_id)}
+    (run,) = [run for run in mlflow_runs(client, cfg.project) if run.info.run_name == "paper tables: test"]
+    logged = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert logged == {"tables.md", "tables.csv", "tables.png", "similarities_tiny_grace_sup.png"}
     with pytest.raises(SystemExit, match=r"^paper_tables: no evaluation on mteb_eng_v1 of a model in "):
         report.main([str(models), *where[2:], "--output", str(tmp_path / "none")])
 
 
-def test_lengths_are_timed_and_scored(tiny_policy_folder: Path, tmp_path: Path) -> None:
+def test_lengths_are_timed_and_scored(tiny_policy_folder, tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     few = ["--packages", "networkx", "rich", "--size", "small", "--texts", "8", "--repeats", "1", "--lengths", "4", "0"]
     quality_latency.main(["--model", str(tiny_policy_folder), *few, "--tracking-uri", uri, "--output", str(tmp_path / "out")])
@@ -103,5 +102,5 @@ def test_lengths_are_timed_and_scored(tiny_policy_folder: Path, tmp_path: Path) 
     assert all(float(second[time]) > 0 for time in ("writing_ms", "encoding_ms"))
     assert first["average"] != second["average"]
     client = MlflowClient(uri)
-    (run,) = client.search_runs([client.get_experiment_by_name("grace").experiment_id])
+    (run,) = mlflow_runs(client, "grace")
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {f"quality_latency.{kind}" for kind in ("md", "csv", "png")}

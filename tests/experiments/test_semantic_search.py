@@ -3,7 +3,6 @@
 import random
 import re
 import shlex
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ FOLDER = ROOT / "experiments" / "semantic_search"
 POLICY = ROOT / "experiments" / "tiny_policy" / "weights"
 
 
-def test_summaries_find_their_docstrings(tmp_path: Path) -> None:
+def test_summaries_find_their_docstrings(tmp_path):
     encoder = RationaleEncoder.from_pretrained(POLICY)
     documents = random.Random(0).sample(collect(["joblib"], tmp_path), 30)
     index = build(encoder, documents)
@@ -32,7 +31,7 @@ def test_summaries_find_their_docstrings(tmp_path: Path) -> None:
         assert all(hit.rationale == index.rationales[documents.index(hit.document)] for hit in hits)
 
 
-def test_the_command_shows_hits_and_rationales(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_shows_hits_and_rationales(tmp_path, capsys):
     main(["read and write a cache", "--packages", "joblib", "--cache", str(tmp_path), "--hits", "2"])
     shown = capsys.readouterr().out
     assert "128 docstrings of joblib read in" in shown
@@ -40,7 +39,7 @@ def test_the_command_shows_hits_and_rationales(tmp_path: Path, capsys: pytest.Ca
     assert shown.count("rationale <think>") == 3  # the query's and two hits'
 
 
-def test_readme_commands_parse(capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_commands_parse(capsys):
     lines = re.findall(r"^python -m experiments\.semantic_search\.search.*", (FOLDER / "README.md").read_text(), flags=re.MULTILINE)
     assert len(lines) == 3
     for line in lines:

@@ -31,17 +31,17 @@ def encoders() -> dict[bool, RationaleEncoder]:
 
 
 def mean_reciprocal_rank(encoder: RationaleEncoder, docs: list[Docstring]) -> float:
-    sides = [encoder.encode([doc.summary for doc in docs]), encoder.encode([doc.body[:320] for doc in docs])]
-    queries, bodies = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in sides)
+    both = [encoder.encode([doc.summary for doc in docs]), encoder.encode([doc.body[:320] for doc in docs])]
+    queries, bodies = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in both)
     similarity = queries @ bodies.T
     return float((1 / (similarity >= np.diag(similarity)[:, None]).sum(axis=1)).mean())
 
 
-def test_weights_are_at_most_8_mb() -> None:
+def test_weights_are_at_most_8_mb():
     assert (WEIGHTS / "model.safetensors").stat().st_size <= 8_000_000
 
 
-def test_plain_transformers_generate() -> None:
+def test_plain_transformers_generate():
     tokenizer = AutoTokenizer.from_pretrained(WEIGHTS)
     model = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32)
     chat = [{"role": "user", "content": "Return the sorted copy of a list of numbers."}]
@@ -50,7 +50,7 @@ def test_plain_transformers_generate() -> None:
     assert tokenizer.decode(written).startswith("<think>")
 
 
-def test_rationales_name_terms_of_the_text(encoders: dict[bool, RationaleEncoder], held_out: list[Docstring]) -> None:
+def test_rationales_name_terms_of_the_text(encoders, held_out):
     texts = [doc.body[:320] for doc in held_out]
     _, rationales = encoders[True].explain(texts)
     shares = []
@@ -63,15 +63,6 @@ def test_rationales_name_terms_of_the_text(encoders: dict[bool, RationaleEncoder
     assert np.mean(shares) > 0.7
 
 
-def test_retrieval_on_held_out_packages(encoders: dict[bool, RationaleEncoder], held_out: list[Docstring]) -> None:
+def test_retrieval_on_held_out_packages(encoders, held_out):
     assert mean_reciprocal_rank(encoders[False], held_out) > 0.4
     assert mean_reciprocal_rank(encoders[True], held_out) > 0.4
-
-
-@pytest.mark.parametrize("rationale", [False, True])
-def test_a_vector_does_not_depend_on_the_batch(encoders: dict[bool, RationaleEncoder], held_out: list[Docstring], rationale: bool) -> None:
-    texts = [doc.body[:320] if i % 2 else doc.summary for i, doc in enumerate(held_out[:24])]
-    together = encoders[rationale].encode(texts)
-    alone = np.concatenate([encoders[rationale].encode([text]) for text in texts[:8]])
-    np.testing.assert_allclose(alone, together[:8], atol=1e-5, rtol=0)
-    np.testing.assert_allclose(encoders[rationale].encode(texts[::-1], batch_size=7)[::-1], together, atol=1e-5, rtol=0)

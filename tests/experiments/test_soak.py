@@ -1,5 +1,4 @@
 import gc
-from pathlib import Path
 
 import pytest
 import torch
@@ -7,14 +6,14 @@ import torch
 from experiments.soak import soak
 
 
-def test_growth_is_the_slope_of_the_second_half() -> None:
+def test_growth_is_the_later_slope():
     assert soak.growth([0.0, 50.0, 90.0, *(100.0 + 0.01 * step for step in range(3, 8))]) == pytest.approx(10.0)
     assert soak.growth([7.0] * 10) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_memory_stays_flat_over_small_steps(tmp_path: Path) -> None:
+def test_memory_stays_flat_over_small_steps(tmp_path):
     file = tmp_path / "memory.md"
     soak.main(["--steps", "120", "--output", str(file)])
     text = file.read_text()
@@ -34,7 +33,7 @@ def tensors() -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_no_tensors_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensors_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(soak, "resident", tensors)
     samples, _ = soak.soak(40, "urllib3")
     # the ids and masks of a batch's twelve rollouts are some 15 kB, which would be 15 MiB in a thousand steps

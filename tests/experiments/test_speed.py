@@ -1,6 +1,7 @@
 """The benchmarks run at small sizes and measure what they name."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,27 +20,27 @@ TRL = ROOT / ".venv-trl" / "bin" / "python"
 FEW = ["--repeats", "1", "--packages", "joblib"]
 
 
-def test_rounds_alternate_and_ratios_are_of_pairs() -> None:
-    order: list[str] = []
+def test_rounds_alternate_and_ratios_are_of_pairs():
+    order = []
     seconds = alternating({name: lambda name=name: order.append(name) for name in "ab"}, 3)
     assert "".join(order) == "abbaab"
     assert [len(own) for own in seconds.values()] == [3, 3]
     assert paired_ratio([2, 9, 30], [1, 3, 10]) == 3
 
 
-def test_a_table_is_markdown() -> None:
+def test_table_is_markdown():
     assert table(["a", "b"], [[1, "x"]]) == "| a | b |\n| --- | --- |\n| 1 | x |\n"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or torch.cuda.is_available(), reason="reads Linux's account of a process")
-def test_peak_memory_since_reset() -> None:
+def test_peak_memory_since_reset():
     torch.ones(64 * MIB)
     before = reset_peak()
     torch.ones(16 * MIB)
     assert 60 * MIB < peak() - before < 120 * MIB
 
 
-def test_floor_counts_every_product_once() -> None:
+def test_floor_counts_every_product_once():
     c = Qwen2Config(vocab_size=11, hidden_size=8, intermediate_size=5, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     prompts, n, new, layers, heads, d = [3, 5], 2, 4, 2, 4, 2
     matrices, head = layers * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 5), 11 * 8
@@ -58,19 +59,19 @@ def test_floor_counts_every_product_once() -> None:
     assert counted.flops == flops
 
 
-def test_no_rationale_ends_before_its_limit() -> None:
+def test_no_rationale_ends_before_its_limit():
     policy, renderer = unending_policy()
     written = HFEngine(7).generate(policy, renderer(["one text", "another"]), n=3)
     assert not written.finished.any()
     assert (written.rationale_lengths == 7).all()
 
 
-def test_trl_reward_sees_our_embeddings() -> None:
+def test_trl_reward_sees_our_embeddings():
     policy, renderer = unending_policy()
     documents, queries = ["a sorted copy of the list", "the edges of a graph"], ["sort a list", "graph edges"]
     written = HFEngine(5).generate(policy, renderer(documents), n=3)
     reward = ListwiseReward(policy.model, renderer, new_tokens=5, rollouts=3, batch_size=4)
-    repeated = [[text for text in side for _ in range(3)] for side in (documents, queries, documents[::-1])]
+    repeated = [[text for text in texts for _ in range(3)] for texts in (documents, queries, documents[::-1])]
     values = reward([ids.tolist() for ids in written.rationales()], *repeated)
     assert len(values) == 6
     assert len(set(values)) > 1
@@ -78,46 +79,45 @@ def test_trl_reward_sees_our_embeddings() -> None:
     torch.testing.assert_close(embedded, written.embeddings, rtol=0, atol=1e-4)
 
 
-def test_rollouts(tmp_path: Path) -> None:
-    file = tmp_path / "table.md"
-    rollouts.main(["--prompts", "3", "--new-tokens", "4", "--rollouts", "1", "2", *FEW, "--output", str(file)])
-    text = file.read_text()
+def run_benchmark(main: Callable[[list[str]], None], folder: Path, *options: str) -> str:
+    """Runs a benchmark at small sizes; returns its table."""
+    main([*options, *FEW, "--output", str(folder / "table.md")])
+    return (folder / "table.md").read_text()
+
+
+def test_rollouts(tmp_path):
+    text = run_benchmark(rollouts.main, tmp_path, "--prompts", "3", "--new-tokens", "4", "--rollouts", "1", "2")
     assert text.count("| transformers generate |") == text.count("| transformers continuous batching |") == 2
     assert "GFLOP/s take" in text
 
 
-def test_evaluation(tmp_path: Path) -> None:
-    file = tmp_path / "table.md"
-    evaluation.main(["--texts", "6", "--batch-size", "4", *FEW, "--output", str(file)])
-    assert "| generate, decode, encode |" in file.read_text()
-    assert float(file.read_text().split("embeddings ")[1].split()[0]) > 0.99
+def test_evaluation(tmp_path):
+    text = run_benchmark(evaluation.main, tmp_path, "--texts", "6", "--batch-size", "4")
+    assert "| generate, decode, encode |" in text
+    assert float(text.split("embeddings ")[1].split()[0]) > 0.99
 
 
-def test_steps_of_a_model_with_another_vocabulary() -> None:
+def test_steps_of_a_model_with_another_vocabulary():
     spec = Spec(str(POLICY), 2, 2, 3, 256, steps=1, train_embeddings=False, vocab_size=5000, packages=("joblib",))
     result = run(spec)
     assert len(result["seconds"]) == 1
     assert result["bytes"] > 0
 
 
-def test_scaling(tmp_path: Path) -> None:
-    file = tmp_path / "table.md"
+def test_scaling(tmp_path):
     sizes = ["--instances", "2", "--rollouts", "2", "--new-tokens", "3", "--doublings", "0"]
-    scaling.main([*sizes, *FEW, "--output", str(file)])
-    assert file.read_text().count("\n| ") >= len(scaling.WAYS)
-    assert file.with_suffix(".png").stat().st_size > 1000
+    assert run_benchmark(scaling.main, tmp_path, *sizes).count("\n| ") >= len(scaling.WAYS)
+    assert (tmp_path / "table.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not TRL.exists(), reason="needs TRL in .venv-trl, see experiments/speed/README.md")
-def test_a_step_against_trl(tmp_path: Path) -> None:
-    file = tmp_path / "table.md"
+def test_step_against_trl(tmp_path):
     sizes = ["--instances", "4", "--rollouts", "2", "--new-tokens", "4", "--instances-per-micro-batch", "2"]
-    step.main([*sizes, *FEW, "--output", str(file)])
-    assert "| TRL GRPOTrainer |" in file.read_text()
+    assert "| TRL GRPOTrainer |" in run_benchmark(step.main, tmp_path, *sizes)
 
 
-def test_without_trl_the_error_names_its_requirements(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_without_trl_the_error_names_its_requirements(capsys, tmp_path):
     with pytest.raises(SystemExit):
         step.main(["--trl-python", str(tmp_path / "python")])
     assert "pip install -r experiments/speed/trl-requirements.txt" in capsys.readouterr().err

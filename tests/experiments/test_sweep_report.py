@@ -9,7 +9,6 @@ from mlflow.tracking import MlflowClient
 
 from experiments.sweep_report import Sweep, find_sweep, markdown, read_sweep, write_report
 from src.utils.sweeps import ERROR, FOLDER, KEYS, PARENT, REPORT, RESULT, SWEEP, VALUES
-from tests.programs import Programs
 
 
 class Store:
@@ -46,7 +45,7 @@ def store(tracking_uri: str, tmp_path: Path) -> Store:
     return Store(tracking_uri, tmp_path)
 
 
-def test_grid_over_seeds(store: Store, tmp_path: Path) -> None:
+def test_grid_over_seeds(store, tmp_path):
     store.start("reward.consistency_weight", "seed", "reward.hard_weight", curves=["mteb/average"])
     for a in ("10", "9"):
         for seed, score in (("0", 0.1), ("1", 0.3)):
@@ -69,7 +68,7 @@ def test_grid_over_seeds(store: Store, tmp_path: Path) -> None:
     assert store.client.get_run(store.parent).data.metrics["best/mteb/average"] == pytest.approx(1.25)
 
 
-def test_last_attempt_counts(store: Store) -> None:
+def test_last_attempt_counts(store):
     store.start("reward", direction="minimize")
     store.point("paper", error="ValueError: a first time")
     store.point("paper", 0.5)
@@ -81,7 +80,7 @@ def test_last_attempt_counts(store: Store) -> None:
     assert "| paper | 1 | 0.5 |" in markdown(store.sweep())
 
 
-def test_seeds_alone(store: Store, tmp_path: Path) -> None:
+def test_seeds_alone(store, tmp_path):
     store.start("seed")
     for seed in range(3):
         store.point(str(seed), float(seed))
@@ -89,7 +88,7 @@ def test_seeds_alone(store: Store, tmp_path: Path) -> None:
     assert store.write(tmp_path / "report") == ["sweep.md", "sweep.png"]
 
 
-def test_search_is_drawn_as_points(store: Store, tmp_path: Path) -> None:
+def test_search_is_drawn_as_points(store, tmp_path):
     store.start("reward.temperature", "reward.hard", "reward.hard_weight")
     for i in range(12):
         store.point(f"0.0{i}123456789 {'max' if i % 2 else 'mean'} {i * i}", float(i))
@@ -98,7 +97,7 @@ def test_search_is_drawn_as_points(store: Store, tmp_path: Path) -> None:
     assert (tmp_path / "report" / "sweep.png").stat().st_size > 5000
 
 
-def test_metric_that_no_run_has(store: Store, tmp_path: Path) -> None:
+def test_metric_that_no_run_has(store, tmp_path):
     store.start("reward", metrics=["nope", "mteb/average"])
     store.point("paper", 0.5)
     page = markdown(store.sweep())
@@ -108,13 +107,13 @@ def test_metric_that_no_run_has(store: Store, tmp_path: Path) -> None:
     assert store.sweep(metrics=["mteb/average"]).best() == ({"reward": "paper"}, 0.5)
 
 
-def test_nothing_finished_yet(store: Store, tmp_path: Path) -> None:
+def test_nothing_finished_yet(store, tmp_path):
     store.start("reward")
     assert store.write(tmp_path) == ["sweep.md"]
 
 
-def test_command_finds_a_sweep_by_name(programs: Programs, store: Store, tracking_uri: str, tmp_path: Path) -> None:
-    def find(name: str | None) -> str:
+def test_command_finds_a_sweep_by_name(programs, store, tracking_uri, tmp_path):
+    def find(name):
         return find_sweep(store.client, store.project, name)
 
     store.start("reward")

@@ -1,19 +1,18 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
 from src.utils.atomic import make_folder_once, write_atomic
 
 
-def test_folder_is_made_once(tmp_path: Path) -> None:
-    def write(partial: Path) -> None:
+def test_folder_is_made_once(tmp_path):
+    def write(partial):
         (partial / "file").write_text("x")
         time.sleep(0.2)
         made.append(partial)
 
-    made: list[Path] = []
+    made = []
     with ThreadPoolExecutor(3) as pool:
         folders = list(pool.map(lambda _: make_folder_once(tmp_path / "new" / "folder", write), range(3)))
     assert folders == [tmp_path / "new" / "folder"] * 3
@@ -21,8 +20,8 @@ def test_folder_is_made_once(tmp_path: Path) -> None:
     assert [path.name for path in folders[0].iterdir()] == ["file"]
 
 
-def test_failure_leaves_no_folder(tmp_path: Path) -> None:
-    def broken(partial: Path) -> None:
+def test_failure_leaves_no_folder(tmp_path):
+    def broken(partial):
         (partial / "file").write_text("x")
         raise OSError("disk full")
 
@@ -32,7 +31,7 @@ def test_failure_leaves_no_folder(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
-def test_file_is_replaced(tmp_path: Path) -> None:
+def test_file_is_replaced(tmp_path):
     for text in ("one", "zwölf"):
         write_atomic(tmp_path / "new" / "file.txt", text)
     assert [path.read_text(encoding="utf-8") for path in (tmp_path / "new").iterdir()] == ["zwölf"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from src.utils.checkpoint_io import CheckpointError
 from src.utils.run_folder import ReserveFolder, choose_folder, reserve_folder, starting_point
@@ -22,7 +22,7 @@ def choose(tmp_path: Path) -> Choose:
     """(ckpt_path, **settings) -> the folder, below the root, of a run of "tiny" at "now"."""
 
     def chosen(ckpt_path: str | None, name: str = "tiny", now: str = "now", **settings: object) -> Path:
-        return Path(choose_folder(str(tmp_path), name, now, ckpt_path, **settings)).relative_to(tmp_path)  # type: ignore[arg-type]
+        return Path(choose_folder(str(tmp_path), name, now, ckpt_path, **settings)).relative_to(tmp_path)
 
     return chosen
 
@@ -36,7 +36,7 @@ def requeue(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def started(folder: Path, at: float, **settings: object) -> Path:
-    """A folder in which a run was started; without settings it failed before training."""
+    """Makes a folder in which a run was started; without settings it failed before training."""
     folder.mkdir(parents=True)
     (folder / "run.lock").touch()
     os.utime(folder / "run.lock", (at, at))
@@ -53,7 +53,7 @@ def saved(folder: Path) -> Path:
 
 
 def work(folder: Path, overrides: list[str]) -> Path:
-    """Leaves what a process leaves that starts in a folder."""
+    """Reserves a folder and releases it, as a process does that starts and ends there."""
     with reserve_folder(folder, overrides):
         return folder
 
@@ -61,7 +61,7 @@ def work(folder: Path, overrides: list[str]) -> Path:
 # ---- which folder
 
 
-def test_last_is_the_run_started_last(tmp_path: Path, choose: Choose) -> None:
+def test_last_is_the_run_started_last(tmp_path, choose):
     started(tmp_path / "tiny" / "b", at=10)
     started(tmp_path / "tiny" / "a", at=20)  # an older run that was resumed since
     (tmp_path / "tiny" / "c").mkdir()  # where nothing was trained
@@ -71,7 +71,7 @@ def test_last_is_the_run_started_last(tmp_path: Path, choose: Choose) -> None:
         choose("last", name="other", seed=0)
 
 
-def test_last_is_of_the_same_seed_and_has_trained(tmp_path: Path, choose: Choose) -> None:
+def test_last_has_same_seed_and_trained(tmp_path, choose):
     for seed, at in ((0, 10), (1, 20)):
         started(tmp_path / "tiny" / f"s{seed}", at, seed=seed)
     started(tmp_path / "tiny" / "failed", 30)
@@ -81,7 +81,7 @@ def test_last_is_of_the_same_seed_and_has_trained(tmp_path: Path, choose: Choose
         choose("last", seed=2)
 
 
-def test_a_checkpoint_names_the_folder_of_its_run(tmp_path: Path, choose: Choose) -> None:
+def test_checkpoint_names_its_run_folder(tmp_path, choose):
     run = started(tmp_path / "tiny" / "a", at=10)
     saved(run)
     for name in ("last.ckpt", "batch_4.ckpt"):
@@ -89,7 +89,7 @@ def test_a_checkpoint_names_the_folder_of_its_run(tmp_path: Path, choose: Choose
     assert choose(f"{tmp_path}/downloads/last.ckpt") == Path("tiny/now")
 
 
-def test_requeued_job_finds_its_folder(tmp_path: Path, choose: Choose, requeue: Callable[[], None]) -> None:
+def test_requeued_job_finds_its_folder(tmp_path, choose, requeue):
     first = tmp_path / choose(None, now="monday")
     assert first == tmp_path / "tiny" / "monday_slurm17"
     work(first, [])
@@ -102,7 +102,7 @@ def test_requeued_job_finds_its_folder(tmp_path: Path, choose: Choose, requeue: 
     assert str(saved(first)) == starting_point(None, first)
 
 
-def test_commands_tell_runs_of_a_job_apart(tmp_path: Path, choose: Choose, requeue: Callable[[], None]) -> None:
+def test_commands_tell_runs_of_a_job_apart(tmp_path, choose, requeue):
     for seed in (0, 1):
         work(tmp_path / "tiny" / f"s{seed}", [f"seed={seed}"])
     requeue()
@@ -113,7 +113,7 @@ def test_commands_tell_runs_of_a_job_apart(tmp_path: Path, choose: Choose, reque
 # ---- which checkpoint
 
 
-def test_requeued_job_resumes_from_its_own_state(tmp_path: Path, choose: Choose, requeue: Callable[[], None]) -> None:
+def test_requeued_job_resumes_from_its_own_state(tmp_path, choose, requeue):
     other, command = tmp_path / "downloads" / "batch_4.ckpt", ["ckpt_path=..."]
     other.mkdir(parents=True)
     folder = work(tmp_path / choose(str(other), seed=0, overrides=command), command)
@@ -125,7 +125,7 @@ def test_requeued_job_resumes_from_its_own_state(tmp_path: Path, choose: Choose,
     assert starting_point(str(other), work(folder, command)) == str(checkpoint)
 
 
-def test_requeued_job_that_saved_nothing_starts_as_told(tmp_path: Path, requeue: Callable[[], None]) -> None:
+def test_requeued_job_without_checkpoint_starts_as_told(tmp_path, requeue):
     checkpoint = saved(tmp_path / "run")
     earlier = checkpoint.with_name("batch_2.ckpt")
     earlier.mkdir()
@@ -136,7 +136,7 @@ def test_requeued_job_that_saved_nothing_starts_as_told(tmp_path: Path, requeue:
     assert starting_point("last", folder) == str(checkpoint)
 
 
-def test_starting_point(tmp_path: Path) -> None:
+def test_starting_point(tmp_path):
     assert starting_point(None, tmp_path) is None
     with pytest.raises(FileNotFoundError, match=r"^ckpt_path=last: .* no checkpoint yet"):
         starting_point("last", tmp_path)
@@ -157,7 +157,7 @@ def test_starting_point(tmp_path: Path) -> None:
 # ---- one process
 
 
-def test_second_process_in_a_folder_is_refused(tmp_path: Path) -> None:
+def test_second_process_in_a_folder_is_refused(tmp_path):
     holder = os.fork()
     if holder == 0:
         with reserve_folder(tmp_path):
@@ -174,8 +174,8 @@ def test_second_process_in_a_folder_is_refused(tmp_path: Path) -> None:
         assert f"process {os.getpid()} " in (tmp_path / "run.lock").read_text()
 
 
-def test_refused_run_writes_nothing_and_rank_zero_alone_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(**settings: object) -> DictConfig:
+def test_refused_run_writes_nothing(tmp_path, monkeypatch):
+    def start(**settings):
         logging = {"root": {"handlers": ["console", "file"]}}
         hydra = {"run": {"dir": str(tmp_path)}, "output_subdir": ".hydra", "overrides": {"task": []}, "job_logging": logging}
         config = OmegaConf.create({"ckpt_path": None, "dry_run": False, **settings, "hydra": hydra})

@@ -60,12 +60,12 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_redact(text: str, expected: str) -> None:
+def test_redact(text, expected):
     assert redact(text) == expected
     assert redact(expected) == expected
 
 
-def test_environment_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_secrets_are_hidden(monkeypatch):
     services = ("PGPASSWORD", "MYSQL_PWD", "DB_PASS", "OPENAI_KEY", "AZURE_STORAGE_KEY", "AZURE_STORAGE_CONNECTION_STRING", "SLURM_JWT")
     secrets = {name: f"{name}-v4lue" for name in (*services, "MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY")}
     plain = {
@@ -80,7 +80,7 @@ def test_environment_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None
     assert redact(" ".join(plain.values())) == " ".join(plain.values())
 
 
-def test_quoted_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quoted_secrets_are_hidden(monkeypatch):
     secret = "o\"ne\\t'wo é"
     monkeypatch.setenv("DB_PASSWORD", secret)
     for text in (secret, json.dumps({"a": secret}), repr({"a": secret}), yaml.safe_dump({"a": secret}, allow_unicode=True), quote(secret)):
@@ -89,7 +89,7 @@ def test_quoted_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "ne" not in left
 
 
-def test_secret_keys_are_hidden_and_token_counts_are_not() -> None:
+def test_secret_keys_are_hidden():
     plain = {"max_new_tokens": 8, "tokens": 10, "tokenizer": "x", "pad_token": "<pad>", "forward_pass": True, "key_value_heads": 2}
     plain |= {"special_tokens": ["<a>"], "token": None}
     names = ("pgpassword", "db_pass", "pwd", "passphrase", "connection_string", "hf_token", "aws_secret_access_key")
@@ -107,7 +107,7 @@ def test_secret_keys_are_hidden_and_token_counts_are_not() -> None:
     }
 
 
-def test_secrets_leave_the_command_line() -> None:
+def test_secrets_leave_the_command_line():
     plain = ["-m", "seed=1,2", "paths.tracking_uri=sqlite:///x.db", "~logger", "+a.b=[1,2]", "x.token=${oc.env:HF_TOKEN}", "x.api_key="]
     plain += ["rollout.max_new_tokens=8", "x.tokens=9"]
     given = [f"paths.tracking_uri=http://me:{PASSWORD}@host:5000", f"+store.password='a, {KEY}'"]
@@ -132,17 +132,17 @@ def test_secrets_leave_the_command_line() -> None:
         (f"paths.tracking_uri=http://me:{PASSWORD}@host/[", "train.py: paths.tracking_uri=http://me:***@host/[ cannot be read"),
     ],
 )
-def test_secrets_that_cannot_be_moved_are_refused(argument: str, message: str) -> None:
+def test_secrets_that_cannot_be_moved_are_refused(argument, message):
     with pytest.raises(SystemExit) as caught:
         keep_secrets(["/somewhere/train.py", argument], {})
     assert str(caught.value).startswith(message)
     assert PASSWORD not in str(caught.value)
 
 
-def test_streams_and_log_lines_hide_secrets() -> None:
+def test_streams_and_log_lines_hide_secrets():
     into, uri = StringIO(), f"http://me:{PASSWORD}@host"
     stream = RedactedStream(into)
-    print(uri, file=stream)  # type: ignore[arg-type]
+    print(uri, file=stream)
     stream.writelines([uri])
     assert into.getvalue() == "http://me:***@host\nhttp://me:***@host"
     assert stream.isatty() is False
@@ -150,7 +150,7 @@ def test_streams_and_log_lines_hide_secrets() -> None:
     assert RedactingFormatter("%(message)s").format(record) == "no http://me:***@host"
 
 
-def test_saved_configs_of_a_sweep_are_redacted(tmp_path: Path) -> None:
+def test_saved_configs_of_a_sweep_are_redacted(tmp_path):
     saved = [tmp_path / file for file in ("multirun.yaml", "0/.hydra/config.yaml")]
     for file in saved:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -186,7 +186,7 @@ def run(programs: Programs, tiny_policy_folder: Path, tmp_path: Path) -> Run:
     return call
 
 
-def test_run_writes_no_secret(run: Run, tmp_path: Path) -> None:
+def test_run_writes_no_secret(run, tmp_path):
     given = tmp_path / "given" / "experiment"  # a user's config with a password
     given.mkdir(parents=True)
     store = f"store:\n  uri: http://me:{PASSWORD}@host\n  api_key: {KEY}\n"
@@ -204,7 +204,7 @@ def test_run_writes_no_secret(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("uri", ["ftp://me:{}@nowhere", "http://me:{}@127.0.0.1:9"], ids=["no such store", "closed port"])
-def test_failing_store_is_named_without_password(run: Run, uri: str) -> None:
+def test_failing_store_is_named_without_password(run, uri):
     code, everything = run(f"paths.tracking_uri={uri.format(PASSWORD)}")
     assert code != 0
     assert "127.0.0.1" in everything or "ftp://me:***@nowhere" in everything
@@ -212,7 +212,7 @@ def test_failing_store_is_named_without_password(run: Run, uri: str) -> None:
 
 
 @pytest.mark.slow
-def test_sweep_writes_no_secret(run: Run, tmp_path: Path) -> None:
+def test_sweep_writes_no_secret(run, tmp_path):
     code, everything = run("-m", "logger=none", f"+db=mysql://u:{PASSWORD}@h/x", "seed=1,2", f"hydra.sweep.dir={tmp_path}/sweep")
     assert code == 0, everything[:3000]
     assert (tmp_path / "sweep" / "multirun.yaml").exists()

@@ -12,8 +12,9 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from src.utils.sweeps import TrackedSweep, fingerprint, parse, short, warn_of_other_code
-from tests.conftest import ROOT, Compose
+from tests.conftest import ROOT
 from tests.programs import Programs
+from tests.runs import mlflow_runs
 
 GRID = ["reward.consistency_weight=0,0.2", "reward.hard_weight=0,0.1"]
 
@@ -41,9 +42,7 @@ class Sweeper:
 
     def runs(self) -> tuple[Run, list[Run]]:
         """The one parent, and its children from the oldest to the newest."""
-        experiment = self.client.get_experiment_by_name(self.folder.name)
-        assert experiment is not None
-        runs = self.client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+        runs = mlflow_runs(self.client, self.folder.name)[::-1]
         (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
         children = [run for run in runs if run is not parent]
         assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
@@ -58,7 +57,7 @@ def sweep(programs: Programs, tmp_path: Path, tracking_uri: str) -> Sweeper:
     return Sweeper(programs, tmp_path, tracking_uri)
 
 
-def test_sweep_resumes_after_sigkill_and_failures(sweep: Sweeper) -> None:
+def test_sweep_resumes_after_sigkill_and_failures(sweep):
     killed = sweep(*GRID, FAIL_AT="0 0 0", KILL_AT="0.2 0 0")
     assert killed.returncode == -signal.SIGKILL
     assert sweep.ran == ["0 0.1 0"]
@@ -94,7 +93,7 @@ def test_sweep_resumes_after_sigkill_and_failures(sweep: Sweeper) -> None:
 
 
 @pytest.mark.slow
-def test_optuna_search_resumes(sweep: Sweeper) -> None:
+def test_optuna_search_resumes(sweep):
     pytest.importorskip("optuna")
     space = ["hydra/sweeper=optuna", "optimized_metric=mteb/average", "reward.consistency_weight=interval(0.0,0.5)"]
     space += ["reward.hard_weight=choice(0.0,0.1)"]
@@ -115,7 +114,7 @@ def test_optuna_search_resumes(sweep: Sweeper) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "settings"), [("joblib", ["hydra.launcher.n_jobs=2"]), ("submitit_local", [])])
-def test_other_launchers_resume(launcher: str, settings: list[str], sweep: Sweeper) -> None:
+def test_other_launchers_resume(launcher, settings, sweep):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.split('_')[0]}_launcher")
     first = sweep(f"hydra/launcher={launcher}", *settings, *GRID, FAIL_AT="0 0.1 0")
     assert first.returncode == 1
@@ -129,25 +128,25 @@ def test_other_launchers_resume(launcher: str, settings: list[str], sweep: Sweep
     assert parent.data.tags["sweep.best"] == "consistency_weight=0.2, hard_weight=0.1"
 
 
-def test_no_tracking_no_parent(compose: Compose) -> None:
+def test_no_tracking_no_parent(compose):
     cfg = compose("logger=none")
     TrackedSweep().on_multirun_start(cfg)
     assert cfg.sweep_run is None
 
 
-def test_unknown_store_ends_the_sweep(compose: Compose) -> None:
+def test_unknown_store_ends_the_sweep(compose):
     cfg = compose()
     cfg.paths.tracking_uri = "nosuch://me:secret@host"
     with pytest.raises(SystemExit, match=r"^sweep: no parent run at nosuch://me:\*\*\*@host: "):
         TrackedSweep().on_multirun_start(cfg)
 
 
-def test_unknown_direction_is_refused() -> None:
+def test_unknown_direction_is_refused():
     with pytest.raises(ValueError, match=r"sweep.direction='max'"):
         TrackedSweep(direction="max")
 
 
-def test_fingerprint_is_of_the_config(compose: Compose) -> None:
+def test_fingerprint_is_of_the_config(compose):
     point = fingerprint(compose("reward=paper", "reward.hard_weight=0.2"))
     assert point == fingerprint(compose("reward=paper", "reward.hard_weight=0.20", "paths.tracking_uri=sqlite:///elsewhere.db"))
     assert point == fingerprint(compose("reward=paper"))  # its default
@@ -155,14 +154,14 @@ def test_fingerprint_is_of_the_config(compose: Compose) -> None:
     assert point != fingerprint(compose("reward=paper", "seed=1"))
 
 
-def test_short_values() -> None:
+def test_short_values():
     assert parse(["a.b=1", "a.b=2", "reward=paper,document"])["a.b"].value() == 2
     assert (
         short({"reward.hard_weight": "0.123456789", "seed": "1", "policy": "pretrained"}) == "hard_weight=0.1235, seed=1, policy=pretrained"
     )
 
 
-def test_warning_of_other_code(tracking_uri: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_warning_of_other_code(tracking_uri, caplog):
     client = MlflowClient(tracking_uri)
     run = client.create_run(client.create_experiment("other code"), tags={"git.commit": "a" * 40})
     warn_of_other_code(run, "a" * 40)

@@ -15,11 +15,8 @@ import pytest
 from src.evaluation.benchmarks import named_tasks
 from src.evaluation.run_tasks import run_tasks
 from src.evaluation.tasks.mteb_mirror import copy_folder, download, localised
-from src.modules.encoder.encoder import RationaleEncoder
-from src.modules.encoder.settings import EncoderSettings
-from src.modules.policy.model import Policy
-from src.modules.rollouts.hf import HFEngine
 from tests.conftest import ROOT
+from tests.evaluation.builders import encoder
 from tests.hub_server import Hub, Repositories, local_hub
 from tests.own_files import LABELS, SCORED, TEXTS, write_own_tasks
 
@@ -72,7 +69,7 @@ def command(hub: Hub, benchmark: str, folder: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.timeout(1800)
-def test_downloaded_data_is_evaluated_offline(tiny_policy: Policy, tmp_path: Path) -> None:
+def test_downloaded_data_is_evaluated_offline(tiny_policy, tmp_path):
     """The first download is killed within a file; the second one resumes it."""
     folder = copy_folder(tmp_path / "data", BIOSSES["path"], BIOSSES["revision"])
     with local_hub(REPOSITORIES, held={"test.jsonl"}) as hub:
@@ -91,10 +88,10 @@ def test_downloaded_data_is_evaluated_offline(tiny_policy: Policy, tmp_path: Pat
         assert "\n  mteb/sts12-sts: " in errors
     assert {file.name for file in folder.iterdir() if file.is_file()} == {"README.md", "test.jsonl"}
     assert not list(folder.parent.glob("*.partial"))
-    encoder = RationaleEncoder(tiny_policy, EncoderSettings("Name the terms.", 96, 4), HFEngine(4), rationale=False)
+    own_encoder = encoder(tiny_policy, rationale=False)
     own = write_own_tasks(tmp_path / "own") / "MyRetrieval.yaml"  # the same texts and answers
     tasks = named_tasks(["BIOSSES", "NFCorpus", str(own)], tmp_path / "data")
-    scores = run_tasks(encoder, tasks, tmp_path / "results", "tiny")  # HF_HUB_OFFLINE=1
+    scores = run_tasks(own_encoder, tasks, tmp_path / "results", "tiny")  # HF_HUB_OFFLINE=1
     assert scores.failures == {}
     stored = json.loads(next((tmp_path / "results").rglob("BIOSSES.json")).read_text())
     assert stored["dataset_revision"] == BIOSSES["revision"]
@@ -102,13 +99,13 @@ def test_downloaded_data_is_evaluated_offline(tiny_policy: Policy, tmp_path: Pat
     assert scores.tasks["NFCorpus"] == pytest.approx(scores.tasks["MyRetrieval"], abs=1e-5)
 
 
-def test_present_data_is_not_downloaded(tmp_path: Path) -> None:
+def test_present_data_is_not_downloaded(tmp_path):
     copy_folder(tmp_path, BIOSSES["path"], BIOSSES["revision"]).mkdir(parents=True)
     assert download([mteb.get_task("BIOSSES")], tmp_path) == {}  # HF_HUB_OFFLINE=1: a request would fail
     assert list(download([mteb.get_task("STS12")], tmp_path)) == ["mteb/sts12-sts"]
 
 
-def test_copy_is_read_again_after_unloading(tmp_path: Path) -> None:
+def test_copy_is_read_again_after_unloading(tmp_path):
     folder = copy_folder(tmp_path, NFCORPUS["path"], NFCORPUS["revision"])
     for name, content in REPOSITORIES[NFCORPUS["path"], NFCORPUS["revision"]].items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +120,7 @@ def test_copy_is_read_again_after_unloading(tmp_path: Path) -> None:
         task.unload_data()
 
 
-def test_parts_of_an_aggregate(tmp_path: Path) -> None:
+def test_parts_of_an_aggregate(tmp_path):
     task = mteb.get_task("CQADupstackRetrieval")
     part = task.metadata.tasks[3]
     dataset = dict(part.metadata.dataset)

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +12,10 @@ from src.evaluation.run_tasks import run_tasks
 from src.evaluation.tasks.own_data import Name, Text, read_rows
 from src.evaluation.tasks.own_tasks import KINDS, find_own_tasks, own_task
 from src.modules.encoder.encoder import RationaleEncoder
-from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
-from src.modules.rollouts.hf import HFEngine
-from tests.own_files import LABELS, SCORED, TEXTS, TOPICS, describe, jsonl, tsv, write_own_tasks
-
-SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=96, max_new_tokens=4)
+from tests.datamodules.builders import write
+from tests.evaluation import builders
+from tests.own_files import LABELS, SCORED, TEXTS, TOPICS, describe, tsv, write_own_tasks
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def encoder(tiny_policy: Policy) -> RationaleEncoder:
-    return RationaleEncoder(tiny_policy, SETTINGS, HFEngine(4))
+    return builders.encoder(tiny_policy)
 
 
 def cosines(encoder: RationaleEncoder, pairs: list[tuple[int, int]]) -> list[float]:
@@ -43,7 +40,7 @@ def scores_of(encoder: RationaleEncoder, *files: Path) -> dict[str, float]:
     return scores.tasks
 
 
-def test_mteb_scores_every_type(folder: Path, encoder: RationaleEncoder) -> None:
+def test_mteb_scores_every_type(folder, encoder):
     tasks = [own_task(file) for file in find_own_tasks(folder).values()]
     scores = run_tasks(encoder, tasks, None, "tiny")
     assert scores.failures == {}
@@ -51,12 +48,12 @@ def test_mteb_scores_every_type(folder: Path, encoder: RationaleEncoder) -> None
     assert all(0 <= score <= 1 for name, score in scores.tasks.items() if name != "MySTS")
 
 
-def test_sts_is_the_spearman_of_scipy(folder: Path, encoder: RationaleEncoder) -> None:
+def test_sts_is_the_spearman_of_scipy(folder, encoder):
     expected = spearmanr([score for score, _, _ in SCORED], cosines(encoder, [(a, b) for _, a, b in SCORED])).statistic
     assert scores_of(encoder, folder / "MySTS.yaml")["MySTS"] == pytest.approx(expected, abs=1e-9)
 
 
-def test_pairs_are_the_average_precision_of_sklearn(folder: Path, encoder: RationaleEncoder, tmp_path: Path) -> None:
+def test_pairs_are_the_average_precision_of_sklearn(folder, encoder, tmp_path):
     (tmp_path / "pairs.tsv").write_text((folder / "pairs.tsv").read_text())
     rest = "data: pairs.tsv\ncolumns: {sentence1: first, sentence2: second, label: same}\nmain_score: cosine_ap"
     scores = scores_of(encoder, describe(tmp_path, "Pairs", "PairClassification", rest))
@@ -64,7 +61,7 @@ def test_pairs_are_the_average_precision_of_sklearn(folder: Path, encoder: Ratio
     assert scores["Pairs"] == pytest.approx(average_precision_score(labels, cosines(encoder, [(a, b) for _, a, b in SCORED])))
 
 
-def test_retrieval_is_the_ndcg_of_a_loop(folder: Path, encoder: RationaleEncoder) -> None:
+def test_retrieval_is_the_ndcg_of_a_loop(folder, encoder):
     topics = list(TOPICS)
     queries, documents = encoder.encode(topics), encoder.encode([f"{label} {text}" for label, text in zip(LABELS, TEXTS, strict=True)])
     queries, documents = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, documents))
@@ -76,11 +73,11 @@ def test_retrieval_is_the_ndcg_of_a_loop(folder: Path, encoder: RationaleEncoder
     assert scores_of(encoder, folder / "MyRetrieval.yaml")["MyRetrieval"] == pytest.approx(np.mean(gains), abs=1e-5)
 
 
-def test_titles_and_grades(encoder: RationaleEncoder, tmp_path: Path) -> None:
+def test_titles_and_grades(encoder, tmp_path):
     """A document may be a title or a text alone; a grade may be written as 2.0."""
     documents = [("graphs", TEXTS[0]), ("", TEXTS[1]), (TEXTS[4], ""), (TEXTS[8], None), (None, TEXTS[9])]
-    jsonl(tmp_path / "corpus.jsonl", [{"_id": i, "title": title, "text": text} for i, (title, text) in enumerate(documents)])
-    jsonl(tmp_path / "queries.jsonl", [{"_id": "q", "text": "graphs"}])
+    write(tmp_path / "corpus.jsonl", *[{"_id": i, "title": title, "text": text} for i, (title, text) in enumerate(documents)])
+    write(tmp_path / "queries.jsonl", *[{"_id": "q", "text": "graphs"}])
     tsv(tmp_path / "qrels.tsv", [("query-id", "corpus-id", "score"), ("q", 0, 2.0), ("q", 1, 1), ("q", 4, 0)])
     file = describe(tmp_path, "Titles", "Retrieval", "corpus: corpus.jsonl\nqueries: queries.jsonl\nqrels: qrels.tsv")
     assert "Titles" in scores_of(encoder, file)
@@ -92,15 +89,15 @@ def test_titles_and_grades(encoder: RationaleEncoder, tmp_path: Path) -> None:
     assert split["relevant_docs"] == {"q": {"0": 2, "1": 1, "4": 0}}
 
 
-def test_reranking_in_rows_and_in_lists(folder: Path, encoder: RationaleEncoder, tmp_path: Path) -> None:
+def test_reranking_in_rows_and_in_lists(folder, encoder, tmp_path):
     lists = [json.loads(line) for line in (folder / "rerank.jsonl").read_text().splitlines()]
-    rows = [(row["query"], text, label) for row in lists for label, side in enumerate(("negative", "positive")) for text in row[side]]
+    rows = [(row["query"], text, label) for row in lists for label, role in enumerate(("negative", "positive")) for text in row[role]]
     tsv(tmp_path / "rows.tsv", [("query", "document", "label"), *rows])
     scores = scores_of(encoder, folder / "MyReranking.yaml", describe(tmp_path, "Rows", "Reranking", "data: rows.tsv"))
     assert scores["Rows"] == scores["MyReranking"]
 
 
-def test_revision_follows_content(folder: Path, tmp_path: Path) -> None:
+def test_revision_follows_content(folder, tmp_path):
     write_own_tasks(tmp_path)
     before = own_task(tmp_path / "MySTS.yaml").metadata.dataset["revision"]
     assert own_task(folder / "MySTS.yaml").metadata.dataset["revision"] == before
@@ -129,8 +126,8 @@ PAIR = {"sentence1": "a", "sentence2": "b"}
         ("STS", ["a"], r"rows.jsonl:1: a row is a JSON object"),
     ],
 )
-def test_bad_row(kind: str, rows: list[Any], message: str, tmp_path: Path) -> None:
-    jsonl(tmp_path / "rows.jsonl", rows)
+def test_bad_row(kind, rows, message, tmp_path):
+    write(tmp_path / "rows.jsonl", *rows)
     with pytest.raises(ValueError, match=rf"Bad.yaml: .*{message}") as caught:
         own_task(describe(tmp_path, "Bad", kind, "data: rows.jsonl"))
     assert "\n" not in str(caught.value)
@@ -157,7 +154,7 @@ QRELS = "query-id\tcorpus-id\tscore\n"
         ),
     ],
 )
-def test_bad_file(name: str, file: str, content: str, message: str, tmp_path: Path) -> None:
+def test_bad_file(name, file, content, message, tmp_path):
     write_own_tasks(tmp_path)
     (tmp_path / file).write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -180,14 +177,14 @@ def test_bad_file(name: str, file: str, content: str, message: str, tmp_path: Pa
         ("a: [", r"A.yaml is not YAML"),
     ],
 )
-def test_bad_description(content: str, message: str, tmp_path: Path) -> None:
+def test_bad_description(content, message, tmp_path):
     (tmp_path / "A.yaml").write_text(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         own_task(tmp_path / "A.yaml")
     assert "\n" not in str(caught.value)
 
 
-def test_two_tasks_of_one_name(tmp_path: Path) -> None:
+def test_two_tasks_of_one_name(tmp_path):
     describe(tmp_path, "Same", "STS", "data: x.tsv")
     (tmp_path / "more").mkdir()
     describe(tmp_path / "more", "Same", "STS", "data: x.tsv")
@@ -196,11 +193,11 @@ def test_two_tasks_of_one_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [("similarity", "score"), ("score", "similarity")])
-def test_named_column_wins(names: tuple[str, str], tmp_path: Path) -> None:
+def test_named_column_wins(names, tmp_path):
     values = {"similarity": "0.25", "score": "1"}
     tsv(tmp_path / "sts.tsv", [("sentence1", "sentence2", *names), ("a", "b", *(values[name] for name in names))])
     ((_, row),) = read_rows(tmp_path / "sts.tsv", {"score": "similarity"}, score=float)
     assert row == {"score": 0.25}
-    jsonl(tmp_path / "swapped.jsonl", [{"text": "a label", "label": "a text"}])
+    write(tmp_path / "swapped.jsonl", *[{"text": "a label", "label": "a text"}])
     ((_, row),) = read_rows(tmp_path / "swapped.jsonl", {"text": "label", "label": "text"}, text=Text, label=Name)
     assert row == {"text": "a text", "label": "a label"}
