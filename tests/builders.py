@@ -10,7 +10,15 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from experiments.tiny_policy.policy import train_tokenizer
 from src.modules.grace import GRACE
@@ -51,29 +59,29 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def small_model(vocab_size: int, seed: int = 0, attention_dropout: float = 0.0) -> Qwen2ForCausalLM:
-    """Two layers of 32 with random weights, wide enough apart that outputs differ clearly."""
-    config = Qwen2Config(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        attention_dropout=attention_dropout,
-    )
+KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
+    "untied": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": False}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": True, "head_dim": 16}),
+    "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": False}),
+}
+
+
+def small_model(vocab_size: int, seed: int = 0, kind: str = "qwen2", **config: Any) -> Any:
+    """Two layers of 32 with random weights, wide enough apart that outputs differ clearly; four heads, two of keys and values."""
+    model, config_class, own = KINDS[kind]
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    settings = {**shape, "vocab_size": vocab_size, "max_position_embeddings": 256, "initializer_range": 0.2, **own, **config}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(config).eval()
+        return model(config_class(**settings)).eval()
 
 
 def small_policy(encoder: str = "live", seed: int = 0, attention_dropout: float = 0.0) -> Policy:
     """Tokenizer and model of this module as a policy."""
     tokenizer = small_tokenizer()
-    return Policy(small_model(len(tokenizer), seed, attention_dropout), tokenizer, encoder)  # type: ignore[arg-type]
+    model = small_model(len(tokenizer), seed, attention_dropout=attention_dropout)
+    return Policy(model, tokenizer, encoder)  # type: ignore[arg-type]
 
 
 def some_rollouts(policy: Policy, rationale_lengths: tuple[int, ...] = (5, 0, 9, 1), seed: int = 0) -> Rollouts:
@@ -100,9 +108,16 @@ def make(
     pooling: str = "mean",
     layer: int = -1,
     lora: bool = False,
+    ends_early: bool = False,
     **settings: Any,
 ) -> GRACE:
-    """GRACE of a small policy; `lora` trains adapters that are not zero, `max_new_tokens` is that of HFEngine."""
+    """GRACE of a small policy.
+
+    Args:
+        engine: HFEngine with `max_new_tokens` if None.
+        lora: adapters that are not zero are trained.
+        ends_early: sixty tokens end a rationale, so that some are finished.
+    """
     new_tokens = settings.pop("max_new_tokens", 6)
     module = GRACE(
         policy=small_policy(encoder),
@@ -114,6 +129,8 @@ def make(
     )
     module.policy.pooling, module.policy.layer = pooling, layer  # type: ignore[assignment]
     module.settings = replace(module.settings, pooling=pooling, layer=layer)
+    if ends_early:
+        module.policy.model.generation_config.eos_token_id = list(range(5, 65))
     if lora:
         torch.manual_seed(0)
         add_lora(module.policy.model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
@@ -163,7 +180,9 @@ def loader(batches: Sequence[Any]) -> Any:
     return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
-def fit(module: L.LightningModule, batches: Sequence[Any] = (TRIPLETS,), *callbacks: L.Callback, ckpt_path: Any = None, **settings: Any) -> Watch:
+def fit(
+    module: L.LightningModule, batches: Sequence[Any] = (TRIPLETS,), *callbacks: L.Callback, ckpt_path: Any = None, **settings: Any
+) -> Watch:
     """Trains on these batches; returns what was seen."""
     watch = Watch()
     quiet_trainer(watch, *callbacks, **settings).fit(module, loader(batches), ckpt_path=ckpt_path, weights_only=True)

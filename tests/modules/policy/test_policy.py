@@ -66,15 +66,6 @@ def test_bad_arguments(saved: Path) -> None:
 
 
 @torch.no_grad()
-def test_hidden_states_are_transformers_of_each_row() -> None:
-    policy = small_policy()
-    rollouts = some_rollouts(policy, rationale_lengths=(3, 17, 0, 8))
-    for ids, length, states in zip(rollouts.input_ids, rollouts.lengths.tolist(), policy.hidden_states(rollouts), strict=True):
-        own = policy.model(input_ids=ids[None, :length], output_hidden_states=True).hidden_states[-1][0]
-        torch.testing.assert_close(states[:length], own, rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("pooling", ["mean", "eos", "max"])
 @pytest.mark.parametrize("layer", [-1, -2])
 def test_embeddings_are_pooled_from_transformers_states(pooling: str, layer: int) -> None:
