@@ -18,7 +18,7 @@ pytestmark = [*NEEDS_VLLM, pytest.mark.slow]
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_two_processes(tensor_parallel: int) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    program = ["-m", "tests.modules.rollouts.test_rollout_vllm_processes", str(tensor_parallel)]
+    program = ["-m", "tests.modules.rollouts.test_vllm_processes", str(tensor_parallel)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launcher, *program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
