@@ -2,7 +2,7 @@
 
 The record has to hold on any processor, so tokens are not sampled from the policy (see tests/drawn.py). Everything else is that
 of the experiment: data, prompts, seeds, the engine's passes, rewards, advantages, loss and optimiser. Of sampling there are tests
-in tests/modules/rollouts/test_rollout_hf.py.
+in tests/modules/rollouts/test_hf.py.
 """
 
 import hashlib

@@ -1,9 +1,21 @@
 """Naive loops written from the equations; fast code is tested against them. Slow on purpose, plain on purpose."""
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
+
+from src.modules.grace import GRACE
+from src.modules.objectives.advantages import grpo
+from src.modules.objectives.roles import role_reward
+from src.modules.objectives.shaping import penalise_truncated
+from src.modules.policy.model import Policy
+from src.modules.types import ROLES, Embeddings, Rollouts
+from src.records import Triplet
+from tests.builders import flat, trained
 
 
 def mean_of_selected(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -41,65 +53,62 @@ def consistency_oracle(positive: Tensor, i: int, k: int) -> Tensor:
     return torch.stack(others).sum() / len(others) if others else positive.new_zeros(())
 
 
+def _table(b: int, k: int, value: Callable[[int, int], Tensor]) -> Tensor:
+    """[b, k] of value(i, r)."""
+    return torch.stack([torch.stack([value(i, r) for r in range(k)]) for i in range(b)])
+
+
 def paper_oracle(query: Tensor, positive: Tensor, negative: Tensor, lambda1: float, lambda2: float, temperature: float) -> Tensor:
     b, k = positive.shape[:2]
-    rows = []
-    for i in range(b):
-        row = []
-        for r in range(k):
-            value = _dot(query[i], positive[i, r])
-            for m in range(negative.shape[1]):
-                value = value - _dot(query[i], negative[i, m])
-            value = value + lambda1 * consistency_oracle(positive, i, r)
-            for j in range(b):
-                if j != i:
-                    value = value - lambda2 / (b - 1) * torch.stack([_dot(query[i], positive[j, other]) for other in range(k)]).max()
-            row.append(value / temperature)
-        rows.append(torch.stack(row))
-    return torch.stack(rows)
+
+    def reward(i: int, r: int) -> Tensor:
+        value = _dot(query[i], positive[i, r])
+        for m in range(negative.shape[1]):
+            value = value - _dot(query[i], negative[i, m])
+        value = value + lambda1 * consistency_oracle(positive, i, r)
+        for j in range(b):
+            if j != i:
+                value = value - lambda2 / (b - 1) * torch.stack([_dot(query[i], positive[j, other]) for other in range(k)]).max()
+        return value / temperature
+
+    return _table(b, k, reward)
 
 
 def document_oracle(
     query: Tensor, positive: Tensor, negative: Tensor, lambda1: float, lambda2: float, temperature: float, hard: str
 ) -> Tensor:
     b, k = positive.shape[:2]
-    rows = []
-    for i in range(b):
-        row = []
-        for r in range(k):
-            value = _dot(query[i], positive[i, r])
-            for m in range(negative.shape[1]):
-                value = value - _dot(positive[i, r], negative[i, m])
-            value = value + lambda1 * consistency_oracle(positive, i, r)
-            rivals = [_dot(positive[i, r], query[j]) for j in range(b) if j != i]
-            if rivals:
-                stacked = torch.stack(rivals)
-                value = value - lambda2 * (stacked.mean() if hard == "mean" else stacked.max())
-            row.append(value / temperature)
-        rows.append(torch.stack(row))
-    return torch.stack(rows)
+
+    def reward(i: int, r: int) -> Tensor:
+        value = _dot(query[i], positive[i, r])
+        for m in range(negative.shape[1]):
+            value = value - _dot(positive[i, r], negative[i, m])
+        value = value + lambda1 * consistency_oracle(positive, i, r)
+        rivals = [_dot(positive[i, r], query[j]) for j in range(b) if j != i]
+        if rivals:
+            value = value - lambda2 * (torch.stack(rivals).mean() if hard == "mean" else torch.stack(rivals).max())
+        return value / temperature
+
+    return _table(b, k, reward)
 
 
 def unsupervised_oracle(anchor: Tensor, positive: Tensor, lambda1: float, lambda2: float, temperature: float) -> Tensor:
     b, k = positive.shape[:2]
-    rows = []
-    for i in range(b):
-        row = []
-        for r in range(k):
-            value = _dot(anchor[i], positive[i, r]) + lambda1 * consistency_oracle(positive, i, r)
-            for j in range(b):
-                if j != i:
-                    value = value - lambda2 / (b - 1) * _dot(positive[i, r], anchor[j])
-            row.append(value / temperature)
-        rows.append(torch.stack(row))
-    return torch.stack(rows)
+
+    def reward(i: int, r: int) -> Tensor:
+        value = _dot(anchor[i], positive[i, r]) + lambda1 * consistency_oracle(positive, i, r)
+        for j in range(b):
+            if j != i:
+                value = value - lambda2 / (b - 1) * _dot(positive[i, r], anchor[j])
+        return value / temperature
+
+    return _table(b, k, reward)
 
 
 def listwise_oracle(
     query: Tensor, positive: Tensor, negative: Tensor, to_query: float, to_document: float, lambda1: float, temperature: float, centre: str
 ) -> Tensor:
     b, k = positive.shape[:2]
-
     documents_of_batch = [positive[j, other] for j in range(b) for other in range(k)]
 
     def weight(i: int, document: Tensor) -> Tensor:
@@ -111,22 +120,19 @@ def listwise_oracle(
             value = value - sum(_dot(query[i], other) / temperature for other in documents_of_batch) / len(documents_of_batch)
         return value.exp()
 
-    rows = []
-    for i in range(b):
-        row = []
-        for r in range(k):
-            own = weight(i, positive[i, r])
-            queries = sum(weight(j, positive[i, r]) for j in range(b))
-            documents = own
-            for m in range(negative.shape[1]):
-                documents = documents + weight(i, negative[i, m])
-            for j in range(b):
-                if j != i:
-                    documents = documents + weight(i, positive[j].mean(dim=0))
-            value = to_query * (own / queries).log() + to_document * (own / documents).log()
-            row.append(value + lambda1 * consistency_oracle(positive, i, r))
-        rows.append(torch.stack(row))
-    return torch.stack(rows)
+    def reward(i: int, r: int) -> Tensor:
+        own = weight(i, positive[i, r])
+        queries = sum(weight(j, positive[i, r]) for j in range(b))
+        documents = own
+        for m in range(negative.shape[1]):
+            documents = documents + weight(i, negative[i, m])
+        for j in range(b):
+            if j != i:
+                documents = documents + weight(i, positive[j].mean(dim=0))
+        value = to_query * (own / queries).log() + to_document * (own / documents).log()
+        return value + lambda1 * consistency_oracle(positive, i, r)
+
+    return _table(b, k, reward)
 
 
 def grpo_oracle(rewards: Tensor, keep: Tensor, std: bool) -> Tensor:
@@ -189,7 +195,7 @@ def ppo_clip_oracle(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Ten
     return total
 
 
-# ---- whole objectives of the algorithms, from rewards to a number to be made small, as their papers write them
+# ---- objectives of the algorithms, from rewards to a number to be made small, as their papers write them
 
 
 @dataclass
@@ -210,49 +216,51 @@ class Case:
         b, k = self.rewards.shape
         return [(i, r) for i in range(b) for r in range(k)]
 
+    def sum_over_tokens(self, value: Callable[[int, int, int], Tensor]) -> Tensor:
+        """The sum of value(i, k, t) over the tokens that count."""
+        total = torch.zeros((), dtype=torch.float64)
+        for i, k in self.rollouts():
+            for t in range(int(self.lengths[i, k])):
+                total = total + value(i, k, t)
+        return total
 
-def _clipped(case: Case, i: int, k: int, t: int, advantage: Tensor, low: float = 0.2, high: float = 0.2) -> Tensor:
-    ratio = (case.logprobs[i, k, t] - case.old[i, k, t]).exp()
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+    def clipped(self, i: int, k: int, t: int, advantage: Tensor, low: float = 0.2, high: float = 0.2) -> Tensor:
+        """min[r A, clip(r, 1 - low, 1 + high) A]."""
+        ratio = (self.logprobs[i, k, t] - self.old[i, k, t]).exp()
+        return torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def _centred(rewards: Tensor, i: int, k: int, std: bool = False) -> Tensor:
+    return (rewards[i, k] - rewards[i].mean()) / (rewards[i].std() + 1e-6 if std else 1.0)
 
 
 def grpo_objective(case: Case, beta: float) -> Tensor:
     """-(1/G) sum_i (1/|o_i|) sum_t {min[r A, clip(r) A] - beta D_KL} with A = (R - mean) / std (arXiv 2402.03300, eq. 3 and 4)."""
-    total = torch.zeros((), dtype=torch.float64)
-    for i, k in case.rollouts():
-        group = case.rewards[i]
-        advantage = (group[k] - group.mean()) / (group.std() + 1e-6)
-        for t in range(int(case.lengths[i, k])):
-            log_r = case.reference[i, k, t] - case.logprobs[i, k, t]
-            divergence = log_r.exp() - log_r - 1
-            total = total + (_clipped(case, i, k, t, advantage) - beta * divergence) / case.lengths[i, k]
-    return -total / len(case.rollouts())
+
+    def token(i: int, k: int, t: int) -> Tensor:
+        log_r = case.reference[i, k, t] - case.logprobs[i, k, t]
+        divergence = log_r.exp() - log_r - 1
+        return (case.clipped(i, k, t, _centred(case.rewards, i, k, std=True)) - beta * divergence) / case.lengths[i, k]
+
+    return -case.sum_over_tokens(token) / len(case.rollouts())
+
+
+def _centred_objective(case: Case) -> Tensor:
+    return -case.sum_over_tokens(lambda i, k, t: case.clipped(i, k, t, _centred(case.rewards, i, k)))
 
 
 def grace_objective(case: Case) -> Tensor:
     """Token mean of PPO's clipped surrogate with A = R - mean (arXiv 2510.04506)."""
-    total = torch.zeros((), dtype=torch.float64)
-    for i, k in case.rollouts():
-        for t in range(int(case.lengths[i, k])):
-            total = total + _clipped(case, i, k, t, case.rewards[i, k] - case.rewards[i].mean())
-    return -total / case.lengths.sum()
+    return _centred_objective(case) / case.lengths.sum()
 
 
 def dr_grpo_objective(case: Case, constant: int) -> Tensor:
     """-(1/G) sum_i sum_t min[r A, clip(r) A] / constant with A = R - mean (arXiv 2503.20783)."""
-    total = torch.zeros((), dtype=torch.float64)
-    for i, k in case.rollouts():
-        for t in range(int(case.lengths[i, k])):
-            total = total + _clipped(case, i, k, t, case.rewards[i, k] - case.rewards[i].mean()) / constant
-    return -total / len(case.rollouts())
+    return _centred_objective(case) / constant / len(case.rollouts())
 
 
 def _reinforce_objective(case: Case, advantages: Tensor, constant: int) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64)
-    for i, k in case.rollouts():
-        whole = sum(case.logprobs[i, k, t] for t in range(int(case.lengths[i, k])))
-        total = total + advantages[i, k] * whole / constant
-    return -total / len(case.rollouts())
+    return -case.sum_over_tokens(lambda i, k, t: advantages[i, k] * case.logprobs[i, k, t]) / constant / len(case.rollouts())
 
 
 def rloo_objective(case: Case, constant: int) -> Tensor:
@@ -277,13 +285,12 @@ def reinforce_pp_objective(case: Case, beta: float, baseline: bool) -> Tensor:
             for t in range(int(case.lengths[i, k])):
                 rewards[i, k] = rewards[i, k] - beta * (case.old[i, k, t] - case.reference[i, k, t])
     advantages = reinforce_pp_baseline_oracle(rewards, everything) if baseline else reinforce_pp_oracle(rewards, everything)
-    total = torch.zeros((), dtype=torch.float64)
-    for i, k in case.rollouts():
-        for t in range(int(case.lengths[i, k])):
-            total = total - _clipped(case, i, k, t, advantages[i, k])
-            if baseline:
-                total = total + beta * (case.logprobs[i, k, t] - case.reference[i, k, t]) ** 2 / 2
-    return total / case.lengths.sum()
+
+    def token(i: int, k: int, t: int) -> Tensor:
+        divergence = (case.logprobs[i, k, t] - case.reference[i, k, t]) ** 2 / 2
+        return beta * divergence * baseline - case.clipped(i, k, t, advantages[i, k])
+
+    return case.sum_over_tokens(token) / case.lengths.sum()
 
 
 def overlong_oracle(length: int, max_tokens: int, cache: float) -> float:
@@ -298,11 +305,7 @@ def dapo_objective(case: Case, max_tokens: int) -> Tensor:
     rewards = case.rewards.clone()
     for i, k in case.rollouts():
         rewards[i, k] = rewards[i, k] + overlong_oracle(int(case.lengths[i, k]), max_tokens, max_tokens / 5)
-    total = torch.zeros((), dtype=torch.float64)
-    for i, k in case.rollouts():
-        advantage = (rewards[i, k] - rewards[i].mean()) / (rewards[i].std() + 1e-6)
-        for t in range(int(case.lengths[i, k])):
-            total = total + _clipped(case, i, k, t, advantage, 0.2, 0.28)
+    total = case.sum_over_tokens(lambda i, k, t: case.clipped(i, k, t, _centred(rewards, i, k, std=True), 0.2, 0.28))
     return -total / case.lengths.sum()
 
 
@@ -311,21 +314,15 @@ def dapo_objective(case: Case, max_tokens: int) -> Tensor:
 
 def last_of_selected(hidden: Tensor, mask: Tensor) -> Tensor:
     """The last state that the mask selects, row by row."""
-    rows = []
-    for states, selected in zip(hidden, mask.tolist(), strict=True):
-        rows.append(states[[t for t, keep in enumerate(selected) if keep][-1]].double())
-    return torch.stack(rows)
+    return torch.stack([[state for state, keep in zip(*row, strict=True) if keep][-1].double() for row in zip(hidden, mask, strict=True)])
 
 
 def max_of_selected(hidden: Tensor, mask: Tensor) -> Tensor:
     """Coordinate by coordinate the greatest of the states that the mask selects."""
     rows = []
-    for states, selected in zip(hidden, mask.tolist(), strict=True):
-        kept = [states[t].double() for t, keep in enumerate(selected) if keep]
-        row = kept[0]
-        for state in kept[1:]:
-            row = torch.maximum(row, state)
-        rows.append(row)
+    for states, selected in zip(hidden, mask, strict=True):
+        kept = [state.double() for state, keep in zip(states, selected, strict=True) if keep]
+        rows.append(functools.reduce(torch.maximum, kept))
     return torch.stack(rows)
 
 
@@ -339,3 +336,52 @@ def info_nce_oracle(queries: Tensor, candidates: list[list[Tensor]], own: list[i
         scores = [(_dot(query, d) / (query.norm() * d.norm()) / temperature).exp() for d in documents]
         losses.append(-(scores[place] / torch.stack(scores).sum()).log())
     return torch.stack(losses).mean()
+
+
+# ---- a training step: all roles in one graph
+
+
+def read_plainly(policy: Policy, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
+    """Unit vectors [N, D], and log-probs [N, T - 1] of the rationales' tokens, by transformers' own forward pass of padded rows."""
+    output = policy.model(input_ids=rollouts.input_ids, attention_mask=rollouts.attention_mask.long(), output_hidden_states=True)
+    rows = []
+    for states, start, end in zip(
+        output.hidden_states[policy.layer], rollouts.text_starts.tolist(), rollouts.lengths.tolist(), strict=True
+    ):
+        own = states[start:end]
+        rows.append({"mean": own.mean(dim=0), "eos": own[-1], "max": own.max(dim=0).values}[policy.pooling])
+    logprobs = output.logits[:, :-1].log_softmax(-1).gather(-1, rollouts.input_ids[:, 1:, None]).squeeze(-1)
+    return normalize(torch.stack(rows), dim=-1), logprobs * rollouts.rationale_mask[:, 1:]
+
+
+def step_gradients(module: GRACE, batch: Sequence[Triplet]) -> tuple[Tensor, Tensor]:
+    """The gradients of the score-function and of the pathwise part of the loss, weighted, of a first batch of one update.
+
+    For grpo, the token mean, and whatever roles, truncation, reward, pooling and layer the module has.
+    """
+    h, k, algorithm = module.hparams, module.hparams["num_generations"], module.algorithm
+    with torch.no_grad():
+        rollout_batch = module.collector.collect(batch, 0)
+    units, credit, tokens = {}, torch.zeros(()), 0
+    for role, part in rollout_batch.roles.items():
+        own, logprobs = read_plainly(module.policy, part.rollouts)
+        units[role] = own.unflatten(0, (-1, k))
+        rewards = role_reward(module.reward, rollout_batch.embeddings, role)(part.embeddings)
+        shaped, keep = penalise_truncated(rewards, part.rollouts.finished.view(-1, k), algorithm.truncation, algorithm.truncation_size)
+        advantages = grpo(shaped, keep).flatten().unsqueeze(1)
+        credit = credit + (advantages * logprobs * keep.flatten().unsqueeze(1)).sum()
+        tokens += int((part.rollouts.rationale_lengths * keep.flatten()).sum())
+    ones = {role: unit[:, 0] for role, unit in units.items()}
+    if rollout_batch.context is not None:
+        names = rollout_batch.context_roles
+        sizes = [len(batch) * (len(batch[0].negatives) if role == "negative" else 1) for role in names]
+        ones |= dict(zip(names, read_plainly(module.policy, rollout_batch.context)[0].split(sizes), strict=True))
+    negative = ones["negative"].unflatten(0, (len(batch), -1)) if batch[0].negatives else rollout_batch.embeddings.negative
+    e = Embeddings(ones["query"], units["positive"], negative)
+    e = replace(e, **{role: getattr(e, role).detach() for role in ROLES if role not in h["pathwise_roles"]})
+    parameters, found = trained(module.policy), []
+    pathwise = (module.pathwise_reward or module.reward)(e).total.mean() if h["pathwise_weight"] else 0.0 * e.positive.sum()
+    for part, weight in ((credit / max(tokens, 1), h["score_function_weight"]), (pathwise, h["pathwise_weight"])):
+        gradients = torch.autograd.grad(-weight * part, parameters, retain_graph=True, allow_unused=True)
+        found.append(flat(parameters, gradients))
+    return found[0], found[1]

@@ -57,7 +57,7 @@ def rounding(name: str) -> float:
 def of_advantages(name: str, rewards: Tensor) -> float:
     """The same of its advantages: of two rewards, and where they are standardised divided by the deviation, whose own error moves
     advantages in proportion (they are below 4 deviations)."""
-    if name != "statistics of the whole batch":
+    if name != "statistics of the batch":
         return 2 * rounding(name)
     deviation = float((rewards - rewards.mean(dim=1, keepdim=True)).std())
     assert deviation > 0.03  # or the division would let any error pass
@@ -70,18 +70,18 @@ def close(ours: Tensor, theirs: Tensor, by: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_rewards_advantages_and_weights_are_those_of_one_process(kind: str, name: str, two: Path, one: dict[str, dict[str, Any]]) -> None:
+def test_two_processes_equal_one(kind: str, name: str, two: Path, one: dict[str, dict[str, Any]]) -> None:
     ours, theirs = of_two(two, kind)[name], one[name]
     for a, b in zip(ours["batches"], theirs["batches"], strict=True):
         assert a["ids"] == b["ids"]
-        assert torch.equal(a["lengths"], b["lengths"])  # the same rollouts, drawn by their places in the whole batch
+        assert torch.equal(a["lengths"], b["lengths"])  # the same rollouts, drawn by their places in the global batch
         close(a["reward"], b["reward"], rounding(name))
-        for side in b["others"]:
-            close(a["others"][side], b["others"][side], rounding(name))
+        for role in b["others"]:
+            close(a["others"][role], b["others"][role], rounding(name))
         close(a["advantages"], b["advantages"], of_advantages(name, b["reward"]))
         assert a["update"] == pytest.approx(b["update"], rel=1e-4, abs=1e-4)
         assert a["numbers"] == pytest.approx(b["numbers"], abs=1e-5)
-        torch.testing.assert_close(torch.tensor(a["gap"]), torch.tensor(b["gap"]), atol=1e-5, rtol=0, equal_nan=True)
+        torch.testing.assert_close(torch.tensor(a["mismatch"]), torch.tensor(b["mismatch"]), atol=1e-5, rtol=0, equal_nan=True)
     start = dict(SCENARIOS[name]().policy.named_parameters())
     moved = max(float((weight - start[key]).detach().abs().max()) for key, weight in theirs["weights"].items())
     assert moved > 3e-4  # thirty times what they may differ by
@@ -90,7 +90,7 @@ def test_rewards_advantages_and_weights_are_those_of_one_process(kind: str, name
     close(ours["embeddings"], theirs["embeddings"], by=1e-4)  # of length 6 or so, not normalised
 
 
-def test_ranks_had_different_numbers_of_passes_and_of_tokens(one: dict[str, dict[str, Any]]) -> None:
+def test_ranks_had_different_tokens(one: dict[str, dict[str, Any]]) -> None:
     lengths = one["several updates"]["batches"][0]["lengths"]
     assert lengths[::2].sum() != lengths[1::2].sum()
     gathered = [batch["update"]["groups"] for batch in one["groups gathered"]["batches"]]
@@ -98,7 +98,7 @@ def test_ranks_had_different_numbers_of_passes_and_of_tokens(one: dict[str, dict
     assert 0 < gathered[1] < 2 * len(BATCH)
 
 
-def test_both_parts_of_the_gradient_were_measured_and_differ(one: dict[str, dict[str, Any]]) -> None:
+def test_gradient_parts_were_measured(one: dict[str, dict[str, Any]]) -> None:
     for name, measured in {
         "pathwise": [True, True],
         "pathwise, queries learned from": [True, False],
@@ -113,7 +113,7 @@ def test_both_parts_of_the_gradient_were_measured_and_differ(one: dict[str, dict
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_not_finite_on_one_rank_stops_all_with_the_same_line(kind: str, two: Path) -> None:
+def test_non_finite_rank_stops_all(kind: str, two: Path) -> None:
     for name, expected in {
         "reward": "reward term 'mine' is not finite in rollout batch 0, records f:1; the weights were not changed",
         "gradient": "gradient norm is nan in rollout batch 0, records f:0, f:2, f:4, f:6, f:1, f:3, f:5, f:7; the weights were not changed",
@@ -124,7 +124,7 @@ def test_what_is_not_finite_on_one_rank_stops_all_with_the_same_line(kind: str, 
         assert lines[0].endswith("the same weights: True")
 
 
-def test_batches_that_cannot_be_shared_out_stop_all(two: Path) -> None:
+def test_uneven_batches_stop_all(two: Path) -> None:
     for name, expected in {
         "different": "the processes were given different batches, and each takes its share of one itself",
         "uneven": "a batch of 5 instances cannot be shared out evenly over 2 processes: change trainer.devices",
@@ -135,17 +135,17 @@ def test_batches_that_cannot_be_shared_out_stop_all(two: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_of_several_processes_goes_on_as_if_it_had_never_stopped(kind: str, two: Path) -> None:
+def test_resumed_processes_equal_unstopped(kind: str, two: Path) -> None:
     """With dropout and everything else that has a state: tests/test_resume.py."""
-    whole, resumed = (of_two(two, kind)[name] for name in ("never stopped", "gone on with"))
-    assert (len(whole["batches"]), len(resumed["batches"])) == (2, 1)
-    assert torch.equal(whole["batches"][1]["reward"], resumed["batches"][0]["reward"])
-    assert whole["weights"].keys() == resumed["weights"].keys()
-    for key, weight in whole["weights"].items():
+    straight, resumed = (of_two(two, kind)[name] for name in ("never stopped", "gone on with"))
+    assert (len(straight["batches"]), len(resumed["batches"])) == (2, 1)
+    assert torch.equal(straight["batches"][1]["reward"], resumed["batches"][0]["reward"])
+    assert straight["weights"].keys() == resumed["weights"].keys()
+    for key, weight in straight["weights"].items():
         assert torch.equal(resumed["weights"][key], weight), key
 
 
-def test_a_run_goes_on_by_fsdp_as_by_ddp(two: Path) -> None:
+def test_fsdp_resumes_as_ddp(two: Path) -> None:
     ddp, fsdp = (of_two(two, kind)["gone on with"] for kind in KINDS)
     assert len(ddp["batches"]) == len(fsdp["batches"]) == 1
     close(ddp["batches"][0]["reward"], fsdp["batches"][0]["reward"], SIMILARITY * GAIN["listwise"])
@@ -155,7 +155,7 @@ def test_a_run_goes_on_by_fsdp_as_by_ddp(two: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_export_holds_the_trained_weights(kind: str, two: Path) -> None:
+def test_export_has_trained_weights(kind: str, two: Path) -> None:
     trained = of_two(two, kind)["gone on with"]["weights"]
     exported = AutoModelForCausalLM.from_pretrained(two / f"{kind}_export", dtype=torch.float32)
     for name, weight in exported.named_parameters():

@@ -24,7 +24,7 @@ def no_config_left_over() -> Iterator[None]:
     GlobalHydra.instance().clear()
 
 
-def test_two_steps_of_tiny_sup_are_those_that_were_recorded(tmp_path: Path) -> None:
+def test_tiny_sup_follows_the_record(tmp_path: Path) -> None:
     recorded = json.loads(RECORD.read_text(encoding="utf-8"))
     for number, (now, then) in enumerate(zip(trajectory(tmp_path), recorded, strict=True)):
         advice = f"rollout batch {number}; if the change is meant, `python -m tests.golden` records the new path"

@@ -13,9 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from peft import LoraConfig
 from torch import Tensor, distributed
-from torch.utils.data import DataLoader
 
 from src.callbacks.export import Export
 from src.callbacks.monitoring import undisturbed
@@ -25,16 +23,14 @@ from src.modules.grace import GRACE
 from src.modules.objectives.advantages import reinforce_pp_baseline, remax
 from src.modules.objectives.losses import ppo_clip
 from src.modules.objectives.rewards import document, listwise, paper
-from src.modules.policy.lora import add_lora
 from src.modules.prompt.renderer import Prompts
 from src.modules.training.finite import NonFiniteError
 from src.modules.types import Embeddings, Reward, Rollouts
 from src.records import Triplet
 from src.utils.checkpoint_io import FolderCheckpoints
 from src.utils.sharded_strategy import ShardedStrategy
-from tests.builders import SENTENCES
+from tests.builders import SENTENCES, loader, make, quiet_trainer
 from tests.drawn import DrawnRationales
-from tests.modules.test_grace import make
 
 TEXTS = [*SENTENCES, *(sentence[::-1] for sentence in SENTENCES)]
 BATCH = [Triplet(f"f:{i}", TEXTS[i][:20], TEXTS[i], (TEXTS[i + 1][3:50], TEXTS[i + 2][:30])) for i in range(8)]
@@ -79,36 +75,29 @@ def exploding_loss(*args: Tensor) -> Any:
     return replace(result, loss=result.loss * torch.inf) if last else result
 
 
-def module_with(engine: type[Short] = Short, lora: bool = False, inner: bool = False, untied: bool = False, **settings: Any) -> GRACE:
+def module_with(engine: type[Short] = Short, inner: bool = False, untied: bool = False, **settings: Any) -> GRACE:
     """A module for the runs.
 
     Args:
-        lora: adapters are trained.
         inner: the last state before the last layer is the embedding, and that layer and what follows has no part in it.
         untied: the output layer has weights of its own, which embeddings do not read.
     """
-    module = make(**{"seed": 3, "num_generations": 3, "micro_batch_tokens": 120, "max_new_tokens": 7, "max_grad_norm": 1.0, **settings})
-    module.engine = engine(7)
-    if inner:
-        module.policy.pooling, module.policy.layer = "eos", -2
-        module.settings = replace(module.settings, pooling="eos", layer=-2)
+    pooling = {"pooling": "eos", "layer": -2} if inner else {}
+    module = make(**{"engine": engine(7), "seed": 3, "micro_batch_tokens": 120, "max_grad_norm": 1.0, **pooling, **settings})
     if untied:
         model = module.policy.model
         model.config.tie_word_embeddings = False
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    if lora:
-        torch.manual_seed(0)
-        add_lora(module.policy.model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     return module
 
 
 SCENARIOS: dict[str, Callable[[], GRACE]] = {
     "several updates": lambda: module_with(reward=listwise, algorithm={"updates_per_batch": 2}),
-    "credit by token, all sides": lambda: module_with(
+    "credit by token, all roles": lambda: module_with(
         reward=listwise, also_learn_from=["query", "negative"], algorithm={"gae_lambda": 0.9, "updates_per_batch": 2}
     ),
     "credit by token, from a pass": lambda: module_with(WithoutStates, reward=paper, algorithm={"gae_lambda": 0.9, "truncation": "none"}),
-    "statistics of the whole batch": lambda: module_with(
+    "statistics of the batch": lambda: module_with(
         reward=document, algorithm={"advantage": reinforce_pp_baseline, "kl_coef": 0.1, "updates_per_batch": 2}
     ),
     "greedy baseline": lambda: module_with(reward=paper, encoder="frozen", algorithm={"advantage": remax, "greedy_baseline": True}),
@@ -152,7 +141,7 @@ def sgd(module: GRACE) -> Any:
     return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)}
 
 
-class Watch(L.Callback):
+class Compared(L.Callback):
     """Keeps what is to be compared."""
 
     def __init__(self) -> None:
@@ -169,7 +158,7 @@ class Watch(L.Callback):
                 "advantages": r.advantages,
                 "lengths": r.rationale_lengths,
                 "update": r.update,
-                "gap": r.logprob_mismatch,
+                "mismatch": r.logprob_mismatch,
                 "numbers": {**numbers, "unrelated": r.unrelated_similarity},
             }
         )
@@ -192,42 +181,29 @@ class SaveAfterTheFirst(L.Callback):
 
 
 def trainer_of(strategy: Any, devices: int, callbacks: list[L.Callback], batches: int = 2, epochs: int = 1) -> L.Trainer:
-    """On the CPU, and quiet."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return L.Trainer(
-        accelerator="cpu",
-        strategy=strategy,
-        devices=devices,
-        max_epochs=epochs,
-        plugins=[FolderCheckpoints()],
-        limit_train_batches=batches,
-        use_distributed_sampler=False,
-        callbacks=callbacks,
-        **quiet,  # type: ignore[arg-type]
-    )
+    more = {"max_epochs": epochs, "limit_train_batches": batches, "use_distributed_sampler": False, "plugins": [FolderCheckpoints()]}
+    return quiet_trainer(*callbacks, strategy=strategy, devices=devices, **more)
 
 
-def loader(*batches: list[Triplet]) -> Any:
-    """Two batches of eight, or others."""
-    return DataLoader(batches or (BATCH, BATCH[::-1]), batch_size=None)  # type: ignore[arg-type]
+TWO_BATCHES = (BATCH, BATCH[::-1])
 
 
 def batches_of(name: str) -> Any:
     """What a scenario is trained on."""
     if not name.endswith("no negatives"):
-        return loader()
-    return loader(*([replace(triplet, negatives=()) for triplet in batch] for batch in (BATCH, BATCH[::-1])))
+        return TWO_BATCHES
+    return [[replace(triplet, negatives=()) for triplet in batch] for batch in TWO_BATCHES]
 
 
-def fit(module: GRACE, strategy: Any = "auto", devices: int = 1, batches: Any = None) -> dict[str, Any]:
-    """What two batches come to."""
+def fit(module: GRACE, strategy: Any = "auto", devices: int = 1, batches: Any = TWO_BATCHES) -> dict[str, Any]:
+    """The results of two batches."""
     module.configure_optimizers = functools.partial(sgd, module)  # type: ignore[method-assign]
-    watch = Watch()
-    trainer_of(strategy, devices, [watch]).fit(module, batches or loader())
+    watch = Compared()
+    trainer_of(strategy, devices, [watch]).fit(module, loader(batches))
     return watch.seen
 
 
-def error_of(module: GRACE, strategy: Any, devices: int, batches: Any = None) -> str:
+def error_of(module: GRACE, strategy: Any, devices: int, batches: Any = TWO_BATCHES) -> str:
     """What stops a run, and whether it left the weights alone."""
     before = {name: p.detach().clone() for name, p in module.policy.named_parameters()}
     try:
@@ -243,10 +219,10 @@ def go_on(strategy: Callable[[], Any], folder: Path) -> dict[str, dict[str, Any]
     """A run by AdamW of two batches that is saved after the first, and another that goes on from there: what each saw."""
     seen = {}
     for name, callback in {"never stopped": SaveAfterTheFirst(folder / "one.ckpt"), "gone on with": Export(f"{folder}_export")}.items():
-        watch = Watch()
+        watch = Compared()
         checkpoint = folder / "one.ckpt" if name == "gone on with" else None
         trainer = trainer_of(strategy(), 2, [watch, RandomStates(), callback], batches=1, epochs=2)
-        trainer.fit(module_with(reward=listwise, learning_rate=1e-3), loader(), ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(module_with(reward=listwise, learning_rate=1e-3), loader(TWO_BATCHES), ckpt_path=checkpoint, weights_only=True)
         seen[name] = watch.seen
     return seen
 
@@ -261,7 +237,7 @@ def main(folder: Path, rank: int) -> None:
             torch.save(results, folder / f"{kind}.pt")
         for name, module in BROKEN.items():
             (folder / f"{kind} {name} {rank}.txt").write_text(error_of(module(), strategy(), 2))
-    others = loader(BATCH[rank : rank + 4]), loader(BATCH[:5])
+    others = [BATCH[rank : rank + 4]], [BATCH[:5]]
     for name, batches in zip(("different", "uneven"), others, strict=True):
         error = error_of(module_with(reward=document), strategies["ddp"](), 2, batches)
         (folder / f"ddp {name} {rank}.txt").write_text(error)

@@ -5,14 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from src.modules.encoder.export import load_policy
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import PromptRenderer, Prompts
 from src.modules.rollouts.vllm import VLLMEngine
 from src.modules.types import Rollouts
-from tests.builders import SENTENCES, small_tokenizer
+from tests.builders import SENTENCES, small_model, small_tokenizer
 from tests.conftest import ROOT
 
 NEEDS_VLLM = [
@@ -21,24 +20,12 @@ NEEDS_VLLM = [
 ]
 
 TEXTS = ["x", *SENTENCES, SENTENCES[0] + " " + SENTENCES[1], ""]
-KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
-    "untied": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": False}),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": True}),
-    "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": False}),
-}
 
 
 def random_policy(kind: str, **config: Any) -> Policy:
-    """A policy of one of KINDS: two layers of 32 with random weights, four heads, two of keys and values."""
+    """A policy of one of KINDS with random weights."""
     tokenizer = small_tokenizer()
-    model, config_class, own = KINDS[kind]
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    shape |= {"vocab_size": len(tokenizer), "max_position_embeddings": 256, "head_dim": 16 if kind == "qwen3" else None}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        settings = {name: value for name, value in (shape | own | config).items() if value is not None}
-        return Policy(model(config_class(initializer_range=0.2, **settings)).eval(), tokenizer)
+    return Policy(small_model(len(tokenizer), kind=kind, **config), tokenizer)
 
 
 def end_often(policy: Policy, tokens: int) -> Policy:
@@ -52,7 +39,8 @@ def policy_of(kind: str = "qwen2") -> Policy:
     """A policy for vLLM: heads of 32 are the least that its attention on a CPU takes."""
     if kind == "shipped":
         return load_policy(ROOT / "experiments" / "tiny_policy" / "weights")[0]
-    shape = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64 if kind == "qwen3" else None}
+    shape: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shape |= {"head_dim": 64} if kind == "qwen3" else {}
     return end_often(random_policy(kind, **shape), 40)
 
 
@@ -74,7 +62,7 @@ def step(policy: Policy, **options: Any) -> None:
     optimizer.step()
 
 
-def largest_gap(policy: Policy, rollouts: Rollouts, temperature: float = 1.0) -> float:
+def largest_mismatch(policy: Policy, rollouts: Rollouts, temperature: float = 1.0) -> float:
     """The largest difference of an engine's log-probs from those of a plain pass of the policy."""
     with torch.no_grad():
         logprobs, _ = policy.logprobs(rollouts, policy.hidden_states(rollouts), temperature)

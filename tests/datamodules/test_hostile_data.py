@@ -24,7 +24,7 @@ from src.evaluation.tasks.own_tasks import read_description
 from src.records import Triplet
 from tests.datamodules.builders import all_triplets, limit, read, write
 from tests.fuzzing import HUNDRED_OR_THOUSANDS
-from tests.modules.policy.test_pretrained import Touch
+from tests.modules.policy.test_loading import Touch
 
 EVIL_YAML = "!!python/object/apply:os.mkdir [{}]"
 

@@ -9,7 +9,7 @@ from src.modules.distributed.ranks import ALONE, Ranks
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
-def test_shares_and_their_rows_make_up_the_whole(count: int, instances: int, each: int) -> None:
+def test_shares_and_rows_add_up(count: int, instances: int, each: int) -> None:
     batch = list(range(count * instances))
     rows = torch.arange(count * instances * each)
     ranks = [Ranks(rank, count) for rank in range(count)]
@@ -19,14 +19,14 @@ def test_shares_and_their_rows_make_up_the_whole(count: int, instances: int, eac
         assert r.own(rows, instances).tolist() == expected
 
 
-def test_minibatches_of_the_shares_make_up_those_of_the_whole() -> None:
+def test_minibatches_of_shares_add_up() -> None:
     batch = list(range(24))
     whole = [set(batch[i : i + 6]) for i in range(0, 24, 6)]
     parts = [[Ranks(rank, 3).share(batch)[i : i + 2] for i in range(0, 8, 2)] for rank in range(3)]
     assert [set().union(*minibatch) for minibatch in zip(*parts, strict=True)] == whole
 
 
-def test_a_batch_that_does_not_divide_is_refused() -> None:
+def test_batch_that_does_not_divide() -> None:
     with pytest.raises(ValueError, match="a batch of 5 instances cannot be shared out evenly over 2 processes"):
         Ranks(0, 2).share([1, 2, 3, 4, 5])
 

@@ -1,7 +1,6 @@
 import shutil
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +17,7 @@ from src.modules.prompt.renderer import PromptRenderer
 from src.modules.rollouts.engine import end_tokens
 from src.modules.rollouts.hf import HFEngine
 from src.utils.checkpoint_io import FolderCheckpoints
+from tests.builders import quiet_trainer
 
 SETTINGS = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=64, max_new_tokens=5)
 
@@ -43,7 +43,7 @@ def test_transformers_loads_an_export(tiny_policy: Policy, tmp_path: Path) -> No
     assert model.dtype == torch.float32
     torch.testing.assert_close(model(ids).logits, policy.model(ids).logits)
     assert tokenizer.chat_template == policy.tokenizer.chat_template
-    assert [path.name for path in folder.parent.iterdir()] == ["export"]  # nothing left of writing it aside
+    assert [path.name for path in folder.parent.iterdir()] == ["export"]  # nothing temporary is left
 
 
 def test_policy_and_settings_round_trip(tiny_policy: Policy, tmp_path: Path) -> None:
@@ -56,8 +56,8 @@ def test_policy_and_settings_round_trip(tiny_policy: Policy, tmp_path: Path) -> 
 
 def test_float16_halves_the_file(tiny_policy: Policy, tmp_path: Path) -> None:
     half = export(tiny_policy, SETTINGS, tmp_path / "half", dtype=torch.float16) / "model.safetensors"
-    whole = export(tiny_policy, SETTINGS, tmp_path / "whole") / "model.safetensors"
-    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    full = export(tiny_policy, SETTINGS, tmp_path / "full") / "model.safetensors"
+    assert half.stat().st_size < 0.6 * full.stat().st_size
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.float16
     assert {p.dtype for p in tiny_policy.parameters()} == {torch.float32}
     assert {p.dtype for p in load_policy(tmp_path / "half")[0].parameters()} == {torch.float32}
@@ -81,21 +81,12 @@ def test_export_replaces_an_older_one(tiny_policy: Policy, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
-def trained(policy: Policy) -> GRACE:
-    return GRACE(
-        policy,
-        HFEngine(SETTINGS.max_new_tokens),
-        reward=paper,
-        algorithm=Algorithm(advantage=grpo, loss=ppo_clip),
-        instruction=SETTINGS.instruction,
-        max_prompt_tokens=SETTINGS.max_prompt_tokens,
+def saved(policy: Policy, file: Path, *plugins: FolderCheckpoints) -> Path:
+    """A checkpoint of training this policy."""
+    module = GRACE(
+        *(policy, HFEngine(SETTINGS.max_new_tokens), paper, Algorithm(grpo, ppo_clip), SETTINGS.instruction, SETTINGS.max_prompt_tokens)
     )
-
-
-def checkpoint_of(module: GRACE, file: Path, *plugins: FolderCheckpoints) -> Path:
-    trainer = L.Trainer(
-        plugins=plugins, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
-    )
+    trainer = quiet_trainer(plugins=plugins)
     trainer.strategy.connect(module)
     trainer.save_checkpoint(file, weights_only=True)
     return file
@@ -109,9 +100,14 @@ def test_missing_or_foreign_checkpoints(tiny_policy: Policy, tmp_path: Path) -> 
     (tmp_path / "broken.ckpt").write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match=r"broken.ckpt cannot be read as a checkpoint"):
         load_policy(tmp_path / "broken.ckpt")
-    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match=r"other.ckpt is not a checkpoint of GRACE training"):
-        load_policy(tmp_path / "other.ckpt")
+    files = {"../escaped": torch.zeros(1, dtype=torch.uint8)}
+    for content, message in (
+        ({}, r"other.ckpt is not a checkpoint of GRACE training"),
+        ({"grace": {"policy_files": files, "settings": {}}}, "leads out of its folder"),
+    ):
+        torch.save({"state_dict": {}, **content}, tmp_path / "other.ckpt")
+        with pytest.raises(ValueError, match=message):
+            load_policy(tmp_path / "other.ckpt")
 
 
 @pytest.mark.parametrize("plugins", [[], [FolderCheckpoints()]], ids=["file", "folder"])
@@ -120,7 +116,7 @@ def test_checkpoint_needs_no_other_folder(tiny_policy_folder: Path, tmp_path: Pa
     start = shutil.copytree(tiny_policy_folder, tmp_path / "start")
     policy = moved(Policy.load(str(start), encoder=encoder))  # type: ignore[arg-type]
     policy.model.generation_config.eos_token_id = [7, policy.tokenizer.eos_token_id]
-    checkpoint = checkpoint_of(trained(policy), tmp_path / "last.ckpt", *plugins)
+    checkpoint = saved(policy, tmp_path / "last.ckpt", *plugins)
     shutil.rmtree(start)
     loaded, settings = load_policy(shutil.move(checkpoint, tmp_path / "elsewhere.ckpt"))
     assert settings == SETTINGS
@@ -134,21 +130,13 @@ def test_checkpoint_needs_no_other_folder(tiny_policy_folder: Path, tmp_path: Pa
 
 
 def test_weights_of_another_policy(tiny_policy: Policy, tmp_path: Path) -> None:
-    module = trained(tiny_policy)
     del tiny_policy.model.base_model.layers[1]  # its config still says two
     with pytest.raises(ValueError, match=r"the weights in .*last.ckpt are not those of its own policy"):
-        load_policy(checkpoint_of(module, tmp_path / "last.ckpt"))
-
-
-def test_file_name_leading_out_of_checkpoint(tmp_path: Path) -> None:
-    files = {"../escaped": torch.zeros(1, dtype=torch.uint8)}
-    torch.save({"state_dict": {}, "grace": {"policy_files": files, "settings": {}}}, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match="leads out of its folder"):
-        load_policy(tmp_path / "last.ckpt")
+        load_policy(saved(tiny_policy, tmp_path / "last.ckpt"))
 
 
 def test_checkpoint_folder_with_slash(tiny_policy_folder: Path, tmp_path: Path) -> None:
     policy = moved(Policy.load(str(tiny_policy_folder)))
-    file = checkpoint_of(trained(policy), tmp_path / "last.ckpt", FolderCheckpoints())
+    file = saved(policy, tmp_path / "last.ckpt", FolderCheckpoints())
     loaded, _ = load_policy(f"{file}/")
     assert same_weights(loaded, policy)

@@ -97,12 +97,12 @@ def test_rationales_by_default(folder: Path, encoder: RationaleEncoder) -> None:
 
 
 def test_queries_and_documents_have_their_instructions(model: SentenceTransformer, encoder: RationaleEncoder) -> None:
-    sides = {"query": model.encode_query(TEXTS), "document": model.encode_document(TEXTS)}
-    for side, vectors in sides.items():
-        np.testing.assert_allclose(vectors, encoder.encode(TEXTS, prompt_type=side, rationale=False), atol=1e-5, rtol=0)
-        np.testing.assert_allclose(vectors, model.encode(TEXTS, prompt_name=side), atol=1e-6, rtol=0)
-    np.testing.assert_allclose(sides["document"], model.encode(TEXTS), atol=1e-6, rtol=0)
-    assert np.abs(sides["query"] - sides["document"]).max() > 1e-2
+    roles = {"query": model.encode_query(TEXTS), "document": model.encode_document(TEXTS)}
+    for role, vectors in roles.items():
+        np.testing.assert_allclose(vectors, encoder.encode(TEXTS, prompt_type=role, rationale=False), atol=1e-5, rtol=0)
+        np.testing.assert_allclose(vectors, model.encode(TEXTS, prompt_name=role), atol=1e-6, rtol=0)
+    np.testing.assert_allclose(roles["document"], model.encode(TEXTS), atol=1e-6, rtol=0)
+    assert np.abs(roles["query"] - roles["document"]).max() > 1e-2
 
 
 def test_options_of_sentence_transformers(model: SentenceTransformer, folder: Path) -> None:

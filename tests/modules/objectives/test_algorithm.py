@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from src.modules.objectives.advantages import grpo, remax
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.losses import ppo_clip
-from src.modules.objectives.shaping import Penalty, shape
+from src.modules.objectives.shaping import shape
 from tests import oracles
 from tests.conftest import ROOT, Compose
 
@@ -28,11 +28,6 @@ OBJECTIVES = {
     ("reinforce_pp_baseline", KL): partial(oracles.reinforce_pp_objective, beta=0.3, baseline=True),
     ("dapo", ()): partial(oracles.dapo_objective, max_tokens=MAX_TOKENS),
 }
-
-
-def composed(compose: Compose, name: str, *overrides: str) -> Algorithm:
-    cfg = compose("~experiment", "name=none", f"algorithm={name}", f"rollout.max_new_tokens={MAX_TOKENS}", *overrides)
-    return instantiate(cfg.algorithm)
 
 
 def random_case(b: int, k: int, seed: int) -> oracles.Case:
@@ -53,7 +48,7 @@ def random_case(b: int, k: int, seed: int) -> oracles.Case:
 
 
 def loss_of(algorithm: Algorithm, case: oracles.Case) -> torch.Tensor:
-    """The road of a training step, without a model."""
+    """What a training step computes, without a model."""
     flat = [x.flatten(0, 1) for x in (case.logprobs, case.old, case.reference)]
     mask = torch.arange(MAX_TOKENS) < case.lengths.flatten().unsqueeze(1)
     divergence = None
@@ -72,8 +67,9 @@ def test_every_algorithm_has_an_oracle() -> None:
 
 
 @pytest.mark.parametrize(("name", "overrides"), OBJECTIVES)
-def test_it_is_its_papers_objective_forward_and_backward(name: str, overrides: tuple[str, ...], compose: Compose) -> None:
-    algorithm = composed(compose, name, *overrides)
+def test_algorithm_is_its_papers_objective(name: str, overrides: tuple[str, ...], compose: Compose) -> None:
+    cfg = compose("~experiment", "name=none", f"algorithm={name}", f"rollout.max_new_tokens={MAX_TOKENS}", *overrides)
+    algorithm = instantiate(cfg.algorithm)
 
     @settings(max_examples=15, deadline=None)
     @given(b=st.integers(1, 3), k=st.integers(2, 4), seed=st.integers(0, 2**31 - 1))
@@ -88,7 +84,7 @@ def test_it_is_its_papers_objective_forward_and_backward(name: str, overrides: t
     check()
 
 
-def test_importance_weights_scale_the_policy_gradient_and_not_the_divergence() -> None:
+def test_importance_weights_spare_the_divergence() -> None:
     numbers = {"advantage": grpo, "loss": ppo_clip, "kl_coef": 0.3}
     plain, weighted = Algorithm(**numbers), Algorithm(**numbers, tis_cap=2.0)
     old, engine = torch.full((1, 3), -1.0), torch.tensor([[-1.0, -3.0, -0.5]])
@@ -117,35 +113,18 @@ def test_importance_weights_scale_the_policy_gradient_and_not_the_divergence() -
         ({"kl_coef": 0.1, "kl_estimator": "k1"}, "k1 in the loss has a mean gradient of 0"),
         ({"gae_lambda": 1.5}, "gae_lambda=1.5"),
         ({"gae_lambda": 0.9, "greedy_baseline": True}, "set gae_lambda to null"),
+        ({"advantage": remax}, "greedy_baseline=false does not go with algorithm.advantage"),
         ({"greedy_baseline": True}, "greedy_baseline=true does not go with algorithm.advantage"),
         ({"truncation": "absolute"}, "truncation='absolute': it is relative or constant or mask or none"),
     ],
 )
-def test_numbers_without_sense_are_refused_by_name(numbers: dict[str, object], message: str) -> None:
+def test_bad_settings(numbers: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Algorithm(advantage=grpo, loss=ppo_clip, **numbers)  # type: ignore[arg-type]
+        Algorithm(**{"advantage": grpo, "loss": ppo_clip, **numbers})  # type: ignore[arg-type]
 
 
-def test_what_an_algorithm_needs_and_does_not_get_is_named() -> None:
+def test_missing_log_probs_are_named() -> None:
     x, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
-    with pytest.raises(ValueError, match="tis_cap needs the engine's log-probs"):
-        Algorithm(grpo, ppo_clip, tis_cap=2.0).token_loss(x, x, x, mask)
-    with pytest.raises(ValueError, match="needs log-probs of the reference"):
-        Algorithm(grpo, ppo_clip, kl_coef=0.1).token_loss(x, x, x, mask)
-
-
-def test_an_advantage_that_needs_greedy_rollouts_is_not_left_without() -> None:
-    with pytest.raises(ValueError, match=r"greedy_baseline=false does not go with algorithm.advantage"):
-        Algorithm(advantage=remax, loss=ppo_clip)
-    Algorithm(advantage=remax, loss=ppo_clip, greedy_baseline=True)
-
-
-@pytest.mark.parametrize("truncation", ["constant", "relative", "mask", "none"])
-def test_a_rationale_that_met_the_limit_is_charged_for_its_distance_too(truncation: Penalty) -> None:
-    rewards, lengths = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[4, 5, 6]])
-    finished, divergence = torch.tensor([[True, True, False]]), torch.tensor([[1.0, 2.0, 20.0]])
-    algorithm = Algorithm(grpo, ppo_clip, truncation=truncation, kl_coef=0.1, kl_in="reward", kl_estimator="k1")
-    plain, kept = shape(algorithm, rewards, lengths, finished)
-    charged, kept_too = shape(algorithm, rewards, lengths, finished, divergence)
-    torch.testing.assert_close(plain - charged, 0.1 * divergence)
-    assert torch.equal(kept, kept_too)
+    for numbers, message in (({"tis_cap": 2.0}, "tis_cap needs the engine's log-probs"), ({"kl_coef": 0.1}, "log-probs of the reference")):
+        with pytest.raises(ValueError, match=message):
+            Algorithm(grpo, ppo_clip, **numbers).token_loss(x, x, x, mask)

@@ -25,7 +25,7 @@ def drawn(b: int, k: int, r: int, seed: int):
 
 @settings(max_examples=40, deadline=None)
 @given(shapes, st.floats(0, 1), st.floats(-2, 2))
-def test_returns_are_the_decayed_sum_of_gains(shape, decay, at_end):
+def test_returns_are_decayed_sums_of_gains(shape, decay, at_end):
     rewards, lengths = drawn(*shape)
     returns = token_returns(rewards, torch.full(lengths.shape, at_end, dtype=torch.float64), lengths, decay)
     for b in range(rewards.shape[0]):
@@ -38,17 +38,7 @@ def test_returns_are_the_decayed_sum_of_gains(shape, decay, at_end):
                 assert returns[b, k, t].item() == pytest.approx(wanted, abs=1e-9)
 
 
-@settings(max_examples=20, deadline=None)
-@given(shapes)
-def test_without_decay_the_return_is_the_reward_still_to_come(shape):
-    rewards, lengths = drawn(*shape)
-    returns = token_returns(rewards, torch.zeros(lengths.shape, dtype=torch.float64), lengths, 1.0)
-    reached = torch.arange(returns.shape[2]) < lengths.unsqueeze(2)
-    final = rewards.gather(2, lengths.unsqueeze(2))
-    torch.testing.assert_close(returns, (final - rewards[:, :, :-1]) * reached)
-
-
-def test_without_decay_the_gradient_has_the_mean_of_the_plain_one():
+def test_undecayed_gradient_has_the_plain_mean():
     # two tokens of a vocabulary of three; every rationale with its probability, so that the means are exact
     logits = torch.tensor([[0.3, -0.2, 0.5], [0.1, 0.4, -0.6]], dtype=torch.float64, requires_grad=True)
     logprobs = logits.log_softmax(dim=1)
@@ -67,7 +57,7 @@ def test_without_decay_the_gradient_has_the_mean_of_the_plain_one():
 
 
 @pytest.mark.parametrize("reward", [listwise, document, paper])
-def test_the_last_prefix_earns_what_the_rollout_earns(reward):
+def test_prefix_rewards_are_rewards_of_cut_rollouts(reward):
     generator = torch.Generator().manual_seed(0)
     raw = torch.randn(3, 4, 6, 8, generator=generator)
     prefixes = torch.nn.functional.normalize(raw, dim=-1)
@@ -80,7 +70,7 @@ def test_the_last_prefix_earns_what_the_rollout_earns(reward):
     torch.testing.assert_close(values[:, :, 2], middle)
 
 
-def test_advantages_compare_the_rollouts_that_reach_a_position():
+def test_positions_compare_rollouts_that_reach_them():
     returns = torch.tensor([[[1.0, 5.0, 2.0], [3.0, 0.0, 0.0], [5.0, 1.0, 0.0]]])
     lengths = torch.tensor([[3, 1, 2]])
     everyone = torch.ones(1, 3, dtype=torch.bool)
@@ -91,20 +81,21 @@ def test_advantages_compare_the_rollouts_that_reach_a_position():
     torch.testing.assert_close(without_third, torch.tensor([[[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]]))
 
 
+def rollouts_of(prompts: list[int], lengths: list[int], finished: bool = True) -> Rollouts:
+    """Ids of zero, with prompts and rationales of these lengths."""
+    ends = torch.tensor(prompts) + torch.tensor(lengths)
+    n, width = len(prompts), int(ends.max())
+    starts = torch.ones(n, dtype=torch.long)
+    return Rollouts(torch.zeros(n, width, dtype=torch.long), starts, torch.tensor(prompts), ends, torch.full((n,), finished))
+
+
 def test_values_go_to_their_tokens():
-    rollouts = Rollouts(
-        input_ids=torch.zeros(2, 5, dtype=torch.long),
-        text_starts=torch.tensor([1, 1]),
-        prompt_lengths=torch.tensor([2, 3]),
-        lengths=torch.tensor([5, 4]),
-        finished=torch.tensor([True, True]),
-    )
-    placed = at_tokens(torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]]), rollouts)
+    placed = at_tokens(torch.tensor([[1.0, 2.0, 3.0], [4.0, 0.0, 0.0]]), rollouts_of([2, 3], [3, 1]))
     torch.testing.assert_close(placed, torch.tensor([[0.0, 0.0, 1.0, 2.0, 3.0], [0.0, 0.0, 0.0, 4.0, 0.0]]))
 
 
 @pytest.mark.parametrize("reward", [listwise, document, paper])
-def test_rationales_of_mixed_lengths_are_credited_with_what_they_earned(reward):
+def test_first_token_return_is_the_gain(reward):
     generator = torch.Generator().manual_seed(1)
     b, k, r = 3, 4, 6
     lengths = torch.randint(1, r + 1, (b, k), generator=generator)
@@ -112,13 +103,7 @@ def test_rationales_of_mixed_lengths_are_credited_with_what_they_earned(reward):
     own = torch.arange(r + 1).minimum(lengths.unsqueeze(2))
     prefixes = torch.nn.functional.normalize(whole.gather(2, own.unsqueeze(3).expand_as(whole)), dim=-1)
     e = Embeddings.normalised(torch.randn(b, 8, generator=generator), prefixes[:, :, -1], torch.randn(b, 1, 8, generator=generator))
-    rollouts = Rollouts(
-        input_ids=torch.zeros(b * k, r + 2, dtype=torch.long),
-        text_starts=torch.ones(b * k, dtype=torch.long),
-        prompt_lengths=torch.full((b * k,), 2),
-        lengths=lengths.flatten() + 2,
-        finished=torch.ones(b * k, dtype=torch.bool),
-    )
+    rollouts = rollouts_of([2] * (b * k), lengths.flatten().tolist())
     everyone = torch.ones(b, k, dtype=torch.bool)
     group = RoleRollouts(rollouts, ("a", "b", "c"), e.positive, lengths, everyone, prefixes=prefixes)
     algorithm = Algorithm(advantage=lambda rewards, keep: rewards, loss=ppo_clip, truncation="none", gae_lambda=1.0)
@@ -129,22 +114,16 @@ def test_rationales_of_mixed_lengths_are_credited_with_what_they_earned(reward):
     torch.testing.assert_close(first, reward(e).total - start)
 
 
-def test_the_divergence_is_charged_to_the_token_that_caused_it() -> None:
+def test_divergence_is_charged_by_token() -> None:
     generator = torch.Generator().manual_seed(2)
     b, k, r, decay = 2, 3, 4, 0.5
     lengths = torch.tensor([[4, 2, 3], [1, 4, 4]])
-    prompts = torch.tensor([2, 3, 2, 4, 2, 3])
-    rollouts = Rollouts(
-        input_ids=torch.zeros(b * k, 8, dtype=torch.long),
-        text_starts=torch.ones(b * k, dtype=torch.long),
-        prompt_lengths=prompts,
-        lengths=prompts + lengths.flatten(),
-        finished=torch.tensor([True, False, True, True, True, False]),
-    )
-    logprobs, reference = torch.randn(2, b * k, 8, generator=generator)
+    prompts = [2, 3, 2, 4, 2, 3]
+    rollouts = rollouts_of(prompts, lengths.flatten().tolist(), finished=False)
+    logprobs, reference = torch.randn(2, *rollouts.input_ids.shape, generator=generator)
     embeddings = torch.nn.functional.normalize(torch.randn(b, k, 5, generator=generator), dim=-1)
 
-    def flat(own: torch.Tensor) -> torch.Tensor:  # nothing but the divergence tells rationales apart
+    def flat(own: torch.Tensor) -> torch.Tensor:  # rationales differ in their divergence alone
         return torch.zeros(own.shape[:2])
 
     algorithm = Algorithm(
@@ -157,7 +136,7 @@ def test_the_divergence_is_charged_to_the_token_that_caused_it() -> None:
     )
     shaped = shape_rewards(algorithm, torch.zeros(b, k), group, flat)
     got = at_tokens(token_advantages(algorithm, shaped, group, flat).flatten(0, 1), rollouts)
-    for row, (prompt, length) in enumerate(zip(prompts.tolist(), lengths.flatten().tolist(), strict=True)):
+    for row, (prompt, length) in enumerate(zip(prompts, lengths.flatten().tolist(), strict=True)):
         cost = [0.1 * float(logprobs[row, prompt + t] - reference[row, prompt + t]) for t in range(length)]
         wanted = [-sum(decay ** (s - t) * cost[s] for s in range(t, length)) for t in range(length)]
         assert got[row, prompt : prompt + length].tolist() == pytest.approx(wanted, abs=1e-5)

@@ -9,7 +9,7 @@ from tests.oracles import info_nce_oracle
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 6), st.integers(2, 9), st.floats(0.05, 2.0), st.integers(0, 2**31))
-def test_loss_and_gradient_are_those_of_the_formula(b: int, n: int, temperature: float, seed: int) -> None:
+def test_info_nce_is_the_formula(b: int, n: int, temperature: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     queries, documents = (torch.randn(rows, 5, generator=generator, dtype=torch.float64).requires_grad_() for rows in (b, n))
     own = torch.randint(n, (b,), generator=generator)
@@ -24,7 +24,7 @@ def test_loss_and_gradient_are_those_of_the_formula(b: int, n: int, temperature:
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_the_symmetric_form_is_the_mean_of_both_directions() -> None:
+def test_symmetric_is_the_mean_of_both() -> None:
     queries, documents = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
     both = [(queries, documents), (documents, queries)]
     expected = sum(info_nce_oracle(left, [list(right)] * 4, [0, 1, 2, 3], 0.05) for left, right in both) / 2

@@ -1,62 +1,151 @@
+"""Token losses, sums over tokens, divergences and importance weights against their equations."""
+
+from functools import partial
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from src.modules.objectives.losses import ppo_clip, reinforce
+from src.modules.objectives.losses import (
+    ESTIMATORS,
+    constant,
+    k1,
+    k2,
+    k3,
+    ppo_clip,
+    reinforce,
+    sequence_mean,
+    token_mean,
+    truncated_importance_weights,
+)
 from tests.oracles import ppo_clip_oracle
+
+seeds = st.integers(0, 2**31 - 1)
+levels = pytest.mark.parametrize("level", ["token", "sequence"])
+
+# ---- token losses
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 6), st.floats(0.05, 0.4), st.floats(0.05, 0.4), st.integers(0, 2**31 - 1))
-def test_ppo_clip_is_the_equation_forward_and_backward(n, t, low, high, seed):
+@given(st.integers(1, 4), st.integers(1, 6), st.floats(0.05, 0.4), st.floats(0.05, 0.4), st.sampled_from([0.0, 0.3]), seeds)
+def test_token_losses_are_their_equations(n, t, low, high, noise, seed):
+    """Without noise the policies are equal, as in the first update of a batch."""
     generator = torch.Generator().manual_seed(seed)
     old = -torch.rand(n, t, generator=generator, dtype=torch.float64) * 3
-    ours = (old + 0.3 * torch.randn(n, t, generator=generator, dtype=torch.float64)).requires_grad_()
-    theirs = ours.detach().clone().requires_grad_()
+    logprobs = (old + noise * torch.randn(n, t, generator=generator, dtype=torch.float64)).requires_grad_()
     advantages = torch.randn(n, generator=generator, dtype=torch.float64)
     mask = torch.rand(n, t, generator=generator) > 0.3
-    a = ppo_clip(ours, old, advantages.unsqueeze(1).expand(n, t), mask, clip_low=low, clip_high=high).loss.sum()
-    b = ppo_clip_oracle(theirs, old, advantages, mask, low, high)
-    torch.testing.assert_close(a, b)
-    a.backward()
-    if b.requires_grad:
-        b.backward()
-    torch.testing.assert_close(ours.grad, torch.zeros_like(ours) if theirs.grad is None else theirs.grad)
+    every = advantages.unsqueeze(1).expand(n, t)
+    zero = (0 * logprobs).sum()
+    for ours, theirs in (
+        (ppo_clip(logprobs, old, every, mask, clip_low=low, clip_high=high), ppo_clip_oracle(logprobs, old, advantages, mask, low, high)),
+        (reinforce(logprobs, old, every, mask), -(every * logprobs)[mask].sum()),
+    ):
+        torch.testing.assert_close(ours.loss.sum(), theirs)
+        gradients = (torch.autograd.grad(value + zero, logprobs, retain_graph=True)[0] for value in (ours.loss.sum(), theirs))
+        torch.testing.assert_close(*gradients)
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**31 - 1))
-def test_on_policy_both_losses_have_the_gradient_of_the_policy_gradient(n, t, seed):
-    generator = torch.Generator().manual_seed(seed)
-    logprobs = torch.randn(n, t, dtype=torch.float64, generator=generator).requires_grad_()
-    advantages = torch.randn(n, t, dtype=torch.float64, generator=generator)
-    mask = torch.rand(n, t, generator=generator) > 0.2
-    for loss in (ppo_clip, reinforce):
-        (gradient,) = torch.autograd.grad(loss(logprobs, logprobs.detach(), advantages, mask).loss.sum(), logprobs)
-        torch.testing.assert_close(gradient, -(advantages * mask))
-
-
-def test_reinforce_is_minus_advantage_times_log_probability():
-    logprobs, mask = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]), torch.tensor([[True, True], [True, False]])
-    result = reinforce(logprobs, torch.zeros(2, 2), torch.tensor([[2.0, 2.0], [-1.0, -1.0]]), mask)
-    assert result.loss.tolist() == [[2.0, 4.0], [-3.0, 0.0]]
-    assert result.clipped.eq(0).all()
-
-
-def test_what_was_clipped_and_how_far_it_went_are_counted():
-    old = torch.zeros(1, 3)
+def test_clipped_tokens_and_divergence_are_counted():
     new = torch.tensor([[0.5, -0.5, 0.0]])
-    result = ppo_clip(new, old, torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool))
+    result = ppo_clip(new, torch.zeros(1, 3), torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool))
     assert result.clipped.sum() == 1  # only the ratio above 1.2 is cut for a positive advantage
-    expected = sum(r - 1 - torch.log(torch.tensor(r)).item() for r in (2.718281828**0.5, 2.718281828**-0.5))
-    assert abs(result.kl.sum().item() - expected) < 1e-5
+    torch.testing.assert_close(result.kl, new.exp() - 1 - new)
+    assert reinforce(new, torch.zeros(1, 3), torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool)).clipped.eq(0).all()
 
 
 def test_masked_positions_may_hold_anything():
-    old = torch.zeros(1, 2)
+    mask = torch.tensor([[True, False]])
     for loss in (ppo_clip, reinforce):
         new = torch.tensor([[0.1, torch.inf]], requires_grad=True)
-        result = loss(new, old, torch.ones(1, 2), torch.tensor([[True, False]]))
+        result = loss(new, torch.zeros(1, 2), torch.ones(1, 2), mask)
         result.loss.sum().backward()
         assert torch.isfinite(result.loss).all()
         assert torch.isfinite(new.grad).all()
+    weights = truncated_importance_weights(torch.tensor([[0.0, torch.inf]]), torch.zeros(1, 2), mask, 2.0, "sequence")
+    assert weights.tolist() == [[1.0, 0.0]]
+
+
+# ---- sums over tokens
+
+AGGREGATIONS = {
+    "token_mean": (token_mean, lambda rows: torch.cat(rows).mean()),
+    "sequence_mean": (sequence_mean, lambda rows: torch.stack([row.mean() for row in rows]).mean()),
+    "constant": (partial(constant, tokens=7), lambda rows: torch.stack([row.sum() / 7 for row in rows]).mean()),
+}
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=seeds)
+def test_aggregations_sum_as_named(name, lengths, seed):
+    aggregation, oracle = AGGREGATIONS[name]
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randn(length, generator=generator) for length in lengths]
+    weighted = sum(w * row.sum() for w, row in zip(aggregation(torch.tensor(lengths)), rows, strict=True))
+    torch.testing.assert_close(weighted, oracle(rows))
+    for empty in ([0, 3], [0]):
+        assert torch.isfinite(aggregation(torch.tensor(empty))).all()
+
+
+# ---- divergence
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(-8, 0), st.floats(-8, 0))
+def test_estimators_are_schulmans_formulas(logp, logref):
+    p, ref = torch.tensor(logp, dtype=torch.float64), torch.tensor(logref, dtype=torch.float64)
+    r = (ref - p).exp()
+    for estimator, expected in ((k1, -r.log()), (k2, r.log() ** 2 / 2), (k3, (r - 1) - r.log())):
+        torch.testing.assert_close(estimator(p, ref), expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_estimator_means_and_gradients_over_a_distribution(seed):
+    """The mean of k1 and k3 is the divergence; as losses k1 has no gradient, k2 the divergence's, k3 that of its reverse."""
+    logits = torch.randn(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    policy, reference = logits[0].log_softmax(-1), logits[1].detach().log_softmax(-1)
+    divergence, reverse = (policy.exp() * (policy - reference)).sum(), (reference.exp() * (reference - policy)).sum()
+    for estimator in (k1, k3):
+        torch.testing.assert_close((policy.exp() * estimator(policy, reference)).sum(), divergence)
+
+    def gradient(value: Tensor) -> Tensor:
+        return torch.autograd.grad(value, logits, retain_graph=True)[0]
+
+    drawn = policy.detach().exp()  # a loss sees tokens drawn from the policy, and no gradient of the drawing
+    expected = {"k1": torch.zeros_like(logits), "k2": gradient(divergence), "k3": gradient(reverse)}
+    for name, estimator in ESTIMATORS.items():
+        torch.testing.assert_close(gradient((drawn * estimator(policy, reference)).sum()), expected[name], msg=name)
+
+
+# ---- importance weights
+
+
+@levels
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 4), t=st.integers(1, 5), cap=st.floats(0.5, 4), seed=seeds)
+def test_importance_weights_are_capped_ratios(level, n, t, cap, seed):
+    generator = torch.Generator().manual_seed(seed)
+    trainer = torch.randn(n, t, dtype=torch.float64, generator=generator).requires_grad_()
+    engine = torch.randn(n, t, dtype=torch.float64, generator=generator)
+    mask = torch.rand(n, t, generator=generator) > 0.3
+    weights = truncated_importance_weights(trainer, engine, mask, cap, level)
+    assert not weights.requires_grad
+    for i in range(n):
+        ratios = {s: (trainer[i, s] - engine[i, s]).exp().item() for s in range(t) if mask[i, s]}
+        product = torch.tensor(list(ratios.values()), dtype=torch.float64).prod().item()
+        for s in range(t):
+            expected = min(ratios[s] if level == "token" else product, cap) if s in ratios else 0.0
+            assert weights[i, s].item() == pytest.approx(expected, rel=1e-5)
+
+
+@levels
+def test_importance_weights_correct_the_mean(level):
+    """With one token, and no cap in the way: sum over engine(x) w(x) f(x) = sum over trainer(x) f(x)."""
+    generator = torch.Generator().manual_seed(0)
+    trainer, engine = torch.randn(2, 6, 1, dtype=torch.float64, generator=generator).log_softmax(1)
+    f = torch.randn(6, 1, dtype=torch.float64, generator=generator)
+    weights = truncated_importance_weights(trainer, engine, torch.ones(6, 1, dtype=torch.bool), 1e9, level)
+    torch.testing.assert_close((engine.exp() * weights * f).sum(), (trainer.exp() * f).sum())

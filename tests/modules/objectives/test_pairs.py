@@ -9,7 +9,7 @@ triplets = st.builds(Triplet, st.just("id"), few, few, st.lists(few, max_size=3)
 
 
 @given(st.lists(triplets, min_size=1, max_size=8))
-def test_every_query_is_told_from_all_that_does_not_belong_to_it(batch: list[Triplet]) -> None:
+def test_supervised_pairs_leave_out_own_positives(batch: list[Triplet]) -> None:
     pairs = supervised(batch)
     assert pairs.queries == tuple(t.query for t in batch)
     texts = {t.positive for t in batch} | {n for t in batch for n in t.negatives}
@@ -22,7 +22,7 @@ def test_every_query_is_told_from_all_that_does_not_belong_to_it(batch: list[Tri
 
 
 @given(st.lists(triplets, min_size=1, max_size=8))
-def test_dropout_pairs_each_text_with_itself_once(batch: list[Triplet]) -> None:
+def test_dropout_pairs_texts_with_themselves(batch: list[Triplet]) -> None:
     pairs = dropout_twice(batch)
     assert pairs.queries == pairs.documents
     assert sorted(pairs.documents) == sorted({t.positive for t in batch})

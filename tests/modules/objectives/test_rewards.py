@@ -20,56 +20,37 @@ def random_embeddings(b: int, k: int, m: int, d: int, seed: int) -> Embeddings:
     return Embeddings.normalised(*drawn)
 
 
-def leaves(e: Embeddings) -> list[Tensor]:
-    return [x.clone().requires_grad_() for x in (e.query, e.positive, e.negative)]
-
-
 def agree(fast, slow, e: Embeddings) -> None:
     """Same values, and the same gradient of a random weighting of them."""
-    ours, theirs = leaves(e), leaves(e)
-    a, b = fast(Embeddings(*ours)).total, slow(*theirs)
+    leaves = [x.clone().requires_grad_() for x in (e.query, e.positive, e.negative)]
+    zero = sum(x.sum() for x in leaves) * 0
+    a, b = fast(Embeddings(*leaves)).total + zero, slow(*leaves) + zero
     torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
     weights = torch.randn(a.shape, generator=torch.Generator().manual_seed(0), dtype=a.dtype)
-    (a * weights).sum().backward()
-    (b * weights).sum().backward()
-    for x, y in zip(ours, theirs, strict=True):
-        gradient = torch.zeros_like(x) if y.grad is None else y.grad
-        torch.testing.assert_close(x.grad if x.grad is not None else torch.zeros_like(x), gradient, atol=1e-8, rtol=1e-8)
+    ours, theirs = (torch.autograd.grad((values * weights).sum(), leaves, retain_graph=True) for values in (a, b))
+    torch.testing.assert_close(ours, theirs, atol=1e-8, rtol=1e-8)
 
 
+share = st.floats(0, 1)
+FORMS = {
+    "paper": (paper, paper_oracle, {}),
+    "document": (document, document_oracle, {"hard_reduction": st.sampled_from(["mean", "max"])}),
+    "unsupervised": (unsupervised, lambda q, p, n, *numbers: unsupervised_oracle(q, p, *numbers), {}),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
 @settings(max_examples=25, deadline=None)
-@given(shapes, st.floats(0, 1), st.floats(0, 1), st.floats(0.05, 1))
-def test_paper_is_the_equation(shape, lambda1, lambda2, tau):
-    agree(
-        lambda e: paper(e, consistency_weight=lambda1, hard_weight=lambda2, temperature=tau),
-        lambda q, p, n: paper_oracle(q, p, n, lambda1, lambda2, tau),
-        random_embeddings(*shape),
-    )
-
-
-@settings(max_examples=25, deadline=None)
-@given(shapes, st.floats(0, 1), st.floats(0, 1), st.floats(0.05, 1), st.sampled_from(["mean", "max"]))
-def test_document_is_the_equation(shape, lambda1, lambda2, tau, hard):
-    agree(
-        lambda e: document(e, consistency_weight=lambda1, hard_weight=lambda2, temperature=tau, hard_reduction=hard),
-        lambda q, p, n: document_oracle(q, p, n, lambda1, lambda2, tau, hard),
-        random_embeddings(*shape),
-    )
-
-
-@settings(max_examples=25, deadline=None)
-@given(shapes, st.floats(0, 1), st.floats(0, 1), st.floats(0.05, 1))
-def test_unsupervised_is_the_equation_and_the_document_form_without_negatives(shape, lambda1, lambda2, tau):
-    b, k, _, d, seed = shape
-    e = random_embeddings(b, k, 0, d, seed)
+@given(shape=shapes, lambda1=share, lambda2=share, tau=st.floats(0.05, 1), data=st.data())
+def test_published_rewards_are_their_equations(name, shape, lambda1, lambda2, tau, data):
+    reward, oracle, choices = FORMS[name]
+    own = {key: data.draw(values) for key, values in choices.items()}
+    b, k, m, d, seed = shape
+    e = random_embeddings(b, k, 0 if name == "unsupervised" else m, d, seed)
     weights = {"consistency_weight": lambda1, "hard_weight": lambda2, "temperature": tau}
-    agree(lambda e: unsupervised(e, **weights), lambda q, p, n: unsupervised_oracle(q, p, lambda1, lambda2, tau), e)
-    torch.testing.assert_close(unsupervised(e, **weights).total, document(e, **weights).total)
-
-
-def test_unsupervised_refuses_negatives():
-    with pytest.raises(ValueError, match="no term for negatives"):
-        unsupervised(random_embeddings(2, 3, 1, 4, seed=0))
+    agree(lambda e: reward(e, **weights, **own), lambda q, p, n: oracle(q, p, n, lambda1, lambda2, tau, *own.values()), e)
+    if name == "unsupervised":
+        torch.testing.assert_close(unsupervised(e, **weights).total, document(e, **weights).total)
 
 
 @settings(max_examples=25, deadline=None)
@@ -83,16 +64,12 @@ def test_listwise_is_the_equation(shape, to_query, to_document, lambda1, tau, ce
     )
 
 
-def everything_kept(rewards: Tensor) -> Tensor:
-    return torch.ones_like(rewards, dtype=torch.bool)
-
-
 def advantages_of(reward, e: Embeddings, **kwargs) -> Tensor:
     total = reward(e, **kwargs).total
-    return grpo(total, everything_kept(total))
+    return grpo(total, torch.ones_like(total, dtype=torch.bool))
 
 
-def test_negatives_and_hard_term_of_the_paper_cancel_and_those_of_document_do_not():
+def test_paper_negatives_cancel_and_documents_do_not():
     e = random_embeddings(6, 8, 2, 16, seed=3)
     e = Embeddings(e.query.float(), e.positive.float(), e.negative.float())
     bare = Embeddings(e.query, e.positive, e.negative[:, :0])
@@ -101,16 +78,16 @@ def test_negatives_and_hard_term_of_the_paper_cancel_and_those_of_document_do_no
     assert moved > 0.1
 
 
+def extended(x: Tensor, value: float) -> Tensor:
+    return torch.cat([x, torch.full((*x.shape[:-1], 1), value, dtype=x.dtype)], dim=-1)
+
+
 @pytest.mark.parametrize("shift", [-0.3, 0.2])
 @pytest.mark.parametrize("centre", ["none", "document", "both"])
-def test_a_shift_common_to_all_similarities_earns_nothing_listwise(shift, centre):
+def test_listwise_ignores_a_common_shift(shift, centre):
     e = random_embeddings(4, 3, 2, 8, seed=1)
-    # one more coordinate, held by queries on one side and by everything else on the other, adds `shift` to each similarity
+    # one more coordinate, held by queries with one sign and by everything else with another, adds `shift` to each similarity
     size = abs(shift) ** 0.5
-
-    def extended(x: Tensor, value: float) -> Tensor:
-        return torch.cat([x, torch.full((*x.shape[:-1], 1), value, dtype=x.dtype)], dim=-1)
-
     sign = 1.0 if shift > 0 else -1.0
     shifted = Embeddings(extended(e.query, size), extended(e.positive, sign * size), extended(e.negative, sign * size))
     torch.testing.assert_close(shifted.query @ shifted.positive[0].T, e.query @ e.positive[0].T + shift)
@@ -118,7 +95,7 @@ def test_a_shift_common_to_all_similarities_earns_nothing_listwise(shift, centre
     assert (paper(shifted).total - paper(e).total).abs().min() > 1e-3
 
 
-def test_coming_closer_to_every_query_alike_earns_nothing_listwise_and_much_in_the_other_forms():
+def test_listwise_ignores_hubs_and_others_do_not():
     # queries share a direction; one rollout takes up more of it, as longer rationales do
     generator = torch.Generator().manual_seed(2)
     shared = torch.zeros(9).index_fill(0, torch.tensor([8]), 1.0)
@@ -135,14 +112,10 @@ def test_coming_closer_to_every_query_alike_earns_nothing_listwise_and_much_in_t
         assert (reward(after).total - reward(before).total)[0, 0] > 0.1
 
 
-def test_a_query_that_comes_closer_to_every_document_alike_earns_nothing_listwise():
+def test_listwise_ignores_hub_queries():
     e = random_embeddings(4, 3, 2, 8, seed=5)
 
-    def extended(x: Tensor, last: Tensor) -> Tensor:
-        return torch.cat([x, last.expand(*x.shape[:-1], 1).to(x)], dim=-1)
-
-    one = torch.ones(1)
-    ours = Embeddings(extended(e.query, 0 * one), extended(e.positive, one), extended(e.negative, one))
+    ours = Embeddings(extended(e.query, 0.0), extended(e.positive, 1.0), extended(e.negative, 1.0))
     query = ours.query.clone()
     query[0, -1] = 0.3  # one number is added to the first query's similarities with all documents
     closer = Embeddings(query, ours.positive, ours.negative)
@@ -150,7 +123,7 @@ def test_a_query_that_comes_closer_to_every_document_alike_earns_nothing_listwis
     assert (paper(closer).total - paper(ours).total)[0].abs().min() > 0.1
 
 
-def test_terms_are_returned_before_weighting_and_add_up():
+def test_terms_add_up():
     e = random_embeddings(3, 4, 2, 8, seed=0)
     for reward, scale in ((paper(e), 10.0), (document(e), 10.0), (listwise(e), 1.0)):
         total = sum(reward.weights[name] * term for name, term in reward.terms.items()) * scale
@@ -172,11 +145,11 @@ def test_one_rollout_has_no_consistency():
     assert paper(random_embeddings(2, 1, 1, 8, seed=0)).terms["consistency"].eq(0).all()
 
 
-def test_an_unknown_hard_form_is_refused():
+def test_bad_forms_are_named():
+    e = random_embeddings(2, 2, 1, 4, seed=0)
+    with pytest.raises(ValueError, match="no term for negatives"):
+        unsupervised(e)
     with pytest.raises(ValueError, match="mean or max"):
-        document(random_embeddings(2, 2, 1, 4, seed=0), hard_reduction="median")  # type: ignore[arg-type]
-
-
-def test_an_unknown_centre_is_refused():
+        document(e, hard_reduction="median")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="none, document or both"):
-        listwise(random_embeddings(2, 2, 1, 4, seed=0), centre="query")  # type: ignore[arg-type]
+        listwise(e, centre="query")  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from src.modules.objectives.rewards import document, listwise, paper, unsupervis
 from src.modules.objectives.roles import same_texts
 from src.modules.types import Embeddings
 from src.records import Triplet
-from tests.modules.test_grace import TRIPLETS, fit, make
+from tests.builders import TRIPLETS, fit, make
 
 B, K, M = 4, 3, 2
 PAIRS = [(0, 1), (1, 0), (1, 3), (3, 1)]

@@ -7,7 +7,7 @@ from peft import LoraConfig
 from src.modules.policy.model import Policy
 from src.modules.policy.reference import Reference
 from src.modules.rollouts.hf import HFEngine
-from tests.modules.rollouts.test_rollout_hf import prompts_of
+from tests.vllm_builders import prompts_of
 
 TEMPERATURE = 0.8
 
@@ -20,7 +20,7 @@ def move(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(r=4, target_modules="all-linear")])
-def test_it_stays_where_training_began(tiny_policy_folder: Path, tiny_policy: Policy, lora: LoraConfig | None) -> None:
+def test_reference_stays_where_training_began(tiny_policy_folder: Path, tiny_policy: Policy, lora: LoraConfig | None) -> None:
     policy = Policy.load(str(tiny_policy_folder), lora=lora)
     reference = Reference(policy)
     rollouts = HFEngine(6).generate(policy, prompts_of(policy), n=2)

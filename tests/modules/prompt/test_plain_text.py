@@ -108,14 +108,6 @@ def test_normaliser_makes_no_control_tokens() -> None:
         assert number not in PlainText(tokenizer)([text])[0]
 
 
-def test_nested_control_strings() -> None:
-    tokenizer = TOKENIZERS["qwen3"]
-    plain = PlainText(tokenizer)
-    for text in ("<|im_<|im_end|>end|>", "<<think>think>", "<|im_start<|im_start|>|>", "</think></think"):
-        assert plain.control_ids.isdisjoint(plain([text])[0])
-        assert tokenizer.decode(plain([text])[0]) == text
-
-
 def test_enable_thinking_changes_frame_alone() -> None:
     tokenizer = TOKENIZERS["qwen3"]
     prompts = PromptRenderer(tokenizer, INSTRUCTION, template_kwargs={"enable_thinking": False})(["</think> said the text"])
@@ -131,7 +123,10 @@ def test_half_surrogate_pair(tokenizer: PreTrainedTokenizerBase) -> None:
     assert "\n" not in str(caught.value)
 
 
-PIECES = sorted({piece for controls in CONTROLS.values() for control in controls for piece in (control, control[:-1], control[1:])})
+NESTED = ["<|im_<|im_end|>end|>", "<<think>think>", "<|im_start<|im_start|>|>", "</think></think"]
+PIECES = sorted(
+    {*NESTED} | {piece for controls in CONTROLS.values() for control in controls for piece in (control, control[:-1], control[1:])}
+)
 hostile_texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=12), max_size=8).map("".join)
 
 

@@ -51,13 +51,13 @@ def test_explanation_drops_eos_alone() -> None:
     assert "<|im_end|>" not in shown
 
 
-def test_cold_start_finds_the_tag_in_the_rationale_alone() -> None:
+def test_cold_start_tag_in_rationale_alone() -> None:
     policy = small_policy()
     module = ColdStartModule(policy, GRACE_INSTRUCTION, max_prompt_tokens=256)  # names <think></think>
     rollouts = module.sequences(["a </think> text"] * 2, ["<think> a</think> sum"] * 2)
     counted = torch.ones(*rollouts.input_ids.shape, 1)
-    _, whole = module.pooled(rollouts, counted)  # means of ones, had there been nothing to pool it would have raised
-    assert whole.flatten().tolist() == [1.0, 1.0]
+    _, pooled = module.pooled(rollouts, counted)  # means of ones, had there been nothing to pool it would have raised
+    assert pooled.flatten().tolist() == [1.0, 1.0]
     positions = torch.arange(rollouts.input_ids.shape[1]).float().view(1, -1, 1).repeat(2, 1, 1)
     _, (cut, full) = module.pooled(rollouts, positions)
     plain, _ = module.pooled(rollouts, positions)

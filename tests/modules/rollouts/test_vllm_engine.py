@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from src.modules.rollouts.vllm_engine import EngineError
-from tests.vllm_builders import NEEDS_VLLM, engine, largest_gap, policy_of, prompts_of
+from tests.vllm_builders import NEEDS_VLLM, engine, largest_mismatch, policy_of, prompts_of
 
 pytestmark = NEEDS_VLLM
 
@@ -58,4 +58,4 @@ def test_dead_engine_is_one_line_and_replaced(name: str, monkeypatch: pytest.Mon
         dying.generate(policy, prompts_of(policy))
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is error
-    assert largest_gap(policy, dying.generate(policy, prompts_of(policy))) < 1e-4
+    assert largest_mismatch(policy, dying.generate(policy, prompts_of(policy))) < 1e-4

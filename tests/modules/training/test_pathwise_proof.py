@@ -9,10 +9,10 @@ expectation. What it must be is written a second time, by plain calls of transfo
 
 sg holds a number constant. So this is the objective of which the two terms together are the derivative:
 
-- the embeddings h of all sides are differentiated, in every reward that they are part of;
+- the embeddings h of all roles are differentiated, in every reward that they are part of;
 - the sampling is differentiated for a rollout's own reward: what it does to the rewards of others (consistency, other instances'
   in-batch terms), which no policy gradient with a reward by rollout credits it with, is held, and so is the sampling of queries and
-  negatives, unless they are learned from. Where a reward looks at no other rollout, F is the plain mean reward;
+  negatives, unless they are learned from. Where a reward depends on no other rollout, F is the plain mean reward;
 - on the true scale: log-probabilities summed over a rationale's tokens (aggregation `constant` with one token), the mean over rollouts.
   Another aggregation scales the score-function term alone.
 """
@@ -24,11 +24,9 @@ from itertools import combinations_with_replacement, product
 from math import factorial, prod
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from src.modules.grace import GRACE
@@ -40,7 +38,7 @@ from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import Prompts
 from src.modules.types import Rollouts, join
 from src.records import Triplet
-from tests.builders import small_tokenizer
+from tests.builders import flat, loader, off, quiet_trainer, small_tokenizer
 from tests.oracles import document_oracle, listwise_oracle, paper_oracle
 
 B, K, EOS = 2, 2, 0
@@ -55,10 +53,10 @@ TEXTS = {  # ids of the prompt, of which the first is no text, and the one ratio
 }
 Draw = dict[str, tuple[int, ...]]
 """By text the numbers of its K rationales."""
-Earned = Callable[[Tensor, Tensor, Tensor], Tensor]
+RewardOracle = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Unit vectors [B, D], [B, K, D], [B, M, D] to rewards [B, K]."""
 
-REWARDS: dict[str, tuple[Any, Earned]] = {
+REWARDS: dict[str, tuple[Any, RewardOracle]] = {
     "paper": (paper, lambda q, p, n: paper_oracle(q, p, n, 0.2, 0.2, 0.1)),
     "document": (document, lambda q, p, n: document_oracle(q, p, n, 0.2, 0.2, 0.1, "mean")),
     "listwise": (listwise, lambda q, p, n: listwise_oracle(q, p, n, 1.0, 1.0, 0.0, 0.05, "both")),
@@ -145,20 +143,12 @@ def expectation(written: "Written", reward: Any, **settings: Any) -> Tensor:
     policy, draws = written.policy, draws_of(written, queries="query" in settings.get("also_learn_from", ()))
     algorithm = Algorithm(settings.pop("advantage", raw), reinforce, partial(constant, tokens=1), truncation="none")
     module = Enumerated(
-        policy,
-        Prescribed(written.rationales),
-        reward,
-        algorithm,
-        "Name the terms.",
-        40,
-        num_generations=K,
-        gradient_parts_every_n_rollout_batches=0,
-        **settings,
+        *(policy, Prescribed(written.rationales), reward, algorithm, "Name the terms.", 40),
+        **{"num_generations": K, "gradient_parts_every_n_rollout_batches": 0, **settings},
     )
     module.renderer = render
     module.draws, module.expected = draws, [torch.zeros_like(p, dtype=torch.float64) for p in policy.parameters()]
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    L.Trainer(accelerator="cpu", max_epochs=1, **quiet).fit(module, DataLoader([BATCH] * len(draws), batch_size=None))
+    quiet_trainer().fit(module, loader([BATCH] * len(draws)))
     assert module.rollout_batches == len(draws)
     return torch.cat([gradient.flatten() for gradient in module.expected])
 
@@ -167,7 +157,7 @@ def draws_of(written: "Written", queries: bool) -> list[tuple[Draw, float]]:
     """All joint draws of the positives' rollouts with their probabilities, and of the queries' where they are learned from.
 
     Rollouts of a positive are exchangeable: pairs without order do, with the number of orders as a factor. Of a query's, rewards
-    of other rollouts look at the first alone, so these stand in every order.
+    of other rollouts depend on the first alone, so these stand in every order.
     """
     count = range(len(written.rationales))
     pairs = {pair: factorial(K) // prod(factorial(pair.count(y)) for y in set(pair)) for pair in combinations_with_replacement(count, K)}
@@ -207,17 +197,16 @@ class Written:
         return mean / mean.norm(), sum(logprobs)
 
     def gradient(self, value: Tensor) -> Tensor:
-        found = torch.autograd.grad(value, list(self.model.parameters()), retain_graph=True, allow_unused=True)
-        zeros = [torch.zeros_like(p) for p in self.model.parameters()]
-        return torch.cat([(z if g is None else g).flatten() for g, z in zip(found, zeros, strict=True)])
+        parameters = list(self.model.parameters())
+        return flat(parameters, torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True))
 
-    def rewards(self, earned: Earned, draw: Sequence[Sequence[int]], queries: Sequence[int] | None = None) -> Tensor:
+    def rewards(self, oracle: RewardOracle, draw: Sequence[Sequence[int]], queries: Sequence[int] | None = None) -> Tensor:
         """[B, K] of the positives' draw, with the queries' rationales of these numbers."""
         numbers = enumerate(BATCH)
         q = torch.stack([self.h[t.query] if queries is None else self.h[t.query, queries[i]] for i, t in numbers])
         p = torch.stack([torch.stack([self.h[t.positive, y] for y in ys]) for t, ys in zip(BATCH, draw, strict=True)])
         n = torch.stack([torch.stack([self.h[text] for text in t.negatives]) for t in BATCH])
-        return earned(q, p, n)
+        return oracle(q, p, n)
 
     def joint(self) -> list[tuple[tuple[int, ...], ...]]:
         """Every draw of the positives' rollouts, in every order."""
@@ -228,22 +217,22 @@ class Written:
         """[B][K]."""
         return [[self.logprob[t.positive, y].exp() for y in ys] for t, ys in zip(BATCH, draw, strict=True)]
 
-    def own_credit(self, earned: Earned) -> Tensor:
+    def own_credit(self, oracle: RewardOracle) -> Tensor:
         """F."""
         total = torch.zeros((), dtype=torch.float64)
         for draw in self.joint():
-            pi, r = self.probabilities(draw), self.rewards(earned, draw)
+            pi, r = self.probabilities(draw), self.rewards(oracle, draw)
             for i, k in product(range(B), range(K)):
                 others = prod(float(pi[j][m].detach()) for j, m in product(range(B), range(K)) if (j, m) != (i, k))
                 total = total + pi[i][k] * others * r[i, k] / (B * K)
         return total
 
-    def mean_reward(self, earned: Earned) -> Tensor:
+    def mean_reward(self, oracle: RewardOracle) -> Tensor:
         """The plain objective: every probability and every embedding is differentiated."""
-        terms = [prod(p for row in self.probabilities(draw) for p in row) * self.rewards(earned, draw).mean() for draw in self.joint()]
+        terms = [prod(p for row in self.probabilities(draw) for p in row) * self.rewards(oracle, draw).mean() for draw in self.joint()]
         return torch.stack(terms).sum()
 
-    def apart(self, of_sampling: Earned, of_embedding: Earned) -> Tensor:
+    def apart(self, of_sampling: RewardOracle, of_embedding: RewardOracle) -> Tensor:
         """F whose sampling is differentiated for one reward and whose embeddings for another."""
         total = torch.zeros((), dtype=torch.float64)
         for draw in self.joint():
@@ -252,11 +241,6 @@ class Written:
             credit = self.rewards(of_sampling, draw).detach() * torch.stack([torch.stack(row).log() for row in pi])
             total = total + whole * (credit + self.rewards(of_embedding, draw)).mean()
         return total
-
-
-def off(ours: Tensor, exact: Tensor) -> float:
-    """The distance as a share of the exact gradient's length."""
-    return float((ours - exact).norm() / exact.norm())
 
 
 FOUR = rationales_of(ids=2, longest=3)
@@ -284,9 +268,9 @@ def test_all_rationales_are_there(four: Written) -> None:
 
 
 @pytest.mark.parametrize("name", ["paper", "document", "listwise"])
-def test_both_terms_are_the_exact_derivative_and_neither_is_alone(name: str, four: Written) -> None:
-    reward, earned = REWARDS[name]
-    exact = four.gradient(four.own_credit(earned))
+def test_both_terms_are_the_exact_derivative(name: str, four: Written) -> None:
+    reward, oracle = REWARDS[name]
+    exact = four.gradient(four.own_credit(oracle))
     both = expectation(four, reward, pathwise_weight=1.0)
     published = expectation(four, reward)
     assert off(both, exact) < 1e-5
@@ -294,17 +278,17 @@ def test_both_terms_are_the_exact_derivative_and_neither_is_alone(name: str, fou
     assert off(both - published, exact) > 0.3  # the pathwise term alone
 
 
-def test_the_pathwise_term_alone_is_the_derivative_with_the_sampling_held(three: Written) -> None:
-    reward, earned = REWARDS["document"]
-    held = three.gradient(three.apart(lambda *e: 0 * earned(*e), earned))
+def test_pathwise_term_holds_the_sampling(three: Written) -> None:
+    reward, oracle = REWARDS["document"]
+    held = three.gradient(three.apart(lambda *e: 0 * oracle(*e), oracle))
     ours = expectation(three, reward, score_function_weight=0.0, pathwise_weight=1.0)
     assert off(ours, held) < 1e-5
-    assert off(ours, three.gradient(three.own_credit(earned))) > 0.3
+    assert off(ours, three.gradient(three.own_credit(oracle))) > 0.3
 
 
-def test_of_a_reward_that_looks_at_no_other_rollout_it_is_the_derivative_of_the_mean_reward(three: Written) -> None:
-    reward, earned = REWARDS["document without consistency"]
-    exact = three.gradient(three.mean_reward(earned))
+def test_uncoupled_reward_gives_the_mean_rewards_derivative(three: Written) -> None:
+    reward, oracle = REWARDS["document without consistency"]
+    exact = three.gradient(three.mean_reward(oracle))
     assert off(expectation(three, reward, pathwise_weight=1.0), exact) < 1e-5
     # with consistency a rollout also moves the reward of the group's other, which it has no credit for
     _, coupled = REWARDS["document"]
@@ -316,41 +300,41 @@ def test_of_a_reward_that_looks_at_no_other_rollout_it_is_the_derivative_of_the_
     "name",
     ["document without consistency", "listwise centred by document", pytest.param("listwise not centred", marks=pytest.mark.slow)],
 )
-def test_a_leave_one_out_baseline_has_the_same_expectation(name: str, three: Written) -> None:
+def test_leave_one_out_keeps_the_expectation(name: str, three: Written) -> None:
     """The baseline of a rollout is the mean reward of its group's others, and takes nothing away where that does not depend on it.
 
     Consistency makes it depend: see the next test. `centre=both` of listwise takes off means over the batch's rollouts, this one among
     them.
     """
-    reward, earned = REWARDS[name]
-    exact = three.gradient(three.own_credit(earned))
+    reward, oracle = REWARDS[name]
+    exact = three.gradient(three.own_credit(oracle))
     assert off(expectation(three, reward, advantage=rloo, pathwise_weight=1.0), exact) < 1e-5
 
 
-def test_a_leave_one_out_baseline_takes_consistency_away_from_the_sampling(three: Written) -> None:
-    """Consistency couples a group's rewards: part of the baseline is what the rollout itself earned.
+def test_leave_one_out_removes_consistency(three: Written) -> None:
+    """Consistency couples a group's rewards: part of the baseline is what the rollout itself got.
 
     With K = 2 both rollouts have the same consistency, and the baseline removes all of it from the score-function term (with K
     rollouts 1 / (K - 1) of it). The pathwise term has no baseline, and keeps it.
     """
-    (_, without), (reward, earned) = REWARDS["document without consistency"], REWARDS["document"]
+    (_, without), (reward, oracle) = REWARDS["document without consistency"], REWARDS["document"]
     ours = expectation(three, reward, advantage=rloo, pathwise_weight=1.0)
-    assert off(ours, three.gradient(three.apart(without, earned))) < 1e-5
-    assert off(ours, three.gradient(three.own_credit(earned))) > 1e-3
+    assert off(ours, three.gradient(three.apart(without, oracle))) < 1e-5
+    assert off(ours, three.gradient(three.own_credit(oracle))) > 1e-3
 
 
-def test_another_reward_may_move_the_embeddings(three: Written) -> None:
+def test_another_pathwise_reward(three: Written) -> None:
     (reward, of_sampling), (other, of_embedding) = REWARDS["document"], REWARDS["listwise"]
     ours = expectation(three, reward, pathwise_weight=0.5, pathwise_reward=other)
     exact = three.gradient(three.apart(of_sampling, lambda *e: 0.5 * of_embedding(*e)))
     assert off(ours, exact) < 1e-5
 
 
-def credit_of_queries_too(written: Written, earned: Earned, of_queries: float = 1.0) -> Tensor:
-    """F, and the mean over queries of what a query's rationale earns its instance, with the sampling of that query differentiated."""
+def credit_of_queries_too(written: Written, oracle: RewardOracle, of_queries: float = 1.0) -> Tensor:
+    """F, and the same for queries: the mean reward of a query's instance, with the sampling of that query differentiated."""
     total = torch.zeros((), dtype=torch.float64)
     for draw, queries in product(written.joint(), product(range(len(written.rationales)), repeat=B)):
-        pi, r = written.probabilities(draw), written.rewards(earned, draw, queries)
+        pi, r = written.probabilities(draw), written.rewards(oracle, draw, queries)
         own = [written.logprob[t.query, y].exp() for t, y in zip(BATCH, queries, strict=True)]
         whole = prod(float(p.detach()) for row in pi for p in row) * prod(float(p.detach()) for p in own)
         for i in range(B):
@@ -361,20 +345,20 @@ def credit_of_queries_too(written: Written, earned: Earned, of_queries: float = 
 
 
 @pytest.mark.parametrize("longest", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_queries_that_are_learned_from_have_their_own_credit(longest: int) -> None:
-    """The algorithm's loss is a mean over the rollouts of all sides: with two sides of one size its weight on the true scale is 2."""
+def test_learned_queries_have_their_credit(longest: int) -> None:
+    """The algorithm's loss is a mean over the rollouts of all roles: with two roles of one size its weight on the true scale is 2."""
     written = Written(tiny_policy(ids=2), rationales_of(ids=2, longest=longest), queries=True)
-    reward, earned = REWARDS["listwise"]
-    exact = written.gradient(credit_of_queries_too(written, earned))
+    reward, oracle = REWARDS["listwise"]
+    exact = written.gradient(credit_of_queries_too(written, oracle))
     ours = expectation(written, reward, score_function_weight=2.0, also_learn_from=["query"], pathwise_weight=1.0)
     assert off(ours, exact) < 1e-5
-    assert off(ours, written.gradient(credit_of_queries_too(written, earned, of_queries=0.0))) > 1e-2
+    assert off(ours, written.gradient(credit_of_queries_too(written, oracle, of_queries=0.0))) > 1e-2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["paper", "document", "listwise"])
-def test_two_words_and_seven_rationales_have_the_exact_derivative_too(name: str) -> None:
+def test_seven_rationales_have_the_exact_derivative(name: str) -> None:
     written = Written(tiny_policy(ids=3, layers=2), rationales_of(ids=3, longest=2))
-    reward, earned = REWARDS[name]
+    reward, oracle = REWARDS[name]
     ours = expectation(written, reward, pathwise_weight=1.0)
-    assert off(ours, written.gradient(written.own_credit(earned))) < 1e-5
+    assert off(ours, written.gradient(written.own_credit(oracle))) < 1e-5

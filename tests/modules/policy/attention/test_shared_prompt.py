@@ -1,13 +1,19 @@
 """Packed rollouts against every sequence alone, through transformers' forward and attention."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from torch import Tensor
 
-from src.modules.policy.attention.shared_prompt import pack
+from src.modules.policy.attention.shared_prompt import checkpoint_contexts, pack, pool_packed, unpack
+from src.modules.policy.lora import add_lora
 from src.modules.policy.model import Policy
+from src.modules.policy.pooling import pool
 from src.modules.prompt.renderer import PromptRenderer
 from src.modules.types import Rollouts, join
 from tests.builders import SENTENCES, small_policy
@@ -30,43 +36,77 @@ def alone(policy: Policy, rollouts: Rollouts) -> list[Tensor]:
     return [policy.model.base_model(input_ids=ids[:length].unsqueeze(0), use_cache=False).last_hidden_state[0] for ids, length in rows]
 
 
+def assert_same_gradients(ours: Tensor, theirs: Tensor, inputs: Sequence[Tensor]) -> None:
+    """Compares the gradients of a random weighting of two equal tensors."""
+    upstream = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(0))
+    fast, slow = (torch.autograd.grad((x * upstream).sum(), inputs, allow_unused=True) for x in (ours, theirs))
+    scale = max(float(gradient.abs().max()) for gradient in slow if gradient is not None)
+    for one, other in zip(fast, slow, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * scale)
+
+
 LENGTHS = [[5, 1, 9], [0, 7], [4], [0, 0], [3, 3, 3, 3]]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
-def test_states_and_gradients_are_those_of_single_rows(architecture: str, attention: str) -> None:
+def test_states_are_those_of_single_rows(architecture: str, attention: str) -> None:
     # Qwen2 and Qwen3 with grouped heads, Llama with a key-value head for every head
     policy = random_policy(architecture, num_key_value_heads=4 if architecture == "llama" else 2)
     policy.model.set_attn_implementation(attention)
     rollouts, groups = grouped_rollouts(policy, LENGTHS)
-    together = policy.hidden_states(rollouts, groups)
-    expected = alone(policy, rollouts)
-    upstream = [torch.randn(states.shape, generator=torch.Generator().manual_seed(i)) for i, states in enumerate(expected)]
-    for row, states in zip(together, expected, strict=True):
-        torch.testing.assert_close(row[: len(states)], states, rtol=1e-5, atol=1e-5)
-
-    parameters = [p for p in policy.model.base_model.parameters() if p.requires_grad]
-    ours = sum((row[: len(up)] * up).sum() for row, up in zip(together, upstream, strict=True))
-    theirs = sum((states * up).sum() for states, up in zip(expected, upstream, strict=True))
-    fast, slow = torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters)
-    scale = max(float(gradient.abs().max()) for gradient in slow)
-    for one, other in zip(fast, slow, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * scale)
+    ours, theirs = policy.hidden_states(rollouts, groups)[rollouts.attention_mask], torch.cat(alone(policy, rollouts))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(ours, theirs, [p for p in policy.model.base_model.parameters() if p.requires_grad])
 
 
-def test_log_probs_and_gradients_are_those_of_single_rows() -> None:
+def test_log_probs_are_those_of_padded_rows() -> None:
     policy = small_policy()
     rollouts, groups = grouped_rollouts(policy, LENGTHS)
-    parameters = [p for p in policy.parameters() if p.requires_grad]
     (ours, entropy, _), (theirs, expected, _) = policy(rollouts, groups, 0.7), policy(rollouts, None, 0.7)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy, expected, rtol=1e-5, atol=1e-5)
-    upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(0))
-    fast, slow = (torch.autograd.grad((values * upstream).sum(), parameters) for values in (ours, theirs))
-    scale = max(float(gradient.abs().max()) for gradient in slow)
-    for one, other in zip(fast, slow, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * scale)
+    assert_same_gradients(ours, theirs, list(policy.parameters()))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "eos", "max"])
+def test_pool_packed_is_pool(pooling: Any) -> None:
+    rollouts, groups = grouped_rollouts(small_policy(), LENGTHS)  # several rollouts, prompts of different lengths, empty rationales
+    packed = pack(rollouts, groups)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(*packed.input_ids.shape, 7, generator=generator, requires_grad=True)
+    ours, expected = pool_packed(states, packed, rollouts, pooling), pool(unpack(states, packed), rollouts.pooling_mask, pooling)
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+    assert_same_gradients(ours, expected, [states])
+
+
+@pytest.mark.parametrize("kind", ["plain", "checkpointing", "lora"])
+@pytest.mark.parametrize("layer", [-1, -2])
+@pytest.mark.parametrize("pooling", ["mean", "eos", "max"])
+def test_packed_forward_is_that_of_single_rows(pooling: Any, layer: int, kind: str) -> None:
+    policy = small_policy().train()
+    policy.pooling, policy.layer = pooling, layer
+    if kind == "checkpointing":
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts(policy.model)})
+    if kind == "lora":
+        torch.manual_seed(0)
+        add_lora(policy.model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    rollouts, groups = grouped_rollouts(policy, LENGTHS)
+    logprobs, _, nothing = policy(rollouts, groups)
+    assert nothing is None
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    for grouping in (groups, None):
+        expected = policy.embed(rollouts)
+        values, entropies, ours = policy(rollouts, grouping, logprobs=False, embeddings=True)
+        assert values is None
+        assert entropies is None
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+        assert_same_gradients(ours, expected, trained)
+        together, _, again = policy(rollouts, grouping, embeddings=True)
+        torch.testing.assert_close(together, logprobs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(again, ours, atol=1e-6, rtol=1e-6)
 
 
 @settings(max_examples=15, deadline=None)
@@ -75,9 +115,8 @@ def test_any_mix_of_lengths(lengths: list[list[int]], seed: int) -> None:
     policy = small_policy()
     rollouts, groups = grouped_rollouts(policy, lengths, seed)
     with torch.no_grad():
-        together, expected = policy.hidden_states(rollouts, groups), alone(policy, rollouts)
-    for row, states in zip(together, expected, strict=True):
-        torch.testing.assert_close(row[: len(states)], states, rtol=1e-5, atol=1e-5)
+        ours = policy.hidden_states(rollouts, groups)[rollouts.attention_mask]
+        torch.testing.assert_close(ours, torch.cat(alone(policy, rollouts)), rtol=1e-5, atol=1e-5)
 
 
 def test_packed_row_has_no_padding() -> None:

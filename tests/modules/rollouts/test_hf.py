@@ -4,7 +4,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
 from src.modules.policy import logprobs
-from src.modules.policy.batching import padded_batches
 from src.modules.policy.model import Policy
 from src.modules.policy.pooling import pool_prefixes
 from src.modules.prompt.renderer import PromptRenderer, Prompts
@@ -13,8 +12,6 @@ from src.modules.rollouts.engine import end_tokens
 from src.modules.rollouts.hf import HFEngine, choose
 from tests.builders import small_policy
 from tests.vllm_builders import TEXTS, check_rationales, end_often, prompts_of, random_policy
-
-every_architecture = pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
 
 
 def ending(architecture: str = "qwen2") -> Policy:
@@ -29,7 +26,7 @@ def generated(policy: Policy, prompts: Prompts, index: int, limit: int) -> torch
     return policy.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, ids.shape[1] :]
 
 
-@every_architecture
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
 @pytest.mark.parametrize("batch_tokens", [200, 2**18])
 def test_greedy_rationales_are_transformers_generate(architecture, batch_tokens):
     policy = ending(architecture)
@@ -40,39 +37,29 @@ def test_greedy_rationales_are_transformers_generate(architecture, batch_tokens)
         assert ours.tolist() == generated(policy, prompts, i, 16).tolist()
 
 
-@every_architecture
-@pytest.mark.parametrize(("n", "temperature"), [(1, 0.0), (4, 1.0), (3, 0.7)])
-def test_log_probs_and_embeddings_are_those_of_a_plain_pass(architecture, n, temperature):
+@pytest.mark.parametrize(
+    ("architecture", "pooling", "layer", "n", "temperature"),
+    [
+        *((architecture, "mean", -1, n, t) for architecture in ("qwen2", "qwen3", "llama") for n, t in ((1, 0.0), (4, 1.0), (3, 0.7))),
+        *(("qwen2", pooling, layer, 3, 1.0) for pooling in ("mean", "eos", "max") for layer in (-1, -2)),
+    ],
+)
+def test_log_probs_and_embeddings_are_a_plain_pass(architecture, pooling, layer, n, temperature):
     policy = ending(architecture)
-    rollouts = HFEngine(16).generate(policy, prompts_of(policy), n=n, temperature=temperature, seed=3)
-    assert rollouts.rationale_lengths.unique().numel() > 2  # rows left the batch at different times
-    assert rollouts.prefix_embeddings is None
-    with torch.no_grad():
-        hidden = policy.hidden_states(rollouts)
-        expected, _ = policy.logprobs(rollouts, hidden, temperature or 1.0)
-        torch.testing.assert_close(rollouts.logprobs, expected, atol=1e-4, rtol=0)
-        torch.testing.assert_close(rollouts.embeddings, policy.embed(rollouts, hidden), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("pooling", ["mean", "eos", "max"])
-@pytest.mark.parametrize("layer", [-1, -2])
-def test_every_pooling_and_layer_is_that_of_a_plain_pass(pooling, layer):
-    policy = ending()
     policy.pooling, policy.layer = pooling, layer
-    rollouts = HFEngine(16, batch_tokens=300).generate(policy, prompts_of(policy), n=3, temperature=1.0, seed=3, prefixes=True)
-    assert rollouts.rationale_lengths.unique().numel() > 2
-    assert 0 < rollouts.finished.sum() < len(rollouts)  # some end with EOS, others are cut: eos pools either's last token
+    rollouts = HFEngine(16, batch_tokens=300).generate(policy, prompts_of(policy), n, temperature, seed=3, prefixes=True)
+    assert rollouts.rationale_lengths.unique().numel() > 2  # rows left the batch at different times
+    assert 0 < rollouts.finished.sum() < len(rollouts) or n == 1  # eos pools the last token of either
     with torch.no_grad():
-        torch.testing.assert_close(rollouts.embeddings, policy.embed(rollouts), atol=1e-4, rtol=0)
-        groups = torch.arange(len(rollouts)) // 3
-        torch.testing.assert_close(rollouts.embeddings, policy.embed(rollouts, None, groups), atol=1e-4, rtol=0)
+        expected, _ = policy.logprobs(rollouts, policy.hidden_states(rollouts), temperature or 1.0)
+        torch.testing.assert_close(rollouts.logprobs, expected, atol=1e-4, rtol=0)  # of the last layer, whatever is pooled
+        for groups in (None, torch.arange(len(rollouts)) // n):
+            torch.testing.assert_close(rollouts.embeddings, policy.embed(rollouts, None, groups), atol=1e-4, rtol=0)
         prefixes = pool_prefixes(policy.encoder_states(rollouts), rollouts, 16, pooling)
         torch.testing.assert_close(rollouts.prefix_embeddings, prefixes, atol=1e-4, rtol=0)
-        expected, _ = policy.logprobs(rollouts, policy.hidden_states(rollouts))
-    torch.testing.assert_close(rollouts.logprobs, expected, atol=1e-4, rtol=0)  # of the last layer, whatever is pooled
 
 
-def test_all_rows_that_end_early_fill_their_prefixes():
+def test_early_ends_fill_prefixes():
     policy = end_often(random_policy("qwen2"), 399)  # almost every token ends a rationale
     rollouts = HFEngine(16).generate(policy, prompts_of(policy), n=2, prefixes=True)
     assert rollouts.rationale_lengths.max() < 16
@@ -93,7 +80,7 @@ def test_autocast_holds_keys_and_values_in_bfloat16(monkeypatch):
     assert float((rollouts.logprobs - expected).abs().mean()) < 0.05
 
 
-def test_same_seed_gives_same_rationales_in_any_batches():
+def test_seed_decides_in_any_batches():
     policy = small_policy()
     runs = [HFEngine(10, size).generate(policy, prompts_of(policy), n=2, seed=5).input_ids for size in (1, 200, 2**18)]
     assert torch.equal(runs[0], runs[1])
@@ -101,7 +88,7 @@ def test_same_seed_gives_same_rationales_in_any_batches():
     assert not torch.equal(runs[0], HFEngine(10).generate(policy, prompts_of(policy), n=2, seed=6).input_ids)
 
 
-def test_a_prompts_own_seed_gives_same_rationales_in_any_company(tiny_policy: Policy) -> None:
+def test_own_seed_decides_in_any_company(tiny_policy: Policy) -> None:
     prompts = PromptRenderer(tiny_policy.tokenizer, "Name the terms.", 96)(["a graph", "the table", "a graph"])
     written = HFEngine(8).generate(tiny_policy, prompts, n=2, temperature=1.0, seed=torch.tensor([7, 8, 9])).rationales()
     alone = HFEngine(8).generate(tiny_policy, prompts.select(torch.tensor([1])), n=2, temperature=1.0, seed=torch.tensor([8])).rationales()
@@ -138,7 +125,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_chunks_of_rows_never_hold_all_logits(monkeypatch, temperature):
+def test_chunks_never_hold_all_logits(monkeypatch, temperature):
     generator = torch.Generator().manual_seed(1)
     hidden, weight = torch.randn(200, 8, generator=generator), torch.randn(50, 8, generator=generator)
     draws = torch.rand(200, generator=generator)
@@ -169,9 +156,11 @@ def test_engine_restores_mode_attention_and_random_state():
     assert policy.model.config._attn_implementation == attention
 
 
-def test_frozen_encoder_gets_no_embeddings():
+def test_frozen_encoder_and_no_prefixes():
     policy = small_policy("frozen")
-    assert HFEngine(3).generate(policy, prompts_of(policy)).embeddings is None
+    rollouts = HFEngine(3).generate(policy, prompts_of(policy))
+    assert rollouts.embeddings is rollouts.prefix_embeddings is None
+    assert HFEngine(3).generate(small_policy(), prompts_of(policy)).prefix_embeddings is None
 
 
 def test_sliding_window_is_an_error():
@@ -179,13 +168,6 @@ def test_sliding_window_is_an_error():
     policy.model.base_model.layers[1].self_attn.sliding_window = 4
     with pytest.raises(ValueError, match="sliding_window"):
         HFEngine(3).generate(policy, prompts_of(policy))
-
-
-def test_batches_of_like_lengths_within_a_budget():
-    lengths = torch.tensor([5, 40, 8, 30, 31])
-    assert [part.tolist() for part in padded_batches(lengths, 100, extra=10)] == [[1, 4], [3, 2], [0]]
-    assert [part.tolist() for part in padded_batches(lengths, 1, extra=10)] == [[1], [4], [3], [2], [0]]
-    assert [part.tolist() for part in padded_batches(lengths, 10**6, extra=10)] == [[1, 4, 3, 2, 0]]
 
 
 @pytest.mark.parametrize("settings", [{"max_new_tokens": 0}, {"max_new_tokens": 4, "batch_tokens": 0}])

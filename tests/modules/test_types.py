@@ -26,34 +26,26 @@ def test_join_pads_right_and_keeps_every_id() -> None:
     assert rollouts.rationale_lengths.tolist() == [2, 0]
     assert [ids.tolist() for ids in rollouts.rationales()] == [[20, 9], []]
     assert len(rollouts) == 2
+    assert rollouts.logprobs is not None
+    assert rollouts.logprobs.tolist() == [[0, 0, 0, 0, 0, -0.5, -0.25], [0] * 7]
 
 
-def test_masks_select_what_they_say() -> None:
+def test_masks() -> None:
     rollouts = example()
     assert rollouts.attention_mask.int().tolist() == [[1] * 7, [1, 1, 1, 1, 0, 0, 0]]
     assert rollouts.pooling_mask.int().tolist() == [[0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0, 0]]
     assert rollouts.rationale_mask.int().tolist() == [[0, 0, 0, 0, 0, 1, 1], [0] * 7]
 
 
-def test_join_puts_logprobs_on_their_tokens() -> None:
-    logprobs = example().logprobs
-    assert logprobs is not None
-    assert logprobs.tolist() == [[0, 0, 0, 0, 0, -0.5, -0.25], [0] * 7]
-
-
-def test_join_without_logprobs_has_none() -> None:
-    prompts = Prompts((torch.tensor([1, 2]),), torch.tensor([1]), torch.tensor([1]))
-    assert join(prompts, [torch.tensor([3])], torch.tensor([True]), PAD).logprobs is None
-
-
-def test_join_refuses_a_rationale_too_few() -> None:
+def test_join_without_logprobs_or_rationales() -> None:
     prompts = Prompts((torch.tensor([1]), torch.tensor([2])), torch.tensor([0, 0]), torch.tensor([1, 1]))
+    assert join(prompts, [torch.tensor([3])] * 2, torch.tensor([True, True]), PAD).logprobs is None
     with pytest.raises(ValueError, match="shorter"):
         join(prompts, [torch.tensor([3])], torch.tensor([True, True]), PAD)
 
 
 @pytest.mark.parametrize("index", [slice(1, 2), torch.tensor([1]), torch.tensor([False, True])])
-def test_a_selection_is_padded_no_longer_than_it_needs(index: slice | torch.Tensor) -> None:
+def test_selection_is_padded_to_its_longest(index: slice | torch.Tensor) -> None:
     chosen = example()[index]
     assert chosen.input_ids.tolist() == [[1, 12, 2, 3]]
     assert chosen.finished.tolist() == [False]
@@ -61,12 +53,8 @@ def test_a_selection_is_padded_no_longer_than_it_needs(index: slice | torch.Tens
     assert chosen.logprobs.shape == (1, 4)
 
 
-def test_a_selection_may_repeat_and_reorder() -> None:
+def test_selection_repeats_and_moving_keeps() -> None:
     rollouts = example()
     assert torch.equal(rollouts[torch.tensor([1, 0, 1])].lengths, torch.tensor([4, 7, 4]))
-
-
-def test_moving_keeps_everything() -> None:
-    moved = example().to("cpu")
-    assert torch.equal(moved.input_ids, example().input_ids)
-    assert moved.embeddings is None
+    assert torch.equal(rollouts.to("cpu").input_ids, rollouts.input_ids)
+    assert rollouts.to("cpu").embeddings is None

@@ -18,7 +18,8 @@ from src.modules.rollouts import vllm_engine
 from src.modules.rollouts.engine import end_tokens
 from src.modules.rollouts.hf import HFEngine
 from src.modules.types import Rollouts
-from tests.vllm_builders import KINDS, NEEDS_VLLM, TEXTS, check_rationales, engine, largest_gap, policy_of, prompts_of, step
+from tests.builders import KINDS
+from tests.vllm_builders import NEEDS_VLLM, TEXTS, check_rationales, engine, largest_mismatch, policy_of, prompts_of, step
 
 pytestmark = NEEDS_VLLM
 
@@ -72,7 +73,7 @@ def test_any_change_of_weights_reaches_the_engine(way: str) -> None:
     policy = policy_of()
     before = engine().generate(policy, prompts_of(policy), temperature=0.0)
     WAYS[way](policy)
-    assert largest_gap(policy, before) > 0.1
+    assert largest_mismatch(policy, before) > 0.1
     assert_greedy_as_hf(policy)
 
 
@@ -81,7 +82,7 @@ def test_stale_copy_shows_in_log_probs(left_out: str, monkeypatch: pytest.Monkey
     policy = policy_of()
     prompts = prompts_of(policy)
     assert prompts.lengths.max() > 2 * 32  # more than a block of the prefix cache
-    assert largest_gap(policy, engine().generate(policy, prompts, temperature=0.0)) < 1e-4
+    assert largest_mismatch(policy, engine().generate(policy, prompts, temperature=0.0)) < 1e-4
     step(policy)
     with monkeypatch.context() as patch:
         if left_out == "push":
@@ -91,8 +92,8 @@ def test_stale_copy_shows_in_log_probs(left_out: str, monkeypatch: pytest.Monkey
         else:
             llm = engine().started(policy).llm
             patch.setattr(llm, "reset_prefix_cache", lambda: True)
-        assert largest_gap(policy, engine().generate(policy, prompts, temperature=0.0)) > 1e-2
-    assert largest_gap(policy, engine().generate(policy, prompts, temperature=0.0)) < 1e-4
+        assert largest_mismatch(policy, engine().generate(policy, prompts, temperature=0.0)) > 1e-2
+    assert largest_mismatch(policy, engine().generate(policy, prompts, temperature=0.0)) < 1e-4
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -101,7 +102,7 @@ def test_sampled_rationales_and_log_probs(temperature: float) -> None:
     prompts = prompts_of(policy)
     rollouts = engine().generate(policy, prompts, n=3, temperature=temperature, seed=5)
     assert len(rollouts) == 3 * len(prompts)
-    assert largest_gap(policy, rollouts, temperature) < 1e-4
+    assert largest_mismatch(policy, rollouts, temperature) < 1e-4
     check_rationales(rollouts, prompts, 3, 16, set(end_tokens(policy).tolist()))
     assert torch.equal(rollouts.input_ids, engine().generate(policy, prompts, 3, temperature, seed=5).input_ids)
     assert not torch.equal(rollouts.input_ids, engine().generate(policy, prompts, 3, temperature, seed=6).input_ids)
@@ -116,8 +117,8 @@ def test_several_greedy_rationales_are_equal() -> None:
 
 def test_bfloat16_weights_stay_close_to_float32_ones() -> None:
     policy = policy_of("shipped")
-    gap = largest_gap(policy, engine(dtype="bfloat16").generate(policy, prompts_of(policy), temperature=0.0))
-    assert 1e-4 < gap < 0.3
+    rollouts = engine(dtype="bfloat16").generate(policy, prompts_of(policy), temperature=0.0)
+    assert 1e-4 < largest_mismatch(policy, rollouts) < 0.3
 
 
 @pytest.mark.gpu
@@ -126,7 +127,7 @@ def test_engine_wakes_with_the_trainers_weights() -> None:
     policy = policy_of("shipped").to("cuda")
     for _ in range(3):
         rollouts = engine(sleep=True).generate(policy, prompts_of(policy), temperature=0.0)
-        assert largest_gap(policy, rollouts) < 1e-2
+        assert largest_mismatch(policy, rollouts) < 1e-2
         step(policy)
 
 

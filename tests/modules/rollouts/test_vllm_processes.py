@@ -10,7 +10,7 @@ from torch import distributed
 
 from src.modules.rollouts.hf import HFEngine
 from tests.conftest import ROOT
-from tests.vllm_builders import NEEDS_VLLM, TEXTS, engine, largest_gap, prompts_of, random_policy, step
+from tests.vllm_builders import NEEDS_VLLM, TEXTS, engine, largest_mismatch, prompts_of, random_policy, step
 
 pytestmark = [*NEEDS_VLLM, pytest.mark.slow]
 
@@ -18,7 +18,7 @@ pytestmark = [*NEEDS_VLLM, pytest.mark.slow]
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_two_processes(tensor_parallel: int) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    program = ["-m", "tests.modules.rollouts.test_rollout_vllm_processes", str(tensor_parallel)]
+    program = ["-m", "tests.modules.rollouts.test_vllm_processes", str(tensor_parallel)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launcher, *program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -37,7 +37,7 @@ def rank(tensor_parallel: int) -> None:
         greedy = engine(tensor_parallel=tensor_parallel).generate(policy, prompts, temperature=0.0)
         assert torch.equal(greedy.input_ids, HFEngine(16).generate(policy, prompts, temperature=0.0).input_ids)
         sampled = engine(tensor_parallel=tensor_parallel).generate(policy, prompts, n=3, seed=distributed.get_rank())
-        assert largest_gap(policy, sampled) < 1e-4
+        assert largest_mismatch(policy, sampled) < 1e-4
         step(policy)
     print("agrees")
     distributed.destroy_process_group()

@@ -1,6 +1,5 @@
 """GRACE trained through vLLM and through the in-process engine."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ from src.modules.prompt.renderer import Prompts
 from src.modules.rollouts.hf import HFEngine
 from src.modules.rollouts.vllm_engine import EngineError
 from src.modules.types import Rollouts
-from tests.builders import SENTENCES
+from tests.builders import SENTENCES, TRIPLETS, fit
 from tests.callbacks.conftest import fit as fit_few
 from tests.conftest import ROOT, Compose
-from tests.modules.test_grace import TRIPLETS, fit
 from tests.vllm_builders import NEEDS_VLLM, engine, policy_of
 from train import train
 
@@ -45,7 +43,7 @@ def grace(rollouts: Any, **settings: Any) -> GRACE:
     return GRACE(
         policy_of(),
         rollouts,
-        partial(listwise),
+        listwise,
         Algorithm(grpo, ppo_clip, **settings),
         instruction="Name the terms.",
         max_prompt_tokens=100,
@@ -72,7 +70,7 @@ def test_five_steps_through_either_engine() -> None:
 
 def test_importance_weights_correct_a_bfloat16_engine() -> None:
     runs = [grace(engine(dtype="bfloat16"), tis_cap=cap) for cap in (None, 2.0)]
-    watches = [fit(run, [TRIPLETS]) for run in runs]
+    watches = [fit(run) for run in runs]
     assert all(watch.reports[0].logprob_mismatch[0] > 1e-4 for watch in watches)
     norms = [watch.reports[0].update["grad_norm"] for watch in watches]
     assert norms[0] != norms[1]
@@ -92,7 +90,7 @@ def test_mismatch_is_rounding_and_engine_is_not_saved(updates: int) -> None:
 
 def test_stale_copy_shows_in_the_metric(monkeypatch: pytest.MonkeyPatch) -> None:
     module = grace(engine(12))
-    fit(module, [TRIPLETS])
+    fit(module)
     monkeypatch.setattr("src.modules.rollouts.vllm_engine.push", lambda llm, model: None)
     reports = fit(module, [TRIPLETS] * 2).reports
     assert all(report.logprob_mismatch[1] > 1e-3 for report in reports)
@@ -127,6 +125,6 @@ def test_command_line_trains_with_vllm(compose: Compose) -> None:
     cfg.policy.path = str(ROOT / "experiments" / "tiny_policy" / "weights")
     cfg.packages.train = ["urllib3"]
     cfg.optimized_metric = "rollout/logprob_mismatch_max"
-    gap = train(cfg)
-    assert gap is not None
-    assert 0 < gap < 1e-3
+    mismatch = train(cfg)
+    assert mismatch is not None
+    assert 0 < mismatch < 1e-3
