@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from src.utils.checkpoint_io import CheckpointError, FolderCheckpoints, intact_checkpoints, read_checkpoint, tidy
-from tests.modules.policy.test_pretrained import Touch
+from tests.modules.policy.test_loading import Touch
 
 IO = FolderCheckpoints()
 
