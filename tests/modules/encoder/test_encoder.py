@@ -182,7 +182,11 @@ def test_bad_arguments(tiny_policy: Policy, options: dict[str, Any], call: dict[
         encoder(tiny_policy, **options).encode(**call)
 
 
-@pytest.mark.parametrize("form", [list, tuple, iter, np.array, pd.Series, lambda texts: pd.Series(texts, index=[7, 3])], ids=str)
+@pytest.mark.parametrize(
+    "form",
+    [list, tuple, iter, np.array, pd.Series, lambda texts: pd.Series(texts, index=[7, 3])],
+    ids=["list", "tuple", "iterator", "array", "series", "other index"],
+)
 def test_any_iterable_of_strings_is_embedded(tiny_policy: Policy, form: Any) -> None:
     texts, own = ["a text", "another"], encoder(tiny_policy)
     np.testing.assert_array_equal(own.encode(form(texts), rationale=False), own.encode(texts, rationale=False))
