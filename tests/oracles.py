@@ -92,6 +92,24 @@ def document_oracle(
     return _table(b, k, reward)
 
 
+def novelty_oracle(
+    query: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    previous: Tensor,
+    lambda1: float,
+    lambda2: float,
+    temperature: float,
+    weight: float,
+) -> Tensor:
+    base = document_oracle(query, positive, negative, lambda1, lambda2, temperature, "mean")
+
+    def added(i: int, r: int) -> Tensor:
+        return -weight * torch.stack([_dot(positive[i, r], previous[j]) for j in range(len(previous))]).mean() / temperature
+
+    return base + _table(*positive.shape[:2], added)
+
+
 def unsupervised_oracle(anchor: Tensor, positive: Tensor, lambda1: float, lambda2: float, temperature: float) -> Tensor:
     b, k = positive.shape[:2]
 

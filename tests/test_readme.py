@@ -95,9 +95,12 @@ def test_every_command_is_of_a_tested_kind():
 
 
 @pytest.mark.parametrize("command", commands("python train.py"))
-def test_train_commands(command, compose, triplets):
+def test_train_commands(command, compose, triplets, tmp_path):
+    sentences = tmp_path / "sentences.txt"
+    sentences.write_text("".join(f"Sentence number {i} is about graphs.\n" for i in range(80)))
     for overrides in points(shlex.split(command)[2:] or ["seed=0"]):
-        own = [re.sub(r"^datamodule\.path=.*", f"datamodule.path={triplets}", override) for override in overrides]
+        data = sentences if any("unsup" in override or "wiki1m" in override for override in overrides) else triplets
+        own = [re.sub(r"^datamodule\.path=.*", f"datamodule.path={data}", override) for override in overrides]
         if not any(override.startswith(("experiment=", "hparams_search=")) for override in own):
             own.append("experiment=smollm2_sup")  # the default, with the tiny policy in its place
         small = [override for override in SMALL if override.split("=")[0] not in {o.split("=")[0] for o in own}]

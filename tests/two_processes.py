@@ -22,7 +22,7 @@ from src.modules.distributed.fsdp import summon_full_params
 from src.modules.grace import GRACE
 from src.modules.objectives.advantages import reinforce_pp_baseline, remax
 from src.modules.objectives.losses import ppo_clip
-from src.modules.objectives.rewards import document, listwise, paper
+from src.modules.objectives.rewards import Novelty, document, listwise, paper
 from src.modules.prompt.renderer import Prompts
 from src.modules.training.finite import NonFiniteError
 from src.modules.types import Embeddings, Reward, Rollouts
@@ -127,6 +127,7 @@ SCENARIOS: dict[str, Callable[[], GRACE]] = {
     "pathwise, a rank without tokens": lambda: module_with(
         OddOnesNeverEnd, reward=document, pathwise_weight=0.7, gradient_parts_every_n_rollout_batches=1, algorithm={"truncation": "mask"}
     ),
+    "a reward that remembers": lambda: module_with(reward=Novelty(novelty_weight=1.0), pathwise_weight=0.7),
     "pathwise, no negatives": lambda: module_with(reward=document, pathwise_reward=listwise, pathwise_weight=0.7),
 }
 BROKEN: dict[str, Callable[[], GRACE]] = {
@@ -222,7 +223,8 @@ def go_on(strategy: Callable[[], Any], folder: Path) -> dict[str, dict[str, Any]
         watch = Compared()
         checkpoint = folder / "one.ckpt" if name == "gone on with" else None
         trainer = trainer_of(strategy(), 2, [watch, RandomStates(), callback], batches=1, epochs=2)
-        trainer.fit(module_with(reward=listwise, learning_rate=1e-3), loader(TWO_BATCHES), ckpt_path=checkpoint, weights_only=True)
+        module = module_with(reward=Novelty(novelty_weight=1.0), learning_rate=1e-3)  # whose second batch needs what it remembers
+        trainer.fit(module, loader(TWO_BATCHES), ckpt_path=checkpoint, weights_only=True)
         seen[name] = watch.seen
     return seen
 

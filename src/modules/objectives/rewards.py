@@ -12,7 +12,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.modules.types import Embeddings, Reward
 
@@ -181,3 +181,43 @@ def listwise(
     }
     weights = {"to_query": to_query_weight, "to_document": to_document_weight, "consistency": consistency_weight}
     return combine(terms, weights)
+
+
+class Novelty(nn.Module):
+    """`document` with a term that remembers, this project's own: rollouts are to differ from what the previous batch asked for.
+
+    novelty = -mean_j sim(h_p[k], previous h_q[j]), over the queries of the previous global batch; 0 in the first batch.
+    total = (positive + negative + lambda1 consistency + lambda2 hard + w novelty) / temperature.
+
+    The memory is a buffer, so that checkpoints have it; `remember` is given the embeddings of all ranks, so that it is the same on each.
+    """
+
+    previous: Tensor
+    """[B, D], queries of the previous batch as they were embedded then; [0] before the first."""
+
+    def __init__(
+        self,
+        *,
+        novelty_weight: float = 0.2,
+        consistency_weight: float = 0.2,
+        hard_weight: float = 0.2,
+        temperature: float = 0.1,
+        hard_reduction: Literal["mean", "max"] = "mean",
+    ) -> None:
+        super().__init__()
+        self.novelty_weight, self.temperature = novelty_weight, temperature
+        self.document = partial(
+            document, consistency_weight=consistency_weight, hard_weight=hard_weight, temperature=temperature, hard_reduction=hard_reduction
+        )
+        self.register_buffer("previous", torch.zeros(0))
+
+    def forward(self, e: Embeddings) -> Reward:
+        base = self.document(e)
+        novelty = torch.zeros_like(base.total)
+        if self.previous.numel():
+            novelty = -torch.einsum("ikd,jd->ikj", e.positive, self.previous).mean(dim=2)
+        return combine({**base.terms, "novelty": novelty}, {**base.weights, "novelty": self.novelty_weight}, 1 / self.temperature)
+
+    def remember(self, e: Embeddings) -> None:
+        """Takes the queries of a batch, for the next one."""
+        self.previous = e.query.detach().clone()

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from src.modules.objectives.advantages import grpo
-from src.modules.objectives.rewards import document, listwise, paper, unsupervised
+from src.modules.objectives.rewards import Novelty, document, listwise, paper, unsupervised
 from src.modules.types import Embeddings
-from tests.oracles import document_oracle, listwise_oracle, paper_oracle, unsupervised_oracle
+from tests.oracles import document_oracle, listwise_oracle, novelty_oracle, paper_oracle, unsupervised_oracle
 
 shapes = st.tuples(st.integers(2, 5), st.integers(1, 5), st.integers(0, 3), st.integers(2, 7), st.integers(0, 2**31 - 1))
 
@@ -153,3 +153,15 @@ def test_bad_forms_are_named():
         document(e, hard_reduction="median")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="none, document or both"):
         listwise(e, centre="query")  # type: ignore[arg-type]
+
+
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes, previous=st.integers(1, 6), weight=share, tau=st.floats(0.05, 1))
+def test_novelty_is_the_equation(shape, previous, weight, tau):
+    b, k, m, d, seed = shape
+    e, before = random_embeddings(b, k, m, d, seed), random_embeddings(previous, k, m, d, seed + 1)
+    reward = Novelty(novelty_weight=weight, temperature=tau)
+    torch.testing.assert_close(reward(e).total, document(e, temperature=tau).total)  # nothing is remembered yet
+    assert reward(e).terms["novelty"].eq(0).all()
+    reward.remember(before)
+    agree(reward, lambda q, p, n: novelty_oracle(q, p, n, before.query, 0.2, 0.2, tau, weight), e)
