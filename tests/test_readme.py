@@ -177,7 +177,15 @@ def keys(settings: object, prefix: str = "") -> set[str]:
 
 
 def test_settings_that_are_named_exist(compose):
-    composed = [compose(*o) for o in (["experiment=smollm2_sup"], ["experiment=tiny_sup", "reward=document"], ["experiment=triplets_sup"])]
+    composed = [
+        compose(*o)
+        for o in (
+            ["experiment=smollm2_sup"],
+            ["experiment=tiny_sup", "reward=document"],
+            ["experiment=triplets_sup"],
+            ["experiment=triplets_sup", "datamodule=wiki1m"],
+        )
+    ]
     known = set().union(*(keys(OmegaConf.to_container(cfg)) for cfg in (*composed, hydra_compose("evaluate"))))
     named = {match[1] for code in INLINE if (match := re.match(r"(\w+(?:\.\w+)+)(=.*)?$", code)) and match[1].split(".")[0] in SETTINGS}
     assert len(named) > 30

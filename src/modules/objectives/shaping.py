@@ -76,12 +76,14 @@ def penalise_truncated(
 ) -> tuple[Tensor, Tensor]:
     """Replaces the rewards of rollouts that met the length limit.
 
+    The result goes to the advantage; the pathwise part of the gradient sees the raw rewards.
+
     Args:
         rewards, finished: [B, K] float32 and bool.
         penalty: `relative`, the lowest finished reward of the group minus `size` times the standard deviation of all its rewards (the
             scale of the reward itself; no penalty if all rewards of a group are equal); `constant`, -`size` as published (an advantage,
             where rewards lie below it, as those of `listwise` do); `mask`, the rollout is left out of the group's baseline and of the
-            loss; `none`, it keeps its reward.
+            algorithm's loss; `none`, it keeps its reward.
         size: of the penalty.
         k: how many of the columns are the group, whose numbers `relative` takes; None: all.
 
