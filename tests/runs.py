@@ -107,7 +107,7 @@ class Runs:
             return ["ckpt_path=last"] if batches_saved(folder) else []
 
         for kill in range(kills):
-            at, seconds = batches_saved(folder) + rng.randrange(longest), rng.uniform(0.0, 0.5)
+            at, seconds = batches_saved(folder) + rng.randrange(longest), rng.uniform(0.0, 0.1)  # one or two short batches
             status = self.run(folder, *overrides, callback("KillAt", batch=at, seconds=seconds), *resume())
             assert status == -signal.SIGKILL, f"kill {kill + 1} at batch {at}: ended with status {status}, see {self.log}"
         self.succeed(folder, *overrides, *resume())

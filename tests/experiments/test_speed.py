@@ -35,9 +35,12 @@ def test_table_is_markdown():
 @pytest.mark.skipif(not sys.platform.startswith("linux") or torch.cuda.is_available(), reason="reads Linux's account of a process")
 def test_peak_memory_since_reset():
     torch.ones(64 * MIB)
-    before = reset_peak()
-    torch.ones(16 * MIB)
-    assert 60 * MIB < peak() - before < 120 * MIB
+    growth = []
+    for _ in range(5):  # a kernel short of memory takes other pages of the process meanwhile
+        before = reset_peak()
+        torch.ones(16 * MIB)
+        growth.append(peak() - before)
+    assert 60 * MIB < max(growth) < 120 * MIB
 
 
 def test_floor_counts_every_product_once():
