@@ -147,7 +147,7 @@ def needs_spread(module: GRACE) -> bool:
 
 
 def _has_group_baseline(algorithm: Algorithm) -> bool:
-    """Whether advantages stay the same when all rewards of a group, that of a greedy rollout too, are raised by one number."""
+    """Returns whether advantages stay the same when all rewards of a group, that of a greedy rollout too, are raised by one number."""
     rewards = torch.tensor([[0.0, 1.0], [0.0, 2.0]])
     keep = torch.ones_like(rewards, dtype=torch.bool)
     raised = rewards + torch.tensor([[0.0], [5.0]])

@@ -59,7 +59,7 @@ def held_out(count: int, share: float, seed: int) -> tuple[Places, Places]:
 
 @dataclass(eq=False)
 class TripletBatches(IterableDataset[list[Triplet]]):
-    """What remains of a shuffled pass over triplets, in batches of equal size. Each pass has another order.
+    """Streams the rest of a shuffled pass over triplets in batches of equal size. Each pass has another order.
 
     Each iterator starts after the batches that `done()` counts, over all passes, so that a resumed run and the trainer's next
     epoch go on with new ones. Skipped batches are not read.

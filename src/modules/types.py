@@ -1,5 +1,7 @@
-"""What passes between the rooms of src/modules, with every tensor's shape. B instances of the global batch (all ranks), K rationales
-of each text that is learned from, M negatives an instance, D hidden size, T tokens of prompt and rationale, R of the longest rationale.
+"""The data that passes between the rooms of src/modules, with every tensor's shape.
+
+B instances of the global batch (all ranks), K rationales of each text that is learned from, M negatives an instance, D hidden size,
+T tokens of prompt and rationale, R of the longest rationale.
 
 Prompts (prompt/renderer.py) -> Rollouts -> RolloutBatch, Embeddings -> Reward -> Experience (training/experience.py)
 """
@@ -15,7 +17,7 @@ from torch.nn import functional as F
 from src.modules.prompt.renderer import Prompts
 
 Role = Literal["query", "positive", "negative"]
-"""Which text of an instance."""
+"""The role of a text in its instance."""
 ROLES: tuple[Role, ...] = ("positive", "query", "negative")
 CONTEXT_ROLES: tuple[Role, ...] = ("query", "negative")
 """Those that positives are compared with."""

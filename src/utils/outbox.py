@@ -42,12 +42,12 @@ class Outbox:
 
     @property
     def waits(self) -> bool:
-        """Whether there are messages."""
+        """Returns whether there are messages."""
         return self.file.exists()
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time for the next try."""
+        """Returns whether it is time for the next try."""
         return time.monotonic() - self._tried_at >= self.seconds_between_tries
 
     def messages(self) -> Iterator[Message]:

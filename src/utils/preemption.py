@@ -55,7 +55,7 @@ class _StopFlag:
 
     @property
     def received_sigterm(self) -> bool:
-        """What Lightning's loops read between batches. After the last batch there is nothing left to stop: the run ends normally."""
+        """True if the run is to stop, which Lightning's loops read between batches; False after the last one, as the run ends anyway."""
         return self.agreed and not self.trainer.fit_loop.done
 
     def _request(self, *_: Any) -> None:

@@ -1,4 +1,4 @@
-"""What is recorded of a run so that it can be repeated: config, code, packages, machine."""
+"""Records of a run that make it repeatable: config, code, packages, machine."""
 
 import importlib.metadata
 import os

@@ -269,7 +269,7 @@ class RunLogger(MLFlowLogger):
 
 
 class _History:
-    """What MLflow holds of a resumed run; empty for a new run, which logs nothing twice.
+    """The metrics that MLflow holds of a resumed run; empty for a new run, which logs nothing twice.
 
     Attributes:
         steps: of each metric's points.

@@ -19,7 +19,7 @@ Set = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What MTEB needs to know of a task.
+    """The description of a task for MTEB.
 
     Attributes:
         name: of the task.

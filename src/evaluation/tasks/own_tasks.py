@@ -36,7 +36,7 @@ KINDS = {
 
 
 class Description(BaseModel, extra="forbid"):
-    """What a YAML file says.
+    """The content of a task's YAML file.
 
     Attributes:
         name: of the task and of its result file; letters, digits, `-`, `_` and `.`.

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
 SIZES = {"mini": True, "small": True, "large": False}
-"""Whether a size is only the rows marked as small. The names are those of the docstring tasks."""
+"""By size, True if it has only the rows marked as small. The names are those of the docstring tasks."""
 
 _FINDS = "Finds the gloss of a word, given alone or in a sentence, among those of its other senses and of its neighbours."
 _ORDERS = "Orders pairs of nouns' glosses by how near the nouns are in WordNet's hierarchy."

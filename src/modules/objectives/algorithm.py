@@ -11,12 +11,12 @@ from torch import Tensor
 from src.modules.objectives.losses import ESTIMATORS, Estimator, Level, TokenLoss, token_mean, truncated_importance_weights
 
 Penalty = Literal["relative", "constant", "mask", "none"]
-"""What a rollout that met the length limit gets; see shaping.penalise_truncated."""
+"""The penalty of a rollout that met the length limit; see shaping.penalise_truncated."""
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """Which advantage, which loss, how its tokens are summed, how many optimiser steps a rollout batch, and what is added.
+    """An advantage, a loss, the sum over its tokens, the number of optimiser steps a rollout batch, and options.
 
     Attributes:
         advantage: (rewards [B, K], keep [B, K] bool) -> advantages [B, K]; with `greedy_baseline` a third argument, the rewards of the

@@ -1,4 +1,4 @@
-"""What a policy-gradient loss is made of: token losses, how tokens are summed, estimates of the divergence, importance weights.
+"""The parts of a policy-gradient loss: token losses, sums over tokens, estimates of the divergence, importance weights.
 
 Pure functions on log-probs [N, T] and lengths [n].
 """
@@ -45,7 +45,7 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2,
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """What each token of N rollouts adds to the loss; 0 outside the mask.
+    """The loss of each token of N rollouts; 0 outside the mask.
 
     Attributes:
         loss: [N, T] with gradient.

@@ -50,7 +50,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """How a rollout batch is shared out, and how a device computes its share.
+    """The shares of a rollout batch, and the sizes of a device's computation.
 
     Attributes:
         nodes, devices: N = nodes * devices ranks.
@@ -103,7 +103,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Row:
-    """What is held, how many bytes, and the arithmetic."""
+    """One part of the memory: its name, its bytes, and their arithmetic."""
 
     what: str
     bytes: float

@@ -1,4 +1,4 @@
-"""What an update learns from."""
+"""Experience: the groups and the context that an update learns from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -38,7 +38,7 @@ class Experience:
 
     @property
     def tokens(self) -> int:
-        """How many tokens the algorithm's loss counts."""
+        """The number of tokens that the algorithm's loss counts."""
         return int((self.rollouts.rationale_lengths * self.keep.flatten()).sum())
 
     def select(self, groups: Tensor) -> "Experience":

@@ -1,4 +1,4 @@
-"""What one batch did: the modules write it, the callbacks read it."""
+"""Metrics of one batch: the modules write them, the callbacks read them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

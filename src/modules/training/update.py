@@ -23,7 +23,7 @@ FIRST_STEP_ALONE = (
     *("logprob_mismatch_mean", "logprob_mismatch_max"),
     *("score_function_grad_norm", "pathwise_grad_norm", "gradient_parts_cosine"),
 )
-"""What is logged of the first step of a batch, and not as a mean over steps."""
+"""Metrics of the first step of a batch, which are not means over steps."""
 
 
 @dataclass(frozen=True)
