@@ -81,6 +81,7 @@ class Policy(nn.Module):
         self.layer = layer
         self.path = str(model.name_or_path)
         self.pad_id = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        self._ids = 1 + max(tokenizer.get_vocab().values())
         self.frozen_encoder: nn.Module | None = None
         if encoder == "frozen":
             self.frozen_encoder = copy.deepcopy(model.base_model).eval().requires_grad_(False)
@@ -161,6 +162,15 @@ class Policy(nn.Module):
         return self.model.device
 
     @property
+    def head(self) -> Tensor:
+        """[V, D] output embeddings of the ids up to the tokenizer's last.
+
+        Many models have more rows than tokens, to make their number round: these are left out of every distribution.
+        """
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight if len(weight) <= self._ids else weight[: self._ids]
+
+    @property
     def context(self) -> int | None:
         """The most tokens that the model was made for; None where its config does not say."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -235,8 +245,7 @@ class Policy(nn.Module):
         """
         rows, columns = rollouts.rationale_mask.nonzero(as_tuple=True)
         before = hidden[rows, columns - 1] if packed is None else hidden[0][packed.source[rows, columns - 1]]
-        weight, targets = self.model.get_output_embeddings().weight, rollouts.input_ids[rows, columns]
-        values, entropies = selected_logprobs(before, weight, targets, temperature)
+        values, entropies = selected_logprobs(before, self.head, rollouts.input_ids[rows, columns], temperature)
         zeros = torch.zeros(rollouts.input_ids.shape, dtype=values.dtype, device=values.device)
         return zeros.index_put((rows, columns), values), zeros.index_put((rows, columns), entropies)
 
