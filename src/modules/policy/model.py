@@ -22,7 +22,7 @@ from src.modules.policy.attention.shared_prompt import (
     pool_packed,
     unpack,
 )
-from src.modules.policy.loading import load_model, load_tokenizer, require_files, set_attention_dropout
+from src.modules.policy.loading import load_model, load_tokenizer, require_files, require_rows, set_attention_dropout
 from src.modules.policy.logprobs import selected_logprobs
 from src.modules.policy.lora import add_lora
 from src.modules.policy.packaged import local_path
@@ -119,7 +119,7 @@ class Policy(nn.Module):
 
         Raises:
             FileNotFoundError: no such folder, and no such model in reach; or weights that are a pickle.
-            ValueError: a model with Python code, without `trust_remote_code`.
+            ValueError: a model with Python code, without `trust_remote_code`; a tokenizer with more ids than the model has embeddings.
         """
         folder = local_path(path)
         require_files(folder)
@@ -137,6 +137,7 @@ class Policy(nn.Module):
                 f"no policy at {path!r}: give policy.path a local folder with config.json, weights and tokenizer, "
                 f"or a hub name on a machine that reaches the hub ({str(error).splitlines()[0]})"
             ) from error
+        require_rows(model, tokenizer, path)
         model.name_or_path = path
         policy = cls(model, tokenizer, encoder, pooling, layer)
         model.get_input_embeddings().requires_grad_(train_embeddings)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from src.modules.policy.attention.shared_cache import SharedPromptCache, filled, front
+from src.modules.policy.attention.shared_cache import SharedPromptCache, front
 from src.modules.policy.buffers import Buffers
 from src.modules.policy.logprobs import tokens_at_a_time
 from src.modules.policy.model import Policy
@@ -35,7 +35,7 @@ class Pace:
 def geometric(count: int) -> int:
     """Returns the least of 1, 2, 3, 4, 6, 8, 12, 16, 24 ... that is not below a count."""
     power = 1 << (count - 1).bit_length()
-    return power * 3 // 4 if 2 < power and count <= power * 3 // 4 else power
+    return power * 3 // 4 if power > 2 and count <= power * 3 // 4 else power
 
 
 PACES = {
