@@ -90,17 +90,19 @@ def require_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pat
 
     Control tokens that no chat shows may lack one: no text makes them.
     """
-    rows = len(model.get_input_embeddings().weight)
-    beyond = {token for token, number in tokenizer.get_vocab().items() if number >= rows}
+    embedding: Any = model.get_input_embeddings()
+    rows = len(embedding.weight)
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
     if not beyond:
         return
     template = str(tokenizer.chat_template)
     named = {tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token if "bos_token" in template else None}
-    met = beyond - {token for token in control_tokens(tokenizer) if token not in template and token not in named}
+    met = beyond.keys() - {token for token in control_tokens(tokenizer) if token not in template and token not in named}
     if met:
+        last = max(met, key=lambda token: beyond[token])
         raise ValueError(
-            f"the tokenizer of {str(path)!r} has ids up to {max(tokenizer.get_vocab().values())}, as of {min(met)!r}, and the model's "
-            f"embedding {rows} rows: load the tokenizer that belongs to the model, or call model.resize_token_embeddings and save both"
+            f"the tokenizer of {str(path)!r} gives {last!r} the id {beyond[last]}, and the model's embedding has {rows} rows: load the "
+            "tokenizer that belongs to the model, or call model.resize_token_embeddings and save both"
         )
 
 

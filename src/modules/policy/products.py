@@ -19,4 +19,4 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     with torch.autocast(b.device.type, enabled=False):
         if b.device.type == "cpu" or b.dtype == torch.float32:
             return multiply(a.float(), b.float())
-        return multiply(a.to(b.dtype), b, out_dtype=torch.float32)  # type: ignore[call-overload, no-any-return]
+        return multiply(a.to(b.dtype), b, out_dtype=torch.float32)

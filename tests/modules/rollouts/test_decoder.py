@@ -1,4 +1,4 @@
-"""The decode step at a GPU's pace, on the CPU: buffers in buckets, rows that leave in steps of sixteen, nothing that a graph cannot replay."""
+"""The decode step at a GPU's pace, on the CPU: buffers in buckets, late looks at who has finished, nothing that a graph cannot replay."""
 
 import itertools
 from collections.abc import Iterator
@@ -17,7 +17,6 @@ from src.modules.rollouts import decoder
 from src.modules.rollouts.engine import end_tokens
 from src.modules.rollouts.hf import HFEngine, uniform_draws
 from src.modules.types import Rollouts
-from tests.builders import small_policy
 from tests.vllm_builders import end_often, prompts_of, random_policy
 
 
@@ -159,21 +158,15 @@ def with_key_biases(size: float) -> Policy:
 
 
 def test_large_key_biases_do_not_blur_scores() -> None:
-    """bfloat16 scores of 50 are off by up to 0.25; the products of bfloat16 keys, in float32, are not."""
+    """Rounded to bfloat16, scores of 50 are off by up to 0.25: log-probs here by 0.053 on average, and by 0.005 with float32 scores."""
     policy = with_key_biases(128.0)
-    layers = policy.model.base_model.layers
     prompts = prompts_of(policy)
     with torch.autocast("cpu", torch.bfloat16):
         rollouts = HFEngine(12).generate(policy, prompts, n=2, seed=1)
         with torch.no_grad():
             trainer, _ = policy.logprobs(rollouts, policy.hidden_states(rollouts, torch.arange(len(rollouts)) // 2))
     # the trainer's pass has the same keys, values and weights in bfloat16, and its attention adds up in float32
-    assert len(layers) == 2
-    differences = (rollouts.logprobs - trainer)[rollouts.rationale_mask].abs()
-    assert float(differences.mean()) < BLUR, float(differences.mean())
-
-
-BLUR = 0.02
+    assert float((rollouts.logprobs - trainer)[rollouts.rationale_mask].abs().mean()) < 0.02
 
 
 def test_bfloat16_policy_writes() -> None:
