@@ -38,5 +38,5 @@ class DrawnRationales(HFEngine):
     mean_length = 32
 
     def generate(self, policy: Any, *args: Any, **kwargs: Any) -> Rollouts:
-        with patch("src.modules.rollouts.hf.choose", partial(taken, end=policy.tokenizer.eos_token_id, mean_length=self.mean_length)):
+        with patch("src.modules.rollouts.decoder.choose", partial(taken, end=policy.tokenizer.eos_token_id, mean_length=self.mean_length)):
             return super().generate(policy, *args, **kwargs)

@@ -16,7 +16,10 @@ EMBEDDING_VERSION = 1
 """Raise it with every change of the prompt, the pooling or the sampling that changes what an encoder computes from the same weights and
 settings. Stored results and embeddings of earlier versions are then not used."""
 
-_NO_EFFECT = ("batch_tokens", "gpu_memory_utilization", "cpu_kv_cache_gib", "sleep", "tensor_parallel")  # engine settings
+_NO_EFFECT = (  # engine settings
+    *("batch_tokens", "cuda_graphs", "cast_weights"),
+    *("gpu_memory_utilization", "cpu_kv_cache_gib", "sleep", "tensor_parallel"),
+)
 _ORIGIN = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}  # entries of configs
 _LEFT_BY_CALLS = {"truncation", "padding"}  # entries of tokenizers that the last call set
 

@@ -15,7 +15,7 @@ from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..prompt.renderer import PromptRenderer
+from ..prompt.renderer import PromptRenderer, end_ids
 
 _ENCODER = "encoder"
 
@@ -94,8 +94,7 @@ class RationaleTransformer(InputModule):
         """Returns right-padded [N, T] ids and mask of the prompts with their greedy rationales, end tokens included."""
         prompts = [row[: int(length)] for row, length in zip(ids, mask.sum(dim=1), strict=True)]
         flipped, seen = self._padded([row.flip(0) for row in prompts])  # `generate` wants the padding on the left
-        named = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = sorted({int(self.tokenizer.eos_token_id), *([named] if isinstance(named, int) else named or [])})
+        ends = end_ids(self.tokenizer, getattr(self.model, "generation_config", None))
         plain = GenerationConfig(
             max_new_tokens=self.settings["max_new_tokens"],
             do_sample=False,

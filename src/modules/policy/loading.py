@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from src.modules.policy.packaged import local_path
+from src.modules.prompt.plain_text import control_tokens
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,27 @@ def require_files(path: str) -> None:
                 f"no policy at {path!r}: its weights are a pickle ({pickles[0]}), which can run code when it is read; where you "
                 "trust it, load it with transformers once and save_pretrained() it, which writes safetensors"
             )
+
+
+def require_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path | str) -> None:
+    """Raises ValueError if a token that a prompt or a rationale can hold has no row in the embedding.
+
+    Control tokens that no chat shows may lack one: no text makes them.
+    """
+    embedding: Any = model.get_input_embeddings()
+    rows = len(embedding.weight)
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if not beyond:
+        return
+    template = str(tokenizer.chat_template)
+    named = {tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token if "bos_token" in template else None}
+    met = beyond.keys() - {token for token in control_tokens(tokenizer) if token not in template and token not in named}
+    if met:
+        last = max(met, key=lambda token: beyond[token])
+        raise ValueError(
+            f"the tokenizer of {str(path)!r} gives {last!r} the id {beyond[last]}, and the model's embedding has {rows} rows: load the "
+            "tokenizer that belongs to the model, or call model.resize_token_embeddings and save both"
+        )
 
 
 def _plain(error: ValueError, path: Path | str) -> ValueError:

@@ -22,7 +22,7 @@ from src.modules.policy.attention.shared_prompt import (
     pool_packed,
     unpack,
 )
-from src.modules.policy.loading import load_model, load_tokenizer, require_files, set_attention_dropout
+from src.modules.policy.loading import load_model, load_tokenizer, require_files, require_rows, set_attention_dropout
 from src.modules.policy.logprobs import selected_logprobs
 from src.modules.policy.lora import add_lora
 from src.modules.policy.packaged import local_path
@@ -81,6 +81,7 @@ class Policy(nn.Module):
         self.layer = layer
         self.path = str(model.name_or_path)
         self.pad_id = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        self._ids = 1 + max(tokenizer.get_vocab().values())
         self.frozen_encoder: nn.Module | None = None
         if encoder == "frozen":
             self.frozen_encoder = copy.deepcopy(model.base_model).eval().requires_grad_(False)
@@ -118,7 +119,7 @@ class Policy(nn.Module):
 
         Raises:
             FileNotFoundError: no such folder, and no such model in reach; or weights that are a pickle.
-            ValueError: a model with Python code, without `trust_remote_code`.
+            ValueError: a model with Python code, without `trust_remote_code`; a tokenizer with more ids than the model has embeddings.
         """
         folder = local_path(path)
         require_files(folder)
@@ -136,6 +137,7 @@ class Policy(nn.Module):
                 f"no policy at {path!r}: give policy.path a local folder with config.json, weights and tokenizer, "
                 f"or a hub name on a machine that reaches the hub ({str(error).splitlines()[0]})"
             ) from error
+        require_rows(model, tokenizer, path)
         model.name_or_path = path
         policy = cls(model, tokenizer, encoder, pooling, layer)
         model.get_input_embeddings().requires_grad_(train_embeddings)
@@ -159,6 +161,15 @@ class Policy(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def head(self) -> Tensor:
+        """[V, D] output embeddings of the ids up to the tokenizer's last.
+
+        Many models have more rows than tokens, to make their number round: these are left out of every distribution.
+        """
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return weight if len(weight) <= self._ids else weight[: self._ids]
 
     @property
     def context(self) -> int | None:
@@ -235,8 +246,7 @@ class Policy(nn.Module):
         """
         rows, columns = rollouts.rationale_mask.nonzero(as_tuple=True)
         before = hidden[rows, columns - 1] if packed is None else hidden[0][packed.source[rows, columns - 1]]
-        weight, targets = self.model.get_output_embeddings().weight, rollouts.input_ids[rows, columns]
-        values, entropies = selected_logprobs(before, weight, targets, temperature)
+        values, entropies = selected_logprobs(before, self.head, rollouts.input_ids[rows, columns], temperature)
         zeros = torch.zeros(rollouts.input_ids.shape, dtype=values.dtype, device=values.device)
         return zeros.index_put((rows, columns), values), zeros.index_put((rows, columns), entropies)
 

@@ -62,6 +62,22 @@ def require_room(context: int | None, max_prompt_tokens: int, max_new_tokens: in
         )
 
 
+def end_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[int]:
+    """Returns the ids that end a rationale, ascending: EOS, those of a model's generation config, and the control token that closes the
+    assistant's turn in the chat template, which need not be among them.
+    """
+    named = getattr(generation_config, "eos_token_id", None)
+    ends = {int(tokenizer.eos_token_id), *([named] if isinstance(named, int) else named or [])}
+    if not getattr(tokenizer, "chat_template", None):
+        return sorted(ends)
+    try:
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": "text"}, {"role": "assistant", "content": _SLOT}], tokenize=False)
+    except TemplateError:  # it renders no answers
+        return sorted(ends)
+    after: list[int] = tokenizer(str(chat).partition(_SLOT)[2].strip(), add_special_tokens=False)["input_ids"]
+    return sorted({*ends, *(tokenizer.added_tokens_decoder.keys() & after[:1])})
+
+
 class PromptRenderer:
     """Renders texts as a chat of one instruction and one text.
 

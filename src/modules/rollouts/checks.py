@@ -37,7 +37,7 @@ def _differences(policy: Policy) -> dict[str, float]:
         return float(difference.abs().max())
 
     generator = torch.Generator().manual_seed(0)
-    vocabulary = int(policy.model.config.get_text_config().vocab_size)
+    vocabulary = len(policy.head)
     lengths = (*_PROMPTS, *_RATIONALES)
     ids = torch.randint(vocabulary, (sum(lengths),), generator=generator).split(lengths)
     prompts = Prompts(ids[:2], torch.tensor([1, 1]), torch.tensor(_PROMPTS) - 1)

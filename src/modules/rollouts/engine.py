@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from src.modules.policy.model import Policy
-from src.modules.prompt.renderer import Prompts
+from src.modules.prompt.renderer import Prompts, end_ids
 from src.modules.types import Rollouts
 
 
@@ -25,6 +25,5 @@ class RolloutEngine(Protocol):
 
 
 def end_tokens(policy: Policy) -> Tensor:
-    """Returns [E] int64, the ids that end a rationale: the tokenizer's EOS and those of the model's generation config."""
-    named = getattr(policy.model.generation_config, "eos_token_id", None)
-    return torch.tensor(sorted({policy.tokenizer.eos_token_id, *([named] if isinstance(named, int) else named or [])}))
+    """Returns [E] int64, the ids that end a rationale: see `end_ids`."""
+    return torch.tensor(end_ids(policy.tokenizer, policy.model.generation_config))

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from src.datamodules.prompt_limit import PromptLimit
 from src.modules.encoder.export import export, load_policy
@@ -198,3 +198,35 @@ def test_has_dropout(tiny_policy_folder: Path, attention: float | None, lora: fl
     assert has_dropout(policy, some_rollouts(policy)) == expected
     assert [module.training for module in policy.modules()] == modes
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("added", "special", "message"),
+    [
+        ("ophthalmology", False, r"'ophthalmology' the id \d+, .* has 320 rows"),
+        ("<|pad|>", True, None),
+        ("<|never|>", True, None),
+    ],
+)
+def test_tokens_without_a_row(folder: Path, added: str, special: bool, message: str | None) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([added], special_tokens=special)
+    tokenizer.save_pretrained(folder)
+    if message is None:  # it has a row, or no text makes it
+        assert Policy.load(str(folder)).head.shape[0] == 320
+    else:
+        with pytest.raises(ValueError, match=message):
+            Policy.load(str(folder))
+
+
+def test_template_token_without_a_row(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|turn|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"'<\|turn\|>' the id \d+, .* has 320 rows"):
+        Policy.load(str(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(328)  # more than enough
+    model.save_pretrained(folder)
+    assert len(Policy.load(str(folder)).head) == 1 + tokenizer.convert_tokens_to_ids("<|turn|>")

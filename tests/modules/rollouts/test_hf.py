@@ -7,9 +7,10 @@ from src.modules.policy import logprobs
 from src.modules.policy.model import Policy
 from src.modules.policy.pooling import pool_prefixes
 from src.modules.prompt.renderer import PromptRenderer, Prompts
-from src.modules.rollouts import hf
+from src.modules.rollouts import decoder
+from src.modules.rollouts.decoder import choose
 from src.modules.rollouts.engine import end_tokens
-from src.modules.rollouts.hf import HFEngine, choose
+from src.modules.rollouts.hf import HFEngine
 from tests.builders import small_policy
 from tests.vllm_builders import TEXTS, check_rationales, end_often, prompts_of, random_policy
 
@@ -70,8 +71,8 @@ def test_early_ends_fill_prefixes():
 
 def test_autocast_holds_keys_and_values_in_bfloat16(monkeypatch):
     policy, held = small_policy(), []
-    cache = hf.SharedPromptCache
-    monkeypatch.setattr(hf, "SharedPromptCache", lambda *how: held.append(cache(*how)) or held[-1])
+    cache = decoder.SharedPromptCache
+    monkeypatch.setattr(decoder, "SharedPromptCache", lambda *how: held.append(cache(*how)) or held[-1])
     with torch.autocast("cpu", torch.bfloat16):
         rollouts = HFEngine(16).generate(policy, prompts_of(policy), n=3, seed=3)
     assert {buffer.dtype for pair in held[0].prompt + held[0].own for buffer in pair} == {torch.bfloat16}
