@@ -16,25 +16,36 @@ def tokens_at_a_time(vocabulary: int, device: str) -> int:
     return max(_LEAST_TOKENS, _CHUNK_LOGITS.get(device, _CHUNK_LOGITS["cuda"]) // vocabulary)
 
 
+def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Returns [n, V] float32 logits of states [n, D] and weights [V, D]. Those of 16 to 32 would be in steps of 0.125 in bfloat16."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        if hidden.is_cuda and hidden.dtype != torch.float32:
+            return torch.mm(hidden, weight.to(hidden.dtype).T, out_dtype=torch.float32)
+        return hidden.float() @ weight.float().T  # a CPU has no product of bfloat16 with such a result
+
+
 class _SelectedLogprobs(torch.autograd.Function):
     """Log-probs by chunks of tokens; the forward pass computes the gradient in the states while it has a chunk's distribution.
 
     With p = softmax(W h), the gradient of log p[target] in h is W[target] - p W, times the upstream scalar: it is kept,
     [n, D], and no logits are computed again for it. In W it is (onehot - p) h, summed over tokens with the upstream
-    factors: only where W is trained does the backward pass compute the logits again.
+    factors: only where W is trained does the backward pass compute the logits again. The target's 1 - p is taken in float32, before any
+    product: of a confident token, W[target] less p W in bfloat16 would be rounding.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, keep: bool) -> Any:
         logprobs, entropies, directions = [], [], []
         w = weight.to(hidden.dtype)
+        exact = w if hidden.is_cuda else weight.float()
         for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            log_p = torch.log_softmax((h @ w.T).float(), dim=-1)
+            log_p = torch.log_softmax(logits_of(h, exact), dim=-1)
             logprobs.append(log_p.gather(-1, t.unsqueeze(-1)).squeeze(-1))
             p = log_p.exp()
             entropies.append(-log_p.mul_(p).sum(dim=-1))
             if keep:
-                directions.append(w[t] - p.to(w.dtype) @ w)
+                p.scatter_add_(-1, t.unsqueeze(-1), -torch.ones_like(p[:, :1]))
+                directions.append(-(p.to(w.dtype) @ w))
         if keep:
             ctx.save_for_backward(hidden, weight, targets, torch.cat(directions))
             ctx.chunk = chunk
@@ -48,9 +59,9 @@ class _SelectedLogprobs(torch.autograd.Function):
         hidden, weight, targets, directions = ctx.saved_tensors
         to_hidden, to_weight = directions * upstream.unsqueeze(-1).to(directions.dtype), None
         if ctx.needs_input_grad[1]:
-            w, to_weight = weight.to(hidden.dtype), torch.zeros_like(weight)
+            exact, to_weight = weight.to(hidden.dtype) if hidden.is_cuda else weight.float(), torch.zeros_like(weight)
             for h, t, f in zip(*(x.split(ctx.chunk) for x in (hidden, targets, upstream)), strict=True):
-                p = torch.softmax((h @ w.T).float(), dim=-1).mul_(-f.unsqueeze(-1))
+                p = torch.softmax(logits_of(h, exact), dim=-1).mul_(-f.unsqueeze(-1))
                 p.scatter_add_(-1, t.unsqueeze(-1), f.unsqueeze(-1))
                 to_weight += p.to(h.dtype).T @ h
         return to_hidden, to_weight, None, None, None

@@ -58,6 +58,37 @@ def test_bfloat16_changes_rounding_alone() -> None:
         assert 0 < float((exact - rounded).norm() / exact.norm()) < 0.02
 
 
+def rounded(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The same, exact in bfloat16."""
+    return [tensor.detach().bfloat16().float().requires_grad_() for tensor in tensors]
+
+
+def test_logits_are_not_rounded_under_bfloat16() -> None:
+    """Of 16 to 32, bfloat16 has every eighth."""
+    hidden, weight, targets = random_case(50, 64, 300, seed=0)
+    hidden, weight = rounded(3 * hidden, weight)
+    assert float((hidden @ weight.T).detach().amax(dim=1).median()) > 16
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs, entropies = selected_logprobs(hidden, weight, targets, chunk_tokens=7)
+    exact, exact_entropies = logprobs_of_targets(hidden, weight, targets, 1.0)
+    torch.testing.assert_close(logprobs.double(), exact, rtol=0, atol=1e-4)
+    torch.testing.assert_close(entropies.double(), exact_entropies, rtol=0, atol=1e-4)
+
+
+def test_a_confident_tokens_gradient_is_its_own_under_bfloat16() -> None:
+    """W[target] - p W is a small difference of large numbers where the target's probability is near 1."""
+    hidden, weight, targets = random_case(50, 64, 300, seed=0)
+    hidden, weight = rounded(0.2 * weight[targets], weight)
+    exact, _ = logprobs_of_targets(hidden, weight, targets, 1.0)
+    confident = (exact.exp() > 0.95) & (exact.exp() < 0.9999)
+    assert confident.sum() > 10
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs, _ = selected_logprobs(hidden, weight, targets, chunk_tokens=7)
+    for ours, theirs in zip(*(torch.autograd.grad(x.sum(), (hidden, weight)) for x in (logprobs, exact)), strict=True):
+        rows = confident if len(ours) == len(hidden) else targets[confident]
+        assert float(((ours - theirs)[rows].norm(dim=1) / theirs[rows].norm(dim=1)).max()) < 0.02
+
+
 def test_frozen_output_layer_gets_no_gradient() -> None:
     hidden, weight, targets = random_case(9, 4, 11, seed=0)
     expected = torch.autograd.grad(selected_logprobs(hidden, weight, targets, 0.7)[0].sum(), hidden)[0]

@@ -171,3 +171,9 @@ def test_evaluation_mode_restores_modes_after_an_error() -> None:
         raise KeyError(policy.model.training, torch.is_grad_enabled())
     assert [part.training for part in policy.modules()] == before
     assert torch.is_grad_enabled()
+
+
+def test_a_policy_switches_off_attention_that_plans_for_every_shape() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    small_policy()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

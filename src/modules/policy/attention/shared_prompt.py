@@ -5,21 +5,23 @@
 
 All tokens are in one row, so the layers that treat tokens one by one (all but attention) compute no padding. A group costs
 P + sum R tokens in place of K (P + R). Each sequence keeps its positions, so hidden states and gradients are those of
-separate rows, but for rounding.
+separate rows, but for rounding. Attention is one call for the row on a GPU, and on a CPU a call for each prompt and its rationales.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, PreTrainedModel
 
+from src.modules.policy.attention.one_call import LEAST_HEAD_SIZE, one_call_attention, packed_block_mask
 from src.modules.policy.pooling import POOLINGS, PoolingName
 from src.modules.types import Rollouts
 
@@ -62,6 +64,8 @@ def require_supported(kwargs: Mapping[str, Any]) -> None:
 class Group:
     """A prompt of P tokens and its K rationales, the longest of R tokens, in the packed row.
 
+    A prompt with a single rationale shares nothing: it is one sequence, of P tokens with the rationale, and has K = 0.
+
     Attributes:
         prompt: P.
         rationales: tokens of all its rationales together.
@@ -76,23 +80,51 @@ class Group:
     real: Tensor
     visible: Tensor
 
+    @classmethod
+    def of(cls, prompt: int, lengths: Tensor, device: torch.device) -> "Group":
+        """Returns the group of a prompt and of rationales of these lengths, [K] int64."""
+        if len(lengths) == 1:
+            prompt, lengths = prompt + int(lengths), lengths[:0]
+        longest, total = max(lengths.tolist(), default=0), int(lengths.sum())
+        column, starts = torch.arange(longest), lengths.cumsum(0) - lengths
+        padded = (starts.unsqueeze(1) + column).clamp(max=total - 1).flatten()
+        entries = (column < lengths.unsqueeze(1)).flatten().nonzero().flatten()
+        visible = torch.ones(longest, prompt + longest, dtype=torch.bool).tril(prompt)
+        return cls(prompt, total, padded.to(device), entries.to(device), visible.to(device))
+
 
 @dataclass(frozen=True)
 class PackedRollouts:
-    """N rollouts in one row of L tokens.
+    """N rollouts of G prompts in one row of L tokens.
 
     Attributes:
         input_ids, position_ids: [1, L] int64.
-        groups: the prompts and their rationales, in order.
+        until: [L] int64; a token is seen by itself and those that follow it, up to this place: the end of its group, or of its rationale.
+        prompts, counts: [G] int64, tokens of each prompt and number of its rationales.
+        rationales: [N] int64, tokens of each rationale.
         source: [N, T] int64, the place in the row of each position of each rollout; 0 on padding.
         lead: [N] int64, the rollout that brings the prompt of each.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    groups: tuple[Group, ...]
+    until: Tensor
+    prompts: Tensor
+    counts: Tensor
+    rationales: Tensor
     source: Tensor
     lead: Tensor
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The prompts and their rationales, in order."""
+        lengths = self.rationales.cpu().split(self.counts.tolist())
+        return tuple(Group.of(prompt, own, self.until.device) for prompt, own in zip(self.prompts.tolist(), lengths, strict=True))
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The mask of the whole row."""
+        return packed_block_mask(self.until)
 
 
 def pack(rollouts: Rollouts, groups: Tensor) -> PackedRollouts:
@@ -104,25 +136,21 @@ def pack(rollouts: Rollouts, groups: Tensor) -> PackedRollouts:
 
     prompts, rationales = rollouts.prompt_lengths, rollouts.rationale_lengths
     brought = rationales + leads * prompts
-    start = brought.cumsum(0) - brought  # the place of a row's first token
+    end = brought.cumsum(0)
+    start = end - brought  # the place of a row's first token
     positions = torch.arange(rollouts.input_ids.shape[1], device=device).expand_as(rollouts.input_ids)
     in_prompt = positions < prompts.unsqueeze(1)
     source = torch.where(in_prompt, start[first].unsqueeze(1), (start - ~leads * prompts).unsqueeze(1)) + positions
     real = rollouts.attention_mask
     taken = real & (leads.unsqueeze(1) | ~in_prompt)
-
-    packed = []
-    for prompt, lengths in zip(prompts[leads].tolist(), rationales.cpu().split(counts.tolist()), strict=True):
-        longest, total = int(lengths.max()), int(lengths.sum())
-        column, starts = torch.arange(longest), lengths.cumsum(0) - lengths
-        padded = (starts.unsqueeze(1) + column).clamp(max=total - 1).flatten()
-        entries = (column < lengths.unsqueeze(1)).flatten().nonzero().flatten()
-        visible = torch.ones(longest, prompt + longest, dtype=torch.bool).tril(prompt)
-        packed.append(Group(prompt, total, padded.to(device), entries.to(device), visible.to(device)))
+    of_group = end[counts.cumsum(0) - 1][group]  # [N], where the group ends
     return PackedRollouts(
         input_ids=rollouts.input_ids[taken].unsqueeze(0),
         position_ids=positions[taken].unsqueeze(0),
-        groups=tuple(packed),
+        until=torch.where(in_prompt, of_group.unsqueeze(1), end.unsqueeze(1))[taken],
+        prompts=prompts[leads],
+        counts=counts,
+        rationales=rationales,
         source=source.masked_fill(~real, 0),
         lead=first,
     )
@@ -174,22 +202,34 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention in the form that transformers calls: [1, heads, L, d] queries -> [1, L, heads, d].
 
-    Prompt and rationales of each group have a call each: one masked call for all would compute every pair of tokens in the
-    row, and on a CPU took twice as long. Raises ValueError for a sliding window, sinks or a soft cap.
+    One call for the row on a GPU; on a CPU, and with dropout, which that call does not have, one for each prompt and for its rationales.
+
+    Raises:
+        ValueError: a sliding window, sinks or a soft cap.
     """
     require_supported(kwargs)
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation has made float32 of these two
-    sizes = [size for group in packed.groups for size in (group.prompt, group.rationales)]
+    if value.is_cuda and not dropout and value.shape[3] >= LEAST_HEAD_SIZE:
+        return one_call_attention(query, key, value, packed.block_mask, scaling).transpose(1, 2), None
+    return grouped_attention(query, key, value, packed.groups, scaling, dropout).transpose(1, 2), None
+
+
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, groups: Sequence[Group], scaling: float, dropout: float = 0.0) -> Tensor:
+    """Returns the attention [1, heads, L, d] of a packed row, group by group.
+
+    One masked call for all would compute every pair of tokens in the row, and on a CPU took twice as long.
+    """
+    sizes = [size for group in groups for size in (group.prompt, group.rationales)]
     parts = list(zip(*(states[0].transpose(0, 1).split(sizes) for states in (query, key, value)), strict=True))
     outputs = []
-    for group, prompt, rationales in zip(packed.groups, parts[::2], parts[1::2], strict=True):
+    for group, prompt, rationales in zip(groups, parts[::2], parts[1::2], strict=True):
         q, k, v = (states.transpose(0, 1).unsqueeze(0) for states in prompt)
         output = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=True)
         outputs.append(output[0].transpose(0, 1))
         if group.rationales:
-            attend = functools.partial(_rationales_attention, group, dropout, scaling)
+            attend = partial(_rationales_attention, group, dropout, scaling)
             outputs.append(attend(*prompt[1:], *rationales) if dropout else _Recomputed.apply(attend, *prompt[1:], *rationales))
-    return torch.cat(outputs).unsqueeze(0), None
+    return torch.cat(outputs).transpose(0, 1).unsqueeze(0)
 
 
 class _Recomputed(torch.autograd.Function):
