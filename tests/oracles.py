@@ -10,10 +10,10 @@ from torch.nn.functional import normalize
 
 from src.modules.grace import GRACE
 from src.modules.objectives.advantages import grpo
-from src.modules.objectives.roles import role_reward
+from src.modules.objectives.roles import role_reward, texts_of
 from src.modules.objectives.shaping import penalise_truncated
 from src.modules.policy.model import Policy
-from src.modules.types import ROLES, Embeddings, Rollouts
+from src.modules.types import ROLES, Embeddings, Role, Rollouts, without_rationales
 from src.records import Triplet
 from tests.builders import flat, trained
 
@@ -370,6 +370,12 @@ def read_plainly(policy: Policy, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
         rows.append({"mean": own.mean(dim=0), "eos": own[-1], "max": own.max(dim=0).values}[policy.pooling])
     logprobs = output.logits[:, :-1].log_softmax(-1).gather(-1, rollouts.input_ids[:, 1:, None]).squeeze(-1)
     return normalize(torch.stack(rows), dim=-1), logprobs * rollouts.rationale_mask[:, 1:]
+
+
+def plain_vectors(module: GRACE, batch: Sequence[Triplet], role: Role) -> Tensor:
+    """Unit vectors of the texts of a role without rationales, with a graph."""
+    prompts = module.renderer(texts_of(batch, role))
+    return read_plainly(module.policy, without_rationales(prompts, module.policy.pad_id))[0]
 
 
 def step_gradients(module: GRACE, batch: Sequence[Triplet]) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ class WithoutStates(Short):
     """Ids alone, so that a pass computes the rest, for as many prefixes as this rank's longest rationale has."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Rollouts:
-        return replace(super().generate(*args, **kwargs), logprobs=None, embeddings=None, prefix_embeddings=None)
+        return replace(super().generate(*args, **kwargs), logprobs=None, embeddings=None, prefix_embeddings=None, prompt_embeddings=None)
 
 
 class OddOnesNeverEnd(Short):
@@ -128,6 +128,10 @@ SCENARIOS: dict[str, Callable[[], GRACE]] = {
         OddOnesNeverEnd, reward=document, pathwise_weight=0.7, gradient_parts_every_n_rollout_batches=1, algorithm={"truncation": "mask"}
     ),
     "a reward that remembers": lambda: module_with(reward=Novelty(novelty_weight=1.0), pathwise_weight=0.7),
+    "distillation": lambda: module_with(reward=listwise, distill_weight=0.7, algorithm={"updates_per_batch": 2}),
+    "distillation alone, from a pass": lambda: module_with(
+        WithoutStates, reward=listwise, score_function_weight=0.0, distill_weight=0.7, distill_loss="cosine"
+    ),
     "pathwise, no negatives": lambda: module_with(reward=document, pathwise_reward=listwise, pathwise_weight=0.7),
 }
 BROKEN: dict[str, Callable[[], GRACE]] = {

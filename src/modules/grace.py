@@ -1,7 +1,7 @@
 """GRACE: rationales are sampled, their embeddings rewarded, and the policy moves towards rationales that embed well."""
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from src.modules.distributed.fsdp import gradient_sync, shard, summon_full_params
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.credit import at_tokens, token_advantages
+from src.modules.objectives.distillation import Distillation, distillation_gradients
 from src.modules.objectives.pathwise import RewardGradients, first_of_group, reward_and_gradients
 from src.modules.objectives.rewards import RewardFunction, without_autocast
 from src.modules.objectives.roles import role_reward
@@ -23,7 +24,7 @@ from src.modules.rollouts.engine import RolloutEngine
 from src.modules.training.checks import check_settings
 from src.modules.training.collector import Collector
 from src.modules.training.dynamic_sampling import GroupBuffer, shared_out
-from src.modules.training.experience import Context, Experience, concatenate, interleaving
+from src.modules.training.experience import Context, Experience, concatenate, interleaving, join_contexts
 from src.modules.training.finite import require_finite_rewards
 from src.modules.training.metrics import grace_metrics
 from src.modules.training.update import Updater
@@ -61,6 +62,9 @@ class GRACE(PolicyModule):
             sampled, and held over its updates; each update embeds again. Rollouts that the algorithm's loss leaves out take part too.
         pathwise_roles: whose embeddings are moved: `positive`, `query`, `negative`.
         pathwise_reward: Embeddings -> Reward, by which the embeddings are moved; None: `reward`.
+        distill_weight: of a loss that draws the embedding of a text without a rationale to its embedding with one, which is held, so
+            that the encoder reads well without writing. Texts of all roles take part, each with one more pass of its prompt.
+        distill_loss: `similarity` or `cosine`; see objectives/distillation.py.
         gradient_parts_every_n_rollout_batches: how often the first update takes one more pass, to log the norms of both parts of the
             gradient and the cosine between them; 0: never.
 
@@ -95,6 +99,8 @@ class GRACE(PolicyModule):
         pathwise_weight: float = 0.0,
         pathwise_roles: Sequence[Role] | None = ROLES,
         pathwise_reward: RewardFunction | None = None,
+        distill_weight: float = 0.0,
+        distill_loss: Distillation = "similarity",
         gradient_parts_every_n_rollout_batches: int = 10,
     ) -> None:
         super().__init__(policy, engine, instruction, max_prompt_tokens, template_kwargs, rationale=True)
@@ -121,11 +127,12 @@ class GRACE(PolicyModule):
             shaped, advantages = self.shaped_and_advantages(rollouts, reward)  # truncation, length, KL; [G, K, R]
             rollouts = rollouts.without_prefixes()  # not held through the update
             experience, context = self.experience_of(rollouts, shaped, advantages, gradients)  # what this rank learns from
+            context, distilled = self.distillation_of(rollouts, context)  # texts without rationales, with distill_weight
         self.policy.train()
         with timed(seconds, "update"):
             update = self.updater.update(experience, context, len(batch))
         self.rollout_batches += 1
-        update |= {} if gradients is None else {"pathwise_reward": gradients.mean_reward}
+        update |= distilled | ({} if gradients is None else {"pathwise_reward": gradients.mean_reward})
         self.batch_metrics = grace_metrics(
             *(rollouts, reward, shaped, advantages["positive"]),
             *(experience, update, seconds["update"], self.ranks),
@@ -147,11 +154,13 @@ class GRACE(PolicyModule):
         return Collector(self.policy, self.engine, self.renderer, self.reference, self.algorithm, self.ranks, **own)
 
     def rewards_of(self, embeddings: Embeddings) -> tuple[Reward, RewardGradients | None]:
-        """Computes the positives' reward, and with a pathwise term the derivative of the reward that moves the embeddings."""
-        if not self.hparams["pathwise_weight"]:
+        """Computes the positives' reward, and with a pathwise term `pathwise_weight` times its derivative in the embeddings."""
+        weight = self.hparams["pathwise_weight"]
+        if not weight:
             return self.reward(embeddings), None
         differentiated = self.pathwise_reward or self.reward
         reward, gradients = reward_and_gradients(differentiated, embeddings, self.hparams["pathwise_roles"])
+        gradients = replace(gradients, by_role={role: weight * gradient for role, gradient in gradients.by_role.items()})
         return (reward if self.pathwise_reward is None else self.reward(embeddings)), gradients
 
     def shaped_and_advantages(self, rollouts: RolloutBatch, reward: Reward) -> tuple[dict[Role, ShapedRewards], dict[Role, Tensor]]:
@@ -212,6 +221,20 @@ class GRACE(PolicyModule):
         derivatives = torch.cat([gradients[role] for role in batch.context_roles])
         return Context(batch.context[taken], derivatives[taken], places[taken])
 
+    def distillation_of(self, batch: RolloutBatch, context: Context | None) -> tuple[Context | None, dict[str, float]]:
+        """Adds the texts without rationales to the context, with the derivative of the distillation; returns its loss to be logged."""
+        if not batch.plain:
+            return context, {}
+        instances = len(batch.instance_ids) // self.ranks.count
+        plain = {role: part.embeddings for role, part in batch.plain.items()}
+        loss, gradients = distillation_gradients(plain, batch.embeddings, self.hparams["distill_loss"])
+        parts = [] if context is None else [context]
+        for role, part in batch.plain.items():
+            derivatives = self.hparams["distill_weight"] * self.ranks.own(gradients[role], instances)
+            places = torch.arange(len(derivatives)) // (len(derivatives) // instances)
+            parts.append(Context(part.rollouts, derivatives, places))
+        return join_contexts(parts), {"distill_loss": loss}
+
     @property
     def updater(self) -> Updater:
         """Takes the optimiser steps."""
@@ -219,7 +242,7 @@ class GRACE(PolicyModule):
         measures = h["pathwise_weight"] > 0 and h["score_function_weight"] > 0 and every and self.rollout_batches % every == 0
         return Updater(
             *(self.policy, self.algorithm, self.ranks, h["temperature"], h["micro_batch_tokens"]),
-            *(h["score_function_weight"], h["pathwise_weight"], bool(measures), self._backward, self.take_step),
+            *(h["score_function_weight"], h["pathwise_weight"] + h["distill_weight"] > 0, bool(measures), self._backward, self.take_step),
         )
 
     def _backward(self, loss: Tensor, last: bool) -> None:

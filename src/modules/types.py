@@ -7,7 +7,7 @@ Prompts (prompt/renderer.py) -> Rollouts -> RolloutBatch, Embeddings -> Reward -
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
@@ -95,6 +95,14 @@ class Rollouts:
         """Returns the same on another device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
+
+    def prompts_alone(self) -> "Rollouts":
+        """Returns the same with empty, finished rationales; `embeddings` are those of the prompts."""
+        plain = Rollouts(
+            *(self.input_ids, self.text_starts, self.prompt_lengths, self.prompt_lengths, torch.ones_like(self.finished)),
+            embeddings=self.prompt_embeddings,
+        )
+        return plain[torch.arange(len(self), device=self.lengths.device)]  # padded no longer than the longest prompt
 
     def tokens_alone(self) -> "Rollouts":
         """Returns the same without embeddings, which are large, once rewards are known."""
@@ -184,6 +192,14 @@ class RoleRollouts:
 
 
 @dataclass(frozen=True)
+class PlainTexts:
+    """Texts of one role without rationales: this rank's as `rollouts`, and `embeddings`, unit vectors [B, D] or [B*M, D] of all ranks."""
+
+    rollouts: Rollouts
+    embeddings: Tensor
+
+
+@dataclass(frozen=True)
 class RolloutBatch:
     """One batch of B instances before any update. Everything that rewards need is of all ranks: gathered here, once.
 
@@ -196,6 +212,7 @@ class RolloutBatch:
         rollout_tokens: tokens that this rank sampled.
         distinct_rationales: share of different rationales among the positives' B*K.
         seconds: wall time of this rank by phase.
+        plain: the texts of all roles without rationales; empty unless something is distilled into their embeddings.
     """
 
     roles: dict[Role, RoleRollouts]
@@ -206,6 +223,7 @@ class RolloutBatch:
     rollout_tokens: int
     distinct_rationales: float
     seconds: dict[str, float]
+    plain: dict[Role, PlainTexts] = field(default_factory=dict)
 
     def without_prefixes(self) -> "RolloutBatch":
         """Returns the same without the embeddings of prefixes, which are large, once advantages are known."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from src.modules.objectives.algorithm import Algorithm
+from src.modules.objectives.distillation import LOSSES
 from src.modules.types import CONTEXT_ROLES, ROLES
 
 
@@ -27,15 +28,24 @@ def check_settings(h: Mapping[str, Any], frozen_encoder: bool, algorithm: Algori
             f"module.score_function_weight={score_function}, module.pathwise_weight={pathwise}: both must be at least 0, as a negative "
             "weight would train against the reward"
         )
-    if not score_function and not pathwise:
+    if not (score_function or pathwise or h["distill_weight"]):
         raise ValueError("module.score_function_weight=0 and module.pathwise_weight=0: nothing would be learned; set one above 0")
     if not score_function and algorithm.kl_coef:
         raise ValueError(
             f"module.score_function_weight=0 leaves out the algorithm's loss, and algorithm.kl_coef={algorithm.kl_coef} with it: nothing "
             "would hold the policy near its start; use a small weight in place of 0"
         )
-    if pathwise:
-        _check_pathwise(h, frozen_encoder, algorithm)
+    if h["distill_loss"] not in LOSSES:
+        raise ValueError(f"module.distill_loss={h['distill_loss']!r}: it is {' or '.join(LOSSES)}")
+    if not h["distill_weight"] >= 0:
+        raise ValueError(f"module.distill_weight={h['distill_weight']}: it must be at least 0")
+    if pathwise and not h["pathwise_roles"]:
+        raise ValueError(
+            f"module.pathwise_roles=[] and module.pathwise_weight={pathwise}: no embedding would be moved; set the weight to 0"
+        )
+    for name in ("pathwise_weight", "distill_weight"):
+        if h[name]:
+            _check_moved_embeddings(f"module.{name}={h[name]}", frozen_encoder, algorithm)
 
 
 def _require_roles(setting: str, roles: tuple[str, ...], known: tuple[str, ...]) -> None:
@@ -43,10 +53,7 @@ def _require_roles(setting: str, roles: tuple[str, ...], known: tuple[str, ...])
         raise ValueError(f"module.{setting}={list(roles)}: {', '.join(sorted(unknown))} is not one of {', '.join(known)}")
 
 
-def _check_pathwise(h: Mapping[str, Any], frozen_encoder: bool, algorithm: Algorithm) -> None:
-    weight = f"module.pathwise_weight={h['pathwise_weight']}"
-    if not h["pathwise_roles"]:
-        raise ValueError(f"module.pathwise_roles=[] and {weight}: no embedding would be moved; set the weight to 0")
+def _check_moved_embeddings(weight: str, frozen_encoder: bool, algorithm: Algorithm) -> None:
     if frozen_encoder:
         raise ValueError(f"{weight} moves the encoder, and policy.encoder=frozen holds it: use policy.encoder=live, or weight 0")
     if algorithm.min_group_std > 0:

@@ -17,7 +17,7 @@ from src.modules.policy.pooling import pool, pool_prefixes
 from src.modules.policy.reference import Reference
 from src.modules.prompt.renderer import PromptRenderer
 from src.modules.rollouts.engine import RolloutEngine
-from src.modules.types import CONTEXT_ROLES, Embeddings, GreedyRollouts, Role, RoleRollouts, RolloutBatch, Rollouts
+from src.modules.types import CONTEXT_ROLES, Embeddings, GreedyRollouts, PlainTexts, Role, RoleRollouts, RolloutBatch, Rollouts
 from src.records import Triplet
 from src.utils.timing import timed
 
@@ -33,7 +33,8 @@ class Collector:
     Attributes:
         policy, engine, renderer, reference, algorithm: of the module; no reference if the algorithm has none.
         ranks: the processes that collect together, each its share of the instances.
-        num_generations, temperature, context_temperature, also_learn_from, micro_batch_tokens, encode_batch_size, seed: see GRACE.
+        num_generations, temperature, context_temperature, also_learn_from, micro_batch_tokens, encode_batch_size, seed, distill_weight: see
+            GRACE; with a weight above 0 texts are embedded without rationales as well.
     """
 
     policy: Policy
@@ -49,6 +50,7 @@ class Collector:
     micro_batch_tokens: int
     encode_batch_size: int
     seed: int
+    distill_weight: float = 0.0
 
     def collect(self, batch: Sequence[Triplet], number: int) -> RolloutBatch:
         """Samples K rollouts of each text of the roles that are learned from, and one of each text of the others.
@@ -80,6 +82,7 @@ class Collector:
             if context is not None:
                 vectors = unit_vectors(self.policy, context, self.encode_batch_size)
                 first |= zip(context_roles, vectors.split([len(part) for part in texts]), strict=True)
+            plain = self._plain(sampled, context, context_roles, len(own)) if self.distill_weight else {}
         roles = {role: self._gather(own, role, rollouts, *encoded[role], number, seconds) for role, rollouts in sampled.items()}
         negative = first["negative"] if m else first["query"][:0]
         embeddings = Embeddings(
@@ -97,7 +100,23 @@ class Collector:
             rollout_tokens=sum(int(part.rationale_lengths.sum()) for part in (*sampled.values(), *([context] if context else []))),
             distinct_rationales=self._distinct(sampled["positive"], len(own)),
             seconds=seconds,
+            plain=plain,
         )
+
+    def _plain(
+        self, sampled: dict[Role, Rollouts], context: Rollouts | None, context_roles: Sequence[Role], instances: int
+    ) -> dict[Role, PlainTexts]:
+        """Embeds the texts of all roles without rationales, by what the engine computed or by a pass."""
+        first = {role: rollouts[torch.arange(0, len(rollouts), self.num_generations)] for role, rollouts in sampled.items()}
+        if context is not None:
+            counts = [instances if role == "query" else len(context) - instances * ("query" in context_roles) for role in context_roles]
+            first |= zip(context_roles, [context[rows] for rows in torch.arange(len(context)).split(counts)], strict=True)
+        found: dict[Role, PlainTexts] = {}
+        for role, rollouts in first.items():
+            texts = rollouts.prompts_alone()
+            vectors = unit_vectors(self.policy, texts, self.encode_batch_size)
+            found[role] = PlainTexts(texts.tokens_alone(), self.ranks.gather(vectors, instances))
+        return found
 
     def _sample(
         self, texts: Sequence[list[str]], instances: int, stream: tuple[int, int], temperature: float, n: int | None = None

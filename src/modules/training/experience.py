@@ -60,7 +60,8 @@ class Experience:
 
 @dataclass(frozen=True)
 class Context:
-    """Queries and negatives that are embedded in the update for the pathwise term, and not learned from by their log-probs.
+    """Texts that are embedded in the update and not learned from by their log-probs: queries and negatives for the pathwise term, and texts
+    without rationales for distillation.
 
     Attributes:
         rollouts: N of them, one rollout each.
@@ -85,9 +86,22 @@ def concatenate(parts: Sequence[Experience]) -> Experience:
     """Joins groups of several rollout batches or roles; all of the same policy and with the same K."""
     if len(parts) == 1:
         return parts[0]
-    joined = {f.name: _join([getattr(part.rollouts, f.name) for part in parts]) for f in fields(Rollouts)}
+    rollouts = join_rollouts([part.rollouts for part in parts])
     others = {f.name: _join([getattr(part, f.name) for part in parts]) for f in fields(Experience)[1:] if f.name != "instance_ids"}
-    return Experience(rollouts=Rollouts(**joined), instance_ids=tuple(name for part in parts for name in part.instance_ids), **others)
+    return Experience(rollouts=rollouts, instance_ids=tuple(name for part in parts for name in part.instance_ids), **others)
+
+
+def join_contexts(parts: Sequence[Context]) -> Context | None:
+    """Joins contexts; None if there are none."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    rollouts = join_rollouts([part.rollouts for part in parts])
+    return Context(rollouts, torch.cat([part.gradients for part in parts]), torch.cat([part.instances for part in parts]))
+
+
+def join_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
+    """Joins rollouts, padded to the longest; what one part lacks, the whole lacks."""
+    return Rollouts(**{f.name: _join([getattr(part, f.name) for part in parts]) for f in fields(Rollouts)})
 
 
 def interleaving(sizes: Sequence[int]) -> Tensor:

@@ -64,8 +64,10 @@ class Updater:
     Attributes:
         temperature: of sampling, which log-probs are taken at.
         micro_batch_tokens: most tokens in one forward and backward pass, a prompt counted once for its rationales.
-        score_function_weight, pathwise_weight: factors of the algorithm's loss and of the pathwise loss; at 0 that part is not computed.
-        measure_parts: whether the first step logs the norms of both parts of the gradient and their cosine.
+        score_function_weight: factor of the algorithm's loss; at 0 it is not computed.
+        embeds: whether embeddings are moved, by the derivatives that come with experience and context.
+        measure_parts: whether the first step logs the norms of both parts of the gradient and their cosine; the pathwise part is all that
+            moves embeddings.
         backward: takes a scalar and accumulates its gradient; with True, the minibatch's last, every rank is left with the mean over the
             ranks of what they have accumulated.
         take_step: takes the record ids of a minibatch; clips, checks and applies the gradient; returns its norm.
@@ -77,7 +79,7 @@ class Updater:
     temperature: float
     micro_batch_tokens: int
     score_function_weight: float
-    pathwise_weight: float
+    embeds: bool
     measure_parts: bool
     backward: Callable[[Tensor, bool], None]
     take_step: Callable[[Sequence[str]], float]
@@ -112,7 +114,7 @@ class Updater:
     def _minibatches(self, experience: Experience | None, context: Context | None, instances: int) -> Iterator[Minibatch]:
         count, groups = self.algorithm.updates_per_batch, 0 if experience is None else len(experience)
         # the mean over the instances of a step: those of the batch are shared out over so many of them
-        scale = self.pathwise_weight * min(count, groups) / instances
+        scale = self.embeds * min(count, groups) / instances
         shares = torch.arange(instances // self.ranks.count).tensor_split(count)
         for own, share in zip(torch.arange(groups).tensor_split(count), shares, strict=True):
             part = experience.select(own) if experience is not None and len(own) else None
