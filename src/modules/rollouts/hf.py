@@ -52,6 +52,8 @@ class HFEngine:
             rationales. A prompt that has more makes a batch alone.
     """
 
+    exact = True
+
     def __init__(self, max_new_tokens: int, batch_tokens: int = 2**18) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"rollout.max_new_tokens={max_new_tokens}: a rationale needs at least one token")
