@@ -34,6 +34,17 @@ def check_settings(h: Mapping[str, Any], frozen_encoder: bool, algorithm: Algori
             f"module.score_function_weight=0 leaves out the algorithm's loss, and algorithm.kl_coef={algorithm.kl_coef} with it: nothing "
             "would hold the policy near its start; use a small weight in place of 0"
         )
+    if algorithm.term_advantage is not None and h["also_learn_from"]:
+        raise ValueError(
+            f"module.also_learn_from={list(h['also_learn_from'])}: queries and negatives are rewarded by totals, which "
+            "algorithm.term_advantage takes apart; set one of the two to [] or null"
+        )
+    group = h["max_prompt_tokens"] + h["num_generations"] * h["max_new_tokens"]
+    if algorithm.kl_coef and algorithm.kl_in == "pairs" and h["micro_batch_tokens"] < group:
+        raise ValueError(
+            f"module.micro_batch_tokens={h['micro_batch_tokens']}: algorithm.kl_in=pairs compares all rollouts of a text in one pass, "
+            f"which may take {group} tokens (max_prompt_tokens + num_generations * max_new_tokens)"
+        )
     if pathwise:
         _check_pathwise(h, frozen_encoder, algorithm)
 
