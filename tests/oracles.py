@@ -375,6 +375,11 @@ def gdpo_objective(case: Case) -> Tensor:
     return -total / len(case.rollouts())
 
 
+def raft_objective(case: Case) -> Tensor:
+    """-1/(sum |o_i|) sum over texts of log pi of the best rationale (arXiv 2304.06767)."""
+    return -case.sum_over_tokens(lambda i, k, t: case.logprobs[i, k, t] * (k == int(case.rewards[i].argmax()))) / case.lengths.sum()
+
+
 def copg_objective(case: Case, beta: float, constant: int) -> Tensor:
     """Pairs of rollouts: -(R_b(y) - R_b(y')) (log pi(y) - log pi(y')), R_b = R - b log pi/pi_ref held constant (arXiv 2406.19185).
 

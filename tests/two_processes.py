@@ -20,8 +20,9 @@ from src.callbacks.monitoring import undisturbed
 from src.callbacks.random_states import RandomStates
 from src.modules.distributed.fsdp import summon_full_params
 from src.modules.grace import GRACE
-from src.modules.objectives.advantages import reinforce_pp_baseline, remax
-from src.modules.objectives.losses import ppo_clip
+from src.modules.objectives.advantages import reinforce_pp_baseline, remax, rloo
+from src.modules.objectives.losses import ppo_clip, reinforce
+from src.modules.objectives.plackett_luce import PlackettLuce
 from src.modules.objectives.rewards import Novelty, document, listwise, paper
 from src.modules.prompt.renderer import Prompts
 from src.modules.training.finite import NonFiniteError
@@ -128,6 +129,12 @@ SCENARIOS: dict[str, Callable[[], GRACE]] = {
         OddOnesNeverEnd, reward=document, pathwise_weight=0.7, gradient_parts_every_n_rollout_batches=1, algorithm={"truncation": "mask"}
     ),
     "a reward that remembers": lambda: module_with(reward=Novelty(novelty_weight=1.0), pathwise_weight=0.7),
+    "sampled rankings, pairs of rationales": lambda: module_with(
+        reward=PlackettLuce(rankings=4),
+        micro_batch_tokens=128,
+        pathwise_weight=0.7,
+        algorithm={"advantage": rloo, "loss": reinforce, "kl_coef": 0.1, "kl_estimator": "k1", "kl_in": "pairs", "updates_per_batch": 2},
+    ),
     "pathwise, no negatives": lambda: module_with(reward=document, pathwise_reward=listwise, pathwise_weight=0.7),
 }
 BROKEN: dict[str, Callable[[], GRACE]] = {

@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, distributed, nn
+from transformers import PreTrainedModel
 
 from src.modules.policy.model import Policy, evaluation_mode
 from src.modules.prompt.renderer import Prompts
@@ -258,7 +259,7 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.{own}", weight.detach()
 
 
-def push(llm: Any, model: nn.Module) -> None:
+def push(llm: Any, model: PreTrainedModel) -> None:
     """Copies the weights of a model into a `vllm.LLM`, without the disk, and drops the keys and values of the old ones.
 
     Rows of the embeddings beyond the engine's vocabulary are left out.

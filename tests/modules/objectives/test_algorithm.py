@@ -35,6 +35,7 @@ OBJECTIVES = {
     ("gspo", ()): oracles.gspo_objective,
     ("cispo", ()): oracles.cispo_objective,
     ("sapo", ()): oracles.sapo_objective,
+    ("raft", ()): oracles.raft_objective,
     ("gdpo", ()): oracles.gdpo_objective,
     ("copg", KL): partial(oracles.copg_objective, beta=0.3, constant=MAX_TOKENS),
 }
