@@ -192,6 +192,8 @@ def fit(
 class Inexact(HFEngine):
     """An engine whose log-probs are not the trainer's, as one of lower precision has them."""
 
+    exact = False
+
     def generate(self, *args: Any, **kwargs: Any) -> Rollouts:
         rollouts = super().generate(*args, **kwargs)
         noise = 0.3 * torch.randn(rollouts.input_ids.shape, generator=torch.Generator().manual_seed(0))

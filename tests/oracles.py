@@ -1,6 +1,8 @@
 """Naive loops written from the equations; fast code is tested against them. Slow on purpose, plain on purpose."""
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -220,7 +222,8 @@ def ppo_clip_oracle(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Ten
 class Case:
     """A rollout batch: B instances, K rollouts, T tokens at most.
 
-    rewards [B, K], greedy [B], lengths [B, K]; logprobs, old and reference [B, K, T], of which `lengths` tokens count.
+    rewards [B, K], greedy [B], lengths [B, K]; logprobs, old and reference [B, K, T], of which `lengths` tokens count; more [B, K], a
+    second term of the reward.
     """
 
     rewards: Tensor
@@ -229,6 +232,7 @@ class Case:
     logprobs: Tensor
     old: Tensor
     reference: Tensor
+    more: Tensor
 
     def rollouts(self) -> list[tuple[int, int]]:
         b, k = self.rewards.shape
@@ -325,6 +329,90 @@ def dapo_objective(case: Case, max_tokens: int) -> Tensor:
         rewards[i, k] = rewards[i, k] + overlong_oracle(int(case.lengths[i, k]), max_tokens, max_tokens / 5)
     total = case.sum_over_tokens(lambda i, k, t: case.clipped(i, k, t, _centred(rewards, i, k, std=True), 0.2, 0.28))
     return -total / case.lengths.sum()
+
+
+def gspo_objective(case: Case) -> Tensor:
+    """-(1/G) sum_i min[s_i A_i, clip(s_i) A_i], s_i = (pi(y_i) / pi_old(y_i))^(1/|y_i|), A = (R - mean) / std (arXiv 2507.18071)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i, k in case.rollouts():
+        length = int(case.lengths[i, k])
+        s = (sum(case.logprobs[i, k, t] - case.old[i, k, t] for t in range(length)) / length).exp()
+        advantage = _centred(case.rewards, i, k, std=True)
+        total = total - torch.minimum(s * advantage, s.clamp(1 - 3e-4, 1 + 4e-4) * advantage)
+    return total / len(case.rollouts())
+
+
+def cispo_objective(case: Case) -> Tensor:
+    """-1/(sum |o_i|) sum_i sum_t sg(min(r_t, 5)) A_i log pi(t), A = (R - mean) / std (arXiv 2506.13585, eq. 4 and 5)."""
+
+    def token(i: int, k: int, t: int) -> Tensor:
+        weight = min(float((case.logprobs.detach()[i, k, t] - case.old[i, k, t]).exp()), 5.0)
+        return weight * _centred(case.rewards, i, k, std=True) * case.logprobs[i, k, t]
+
+    return -case.sum_over_tokens(token) / case.lengths.sum()
+
+
+def sapo_objective(case: Case) -> Tensor:
+    """-(1/G) sum_i (1/|y_i|) sum_t (4/tau) sigmoid(tau (r_t - 1)) A_i, tau by the advantage's sign (arXiv 2511.20347)."""
+
+    def token(i: int, k: int, t: int) -> Tensor:
+        advantage = _centred(case.rewards, i, k, std=True)
+        tau = 1.0 if advantage > 0 else 1.05
+        ratio = (case.logprobs[i, k, t] - case.old[i, k, t]).exp()
+        return 4 / tau / (1 + (-tau * (ratio - 1)).exp()) * advantage / case.lengths[i, k]
+
+    return -case.sum_over_tokens(token) / len(case.rollouts())
+
+
+def gdpo_objective(case: Case) -> Tensor:
+    """The clipped surrogate; A is the sum of two terms, each standardised by group, standardised over the batch (arXiv 2601.05242)."""
+    summed = torch.zeros_like(case.rewards)
+    for i, k in case.rollouts():
+        for weight, term in ((1.0, case.rewards), (0.5, case.more)):
+            summed[i, k] = summed[i, k] + weight * (term[i, k] - term[i].mean()) / (term[i].std() + 1e-4)
+    advantages = reinforce_pp_oracle(summed, torch.ones_like(summed, dtype=torch.bool))
+    total = case.sum_over_tokens(lambda i, k, t: case.clipped(i, k, t, advantages[i, k]) / case.lengths[i, k])
+    return -total / len(case.rollouts())
+
+
+def raft_objective(case: Case) -> Tensor:
+    """-1/(sum |o_i|) sum over texts of log pi of the best rationale (arXiv 2304.06767)."""
+    return -case.sum_over_tokens(lambda i, k, t: case.logprobs[i, k, t] * (k == int(case.rewards[i].argmax()))) / case.lengths.sum()
+
+
+def copg_objective(case: Case, beta: float, constant: int) -> Tensor:
+    """Pairs of rollouts: -(R_b(y) - R_b(y')) (log pi(y) - log pi(y')), R_b = R - b log pi/pi_ref held constant (arXiv 2406.19185).
+
+    Over the K - 1 pairs that each rollout is in, divided as `rloo` is.
+    """
+    rollouts = case.rewards.shape[1]
+    total = torch.zeros((), dtype=torch.float64)
+
+    def own(values: Tensor, i: int, k: int) -> Tensor:
+        return values[i, k, : int(case.lengths[i, k])].sum()
+
+    def regularised(i: int, k: int) -> float:
+        return float(case.rewards[i, k] - beta * (own(case.logprobs.detach(), i, k) - own(case.reference, i, k)))
+
+    for i in range(case.rewards.shape[0]):
+        for k in range(rollouts):
+            for other in range(k):
+                apart = own(case.logprobs, i, k) - own(case.logprobs, i, other)
+                total = total - (regularised(i, k) - regularised(i, other)) * apart / (rollouts - 1)
+    return total / constant / len(case.rollouts())
+
+
+def expected_ndcg(scores: Tensor, depth: int) -> Tensor:
+    """E[nDCG] of the first of some documents over all rankings, each with its Plackett-Luce probability; scores [C] -> scalar."""
+    total = scores.new_zeros(())
+    for ranking in itertools.permutations(range(len(scores))):
+        probability, left = scores.new_ones(()), list(ranking)
+        for document in ranking:
+            probability = probability * scores[document].exp() / torch.stack([scores[d].exp() for d in left]).sum()
+            left.remove(document)
+        place = ranking.index(0) + 1
+        total = total + probability * (1 / math.log2(1 + place) if place <= depth else 0.0)
+    return total
 
 
 # ---- poolings

@@ -82,7 +82,7 @@ def test_help(programs, compose):
     assert done.returncode == 0, done.stderr
     (experiments,) = [line for line in done.stdout.splitlines() if line.startswith("experiment: ")]
     assert experiments.removeprefix("experiment: ").split(", ") == EXPERIMENTS
-    assert "\nreward: document, listwise, novelty, paper, unsupervised\n" in done.stdout
+    assert "\nreward: document, listwise, novelty, paper, plackett_luce, unsupervised\n" in done.stdout
     settings = [line.split("=")[0].strip() for line in done.stdout.split("(name=value):\n")[1].split("\n\n")[0].splitlines()]
     assert len(settings) == 5
     for name in settings:

@@ -3,10 +3,12 @@
 import sys
 
 import pytest
+import torch
 import yaml
 from hydra.errors import InstantiationException
 from mlflow.tracking import MlflowClient
 
+from src.modules.policy.model import Policy
 from tests.runs import TINY, mlflow_runs, steps, stop_at
 from train import train
 
@@ -37,6 +39,20 @@ def test_train_end_to_end(run_train, places, tracking_uri, tmp_path):
     assert {"config.yaml", "figures", "rationales", "report", "report.html", "report.md", "similarities"} <= artifacts
     config = yaml.safe_load((tmp_path / "artifacts" / run.info.run_id / "artifacts" / "config.yaml").read_text())
     assert config["paths"]["output_dir"] == run.data.params["paths.output_dir"] == f"{tmp_path}/out"
+
+
+def test_second_stage_begins_with_the_export_of_the_first(compose):
+    small = ["logger=none", "callbacks=minimal", "trainer.accelerator=cpu", "trainer.limit_train_batches=1", "trainer.precision=32-true"]
+    small += ["datamodule.modules_per_batch=2", "rollout.max_new_tokens=6", "module.num_generations=2"]
+    first = compose("experiment=smollm2_two_stages_start", *small)
+    first.callbacks.export = {"_target_": "src.callbacks.export.Export", "folder": f"{first.paths.output_dir}/export"}
+    second = compose("experiment=smollm2_two_stages", *small)
+    start, second.policy.path = first.policy.path, first.callbacks.export.folder
+    for cfg in (first, second):
+        cfg.packages.train, cfg.optimized_metric = ["urllib3"], "update/kl_to_reference"
+        assert abs(train(cfg)) < 1e-4  # each is held to what it begins with
+    before, exported = (Policy.load(path).state_dict() for path in (start, second.policy.path))
+    assert any(not torch.equal(weight, before[name]) for name, weight in exported.items())
 
 
 def test_stopped_run_resumes_in_place(run_train, places, tracking_uri, tmp_path):

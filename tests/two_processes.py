@@ -20,8 +20,9 @@ from src.callbacks.monitoring import undisturbed
 from src.callbacks.random_states import RandomStates
 from src.modules.distributed.fsdp import summon_full_params
 from src.modules.grace import GRACE
-from src.modules.objectives.advantages import reinforce_pp_baseline, remax
-from src.modules.objectives.losses import ppo_clip
+from src.modules.objectives.advantages import reinforce_pp_baseline, remax, rloo
+from src.modules.objectives.losses import ppo_clip, reinforce
+from src.modules.objectives.plackett_luce import PlackettLuce
 from src.modules.objectives.rewards import Novelty, document, listwise, paper
 from src.modules.prompt.renderer import Prompts
 from src.modules.training.finite import NonFiniteError
@@ -131,6 +132,12 @@ SCENARIOS: dict[str, Callable[[], GRACE]] = {
     "distillation": lambda: module_with(reward=listwise, distill_weight=0.7, algorithm={"updates_per_batch": 2}),
     "distillation alone, from a pass": lambda: module_with(
         WithoutStates, reward=listwise, score_function_weight=0.0, distill_weight=0.7, distill_loss="cosine"
+    ),
+    "sampled rankings, pairs of rationales": lambda: module_with(
+        reward=PlackettLuce(rankings=4),
+        micro_batch_tokens=128,
+        pathwise_weight=0.7,
+        algorithm={"advantage": rloo, "loss": reinforce, "kl_coef": 0.1, "kl_estimator": "k1", "kl_in": "pairs", "updates_per_batch": 2},
     ),
     "pathwise, no negatives": lambda: module_with(reward=document, pathwise_reward=listwise, pathwise_weight=0.7),
 }

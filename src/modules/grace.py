@@ -1,5 +1,6 @@
 """GRACE: rationales are sampled, their embeddings rewarded, and the policy moves towards rationales that embed well."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -31,6 +32,8 @@ from src.modules.training.update import Updater
 from src.modules.types import ROLES, Embeddings, Reward, Role, RolloutBatch
 from src.records import Triplet
 from src.utils.timing import timed
+
+log = logging.getLogger(__name__)
 
 
 class GRACE(PolicyModule):
@@ -107,7 +110,8 @@ class GRACE(PolicyModule):
         also_learn_from = tuple(map(str, also_learn_from or ()))  # type: ignore[arg-type]  # plain, to be kept in checkpoints
         pathwise_roles = tuple(map(str, pathwise_roles or ()))  # type: ignore[arg-type]
         self.save_hyperparameters(ignore=["policy", "engine", "reward", "algorithm", "template_kwargs", "pathwise_reward"])
-        check_settings(self.hparams, policy.frozen_encoder is not None, algorithm)
+        algorithm = algorithm.for_engine(engine.exact)
+        check_settings({**self.hparams, "max_new_tokens": engine.max_new_tokens}, policy.frozen_encoder is not None, algorithm)
         self.algorithm, self.reward_function, self.pathwise_reward_function = algorithm, reward, pathwise_reward
         for function in self._reward_modules.values():
             function.requires_grad_(False)  # no optimiser has their weights, and DDP would wait for the gradients
@@ -170,7 +174,7 @@ class GRACE(PolicyModule):
         shaped, advantages = {}, {}
         for role, group in rollouts.roles.items():
             function = role_reward(self.reward, rollouts.embeddings, role)
-            raw = reward.total if role == "positive" else function(group.embeddings)
+            raw = self.algorithm.scores(reward, group.finished) if role == "positive" else function(group.embeddings)
             texts = [name for name in ids for _ in range(len(raw) // len(ids))]
             require_finite_rewards({f"{role} rollouts": raw}, texts, self.rollout_batches)
             shaped[role] = shape_rewards(self.algorithm, raw, group, function)
@@ -254,6 +258,8 @@ class GRACE(PolicyModule):
     def setup(self, stage: str) -> None:
         """Validates precision and backbone."""
         super().setup(stage)
+        for remark in self.algorithm.remarks():
+            log.info(remark)
         require_readable(self.policy)  # before its weights are sharded
         if self.ranks.count > 1:  # adapters were drawn alike on all ranks; dropout must not be
             torch.manual_seed(hash((self.hparams["seed"], self.global_rank)) % 2**31)

@@ -1,4 +1,4 @@
-"""The parts of a policy-gradient loss: token losses, sums over tokens, estimates of the divergence, importance weights.
+"""The parts of a policy-gradient loss: token losses, sums over tokens, divergence, entropy, importance weights.
 
 Pure functions on log-probs [N, T] and lengths [n].
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 Estimator = Literal["k1", "k2", "k3"]
 Level = Literal["token", "sequence"]
+Correction = Literal["truncate", "mask"]
 
 # ---- divergence from another policy
 
@@ -36,6 +37,29 @@ def k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """
     log_ratio = (reference - logprobs).clamp(-20.0, 20.0)
     return log_ratio.exp() - 1 - log_ratio
+
+
+def paired_divergence(logprobs: Tensor, reference: Tensor, mask: Tensor, groups: Tensor) -> Tensor:
+    """Returns a loss whose gradient draws pairs of rollouts of one text to equal log-ratios (CoPG, Flet-Berliac et al., arXiv 2406.19185).
+
+    With D[k] = log pi(y_k) / pi_ref(y_k) of the present policy, held constant, it is (D[k] - mean_{l != k} D[l]) log pi(y_k). With the
+    leave-one-out rewards R[k] of `advantages.rloo` and `reinforce` it makes up the gradient of CoPG over all pairs of a group:
+    -(R[k] - b D[k] - mean_l (R[l] - b D[l])) grad log pi(y_k). It needs no importance ratio: at the optimum R - b D is one number
+    for all rollouts of a text, whatever policy wrote them.
+
+    Args:
+        logprobs, reference, mask: [N, T].
+        groups: [N], a number for each text; all its rollouts are there.
+
+    Returns:
+        [N, T], 0 where masked; 0 for a rollout without others.
+    """
+    own = torch.where(mask, logprobs, 0.0)
+    distance = (own - torch.where(mask, reference, 0.0)).detach().sum(dim=1)
+    same = groups.unsqueeze(1) == groups.unsqueeze(0)
+    others = same.sum(dim=1) - 1
+    mean_of_others = ((same * distance).sum(dim=1) - distance) / others.clamp(min=1)
+    return torch.where(others > 0, distance - mean_of_others, 0.0).unsqueeze(1) * own
 
 
 ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
@@ -72,11 +96,71 @@ def ppo_clip(
         mask: [N, T] bool, True on the tokens that count.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
-    ratio = log_ratio.exp()
+    return _clipped(log_ratio.exp(), log_ratio, advantages, mask, clip_low, clip_high)
+
+
+def gspo(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float = 3e-4, clip_high: float = 4e-4
+) -> TokenLoss:
+    """Returns the clipped surrogate with one ratio for all tokens of a rollout (GSPO, Zheng et al., arXiv 2507.18071, section 4).
+
+    s_i = exp(mean_t log r_t) takes the place of r_t. A token's own log-prob carries the gradient (GSPO-token, section 4.3), which is the
+    same where a rollout's tokens have one advantage. With `sequence_mean` it is the paper's objective, whose clips are the defaults here.
+
+    Args:
+        logprobs, old_logprobs, advantages, mask: as in `ppo_clip`.
+    """
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    mean = log_ratio.detach().sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return _clipped((mean + log_ratio - log_ratio.detach()).exp(), log_ratio, advantages, mask, clip_low, clip_high)
+
+
+def _clipped(ratio: Tensor, log_ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float) -> TokenLoss:
     plain = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    kl = k3(torch.zeros_like(log_ratio), log_ratio.detach())
-    return TokenLoss(-torch.minimum(plain, clipped) * mask, ((clipped < plain) & mask).float(), kl)
+    return TokenLoss(-torch.minimum(plain, clipped) * mask, ((clipped < plain) & mask).float(), _kl_of(log_ratio))
+
+
+def _kl_of(log_ratio: Tensor) -> Tensor:
+    return k3(torch.zeros_like(log_ratio), log_ratio.detach())
+
+
+def cispo(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float = 1.0, clip_high: float = 4.0
+) -> TokenLoss:
+    """Returns -w_t A log pi(t) with w_t = clip(r_t, 1 - clip_low, 1 + clip_high), held constant (CISPO, arXiv 2506.13585, eq. 4 and 5).
+
+    No token loses its gradient, as one that `ppo_clip` cuts does. The paper has no lower bound (clip_low=1).
+
+    Args:
+        logprobs, old_logprobs, advantages, mask: as in `ppo_clip`.
+    """
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    ratio = log_ratio.detach().exp()
+    weight = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = -weight * advantages * torch.where(mask, logprobs, 0.0)
+    return TokenLoss(loss, ((weight != ratio) & mask).float(), _kl_of(log_ratio))
+
+
+def sapo(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, tau_positive: float = 1.0, tau_negative: float = 1.05
+) -> TokenLoss:
+    """Returns -f(r_t) A with the soft gate f(r) = 4 / tau sigmoid(tau (r - 1)) (SAPO, Gao et al., arXiv 2511.20347).
+
+    The gradient fades with the distance of r from 1, where its factor is 1. log r is bounded to 20 nats, beyond which it has faded.
+
+    Args:
+        logprobs, old_logprobs, advantages, mask: as in `ppo_clip`.
+        tau_positive, tau_negative: tau for advantages above 0, and for the others; a larger one fades sooner.
+    """
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    tau = torch.where(advantages > 0, tau_positive, tau_negative)
+    gate = torch.sigmoid(tau * (log_ratio.clamp(max=20.0).exp() - 1)) * 4 / tau
+    return TokenLoss(-gate * advantages * mask, torch.zeros_like(log_ratio).detach(), _kl_of(log_ratio))
+
+
+OFF_POLICY_FORMS: tuple[Callable[..., TokenLoss], ...] = (gspo, cispo, sapo)
+"""Losses whose gradient is that of `ppo_clip` while the policy is the one that sampled."""
 
 
 def reinforce(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> TokenLoss:
@@ -119,21 +203,51 @@ def constant(lengths: Tensor, *, tokens: int) -> Tensor:
     return torch.full(lengths.shape, 1.0 / (len(lengths) * tokens), device=lengths.device)
 
 
+# ---- entropy
+
+
+def entropy_loss(logprobs: Tensor, old_logprobs: Tensor, entropy: Tensor, mask: Tensor) -> Tensor:
+    """Returns minus the entropy H of each token's distribution, [N, T], 0 where masked, with an estimate of its gradient.
+
+    grad H = -E[(log pi(t) + H) grad log pi(t)] over t drawn from pi (H, a baseline, has no mean effect): the sampled token's term of it,
+    times r_t = pi(t) / pi_old(t), held constant. It is unbiased and costs nothing; the exact gradient would take another product with
+    the output embeddings. How a token changes the entropies after it is left out, as usual.
+
+    Args:
+        logprobs, old_logprobs, mask: as in `ppo_clip`.
+        entropy: [N, T] float32 nats, without gradient.
+    """
+    own = torch.where(mask, logprobs, 0.0)
+    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).detach().exp()
+    weight = ratio * (own.detach() + entropy.detach())
+    return (weight * (own - own.detach()) - entropy.detach()) * mask
+
+
 # ---- correction for an engine whose log-probs are not the trainer's
 
 
 @torch.no_grad()
-def truncated_importance_weights(trainer: Tensor, engine: Tensor, mask: Tensor, cap: float, level: Level = "token") -> Tensor:
-    """Returns truncated importance weights: min(pi_trainer / pi_engine, cap) of the sampled tokens, without gradient.
+def importance_weights(
+    trainer: Tensor,
+    engine: Tensor,
+    mask: Tensor,
+    cap: float,
+    floor: float = 0.0,
+    level: Level = "token",
+    mode: Correction = "truncate",
+) -> Tensor:
+    """Returns importance weights pi_trainer / pi_engine of the sampled tokens, bounded, without gradient.
 
-    Rollouts come from the engine's distribution and the gradient is taken under the trainer's; the weight corrects for this, and the cap
-    bounds its variance (Ionides, Truncated Importance Sampling, 2008; for engines of lower precision Yao
-    et al., "Your efficient RL framework secretly brings you off-policy RL training", 2025).
+    Rollouts come from the engine's distribution and the gradient is taken under the trainer's; the weight corrects for this, and the bounds
+    limit its variance (Ionides, Truncated Importance Sampling, 2008; for engines of lower precision Yao
+    et al., "Your efficient RL framework secretly brings you off-policy RL training", 2025). Masked: ratios outside the bounds are taken for
+    errors and their tokens or rollouts left out (masked importance sampling; IcePop, with bounds 0.5 and 5).
 
     Args:
         trainer, engine: [N, T] float32 log-probs of one and the same policy, at the moment of sampling.
         mask: [N, T] bool, True on sampled tokens.
-        cap: greatest weight.
+        cap, floor: greatest and least ratio.
+        mode: what is done with a ratio outside: `truncate` to the bound, or `mask`, weight 0.
         level: `token`, each token by its own ratio (biased, low variance); `sequence`, all tokens of a rollout by the
             product of their ratios.
 
@@ -143,4 +257,6 @@ def truncated_importance_weights(trainer: Tensor, engine: Tensor, mask: Tensor, 
     log_ratio = torch.where(mask, trainer - engine, 0.0)
     if level == "sequence":
         log_ratio = log_ratio.sum(dim=1, keepdim=True)
-    return log_ratio.exp().clamp(max=cap) * mask
+    ratio = log_ratio.exp()
+    inside = (ratio >= floor) & (ratio <= cap)
+    return torch.where(inside, ratio, 0.0) * mask if mode == "mask" else ratio.clamp(floor, cap) * mask

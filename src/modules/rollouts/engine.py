@@ -1,5 +1,7 @@
 """The interface of rollout engines."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,14 +16,41 @@ class RolloutEngine(Protocol):
     """Writes `n` rationales of at most `max_new_tokens` for each prompt: greedy at temperature 0, equal for equal seeds.
 
     The seed is one for all prompts, or [N] int64, one for each: a prompt's rationales then depend on no other prompt. An
-    engine that copies the weights may have `holding(policy)`, a context in which it copies them once for all calls.
+    engine that copies the weights may have `holding(policy)`, a context in which it copies them once for all calls, and
+    `generate_all(policy, requests)`, which answers several requests together.
+
+    Attributes:
+        exact: its log-probs are the trainer's but for rounding, so that the gradient needs no importance weights.
     """
 
     max_new_tokens: int
+    exact: bool
 
     def generate(
         self, policy: Policy, prompts: Prompts, n: int, temperature: float, seed: int | Tensor, prefixes: bool = False
     ) -> Rollouts: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """Prompts and what is to be written for them: the arguments of `RolloutEngine.generate`."""
+
+    prompts: Prompts
+    n: int
+    temperature: float
+    seed: int | Tensor
+    prefixes: bool = False
+
+
+def generate_all(engine: RolloutEngine, policy: Policy, requests: Sequence[Request]) -> list[Rollouts]:
+    """Returns the rollouts of each request, from one call if the engine has one for all of them."""
+    together = getattr(engine, "generate_all", None)
+    if together is not None:
+        written: list[Rollouts] = together(policy, requests)
+        return written
+    return [
+        engine.generate(policy, one.prompts, n=one.n, temperature=one.temperature, seed=one.seed, prefixes=one.prefixes) for one in requests
+    ]
 
 
 def end_tokens(policy: Policy) -> Tensor:

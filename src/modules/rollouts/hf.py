@@ -59,6 +59,8 @@ class HFEngine:
             2 bytes a weight. Sharded weights are not copied.
     """
 
+    exact = True
+
     def __init__(self, max_new_tokens: int, batch_tokens: int = 2**18, cuda_graphs: bool = True, cast_weights: bool = True) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"rollout.max_new_tokens={max_new_tokens}: a rationale needs at least one token")

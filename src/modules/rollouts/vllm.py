@@ -2,8 +2,8 @@
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,16 +12,17 @@ from torch import Tensor, distributed
 
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import Prompts
-from src.modules.rollouts.engine import end_tokens
-from src.modules.rollouts.vllm_engine import Engine, EngineError, one_line, require_vllm, start
+from src.modules.rollouts.engine import Request, end_tokens
+from src.modules.rollouts.vllm_engine import Engine, EngineError, one_line, require_vllm, start, vocabulary_of
 from src.modules.types import Rollouts, join
 
 
 class VLLMEngine:
     """Samples rationales through vLLM, in this process.
 
-    The policy's weights are copied at every call (within `holding` once), so no stale copy is sampled from. vLLM starts at
-    the first call. It gives no hidden states, so an encode pass computes the embeddings.
+    The policy's weights are copied at every call (within `holding` once) and compared with the policy's, so no stale copy is
+    sampled from. vLLM starts at the first call. It gives no hidden states, so an encode pass computes the embeddings. Tokens
+    that the tokenizer does not have, whose rows pad the embeddings of some models, are never sampled.
 
     Args:
         max_new_tokens: longest rationale, EOS included.
@@ -37,6 +38,8 @@ class VLLMEngine:
         ValueError: a length or a number out of range.
         ImportError: vLLM is not installed.
     """
+
+    exact = False
 
     def __init__(
         self,
@@ -68,13 +71,12 @@ class VLLMEngine:
         """Keeps the engine awake with the policy's present weights: for many calls between which these do not change."""
         with isolate_rng(), ExitStack() as stack:
             with torch.autocast(policy.device.type, enabled=False), _plain_errors():
-                self._held = stack.enter_context(self.started(policy).loaded(policy.model))
+                self._held = stack.enter_context(self.started(policy).loaded(policy))
             try:
                 yield
             finally:
                 self._held = None
 
-    @torch.no_grad()
     def generate(
         self, policy: Policy, prompts: Prompts, n: int = 1, temperature: float = 1.0, seed: int | Tensor = 0, prefixes: bool = False
     ) -> Rollouts:
@@ -93,33 +95,30 @@ class VLLMEngine:
 
         Raises:
             ValueError: a prompt that leaves no room for a rationale.
-            EngineError: vLLM cannot start, or died.
+            EngineError: vLLM cannot start, died, or has other weights than the policy.
         """
-        if temperature == 0:
-            seed = seed if isinstance(seed, int) else seed.repeat_interleave(n)
-            prompts, n = prompts.repeat(n), 1
-        longest, limit = int(prompts.lengths.max()), self._limit(policy)
+        return self.generate_all(policy, [Request(prompts, n, temperature, seed)])[0]
+
+    @torch.no_grad()
+    def generate_all(self, policy: Policy, requests: Sequence[Request]) -> list[Rollouts]:
+        """Returns what `generate` returns for each request; the weights are copied once, and vLLM writes all of them together."""
+        longest, limit = max(int(request.prompts.lengths.max()) for request in requests), self._limit(policy)
         if longest >= limit:
             raise ValueError(
                 f"a prompt of {longest} tokens leaves no room for a rationale: vLLM was set up for {limit} tokens of both. "
                 "Raise rollout.max_prompt_tokens if the policy's context is longer, or lower module.max_prompt_tokens"
             )
-        loaded = nullcontext(self._held) if self._held is not None else self.started(policy).loaded(policy.model)
-        with isolate_rng(), torch.autocast(policy.device.type, enabled=False), _plain_errors(), loaded as llm:
-            outputs = self._run(llm, self._requests(policy, prompts, n, temperature, seed))
-        written = [completion for output in outputs for completion in output.outputs]
-        return join(
-            prompts.repeat(n),
-            [torch.tensor(list(completion.token_ids)) for completion in written],
-            torch.tensor([completion.finish_reason == "stop" for completion in written]),
-            policy.pad_id,
-            [torch.tensor(completion.logprobs.logprobs) for completion in written],
-        ).to(policy.device)
+        with isolate_rng(), torch.autocast(policy.device.type, enabled=False), _plain_errors(), ExitStack() as stack:
+            llm = self._held or stack.enter_context(self.started(policy).loaded(policy))
+            asked = [self._asked(policy, request) for request in requests]
+            outputs = iter(self._run(llm, [one for part in asked for one in part]))
+        return [_joined(policy, request, [next(outputs) for _ in part]) for request, part in zip(requests, asked, strict=True)]
 
     def started(self, policy: Policy) -> Engine:
         """Returns the running engine of policies like this one."""
         config = copy.deepcopy(policy.model.config)
         config.architectures, config.name_or_path = [type(policy.model).__name__], ""
+        config.get_text_config().vocab_size = vocabulary_of(policy)
         return start(
             config=config.to_json_string(),
             max_model_len=self._limit(policy),
@@ -129,7 +128,7 @@ class VLLMEngine:
             sleep=self.sleep,
             tensor_parallel=self.tensor_parallel,
             extra=json.dumps(self.extra, sort_keys=True),
-            local_rank=policy.device.index or 0,
+            device=str(policy.device),
         )
 
     def _limit(self, policy: Policy) -> int:
@@ -137,13 +136,19 @@ class VLLMEngine:
         wanted = self.max_prompt_tokens + self.max_new_tokens
         return min(wanted, policy.context or wanted)
 
-    def _requests(self, policy: Policy, prompts: Prompts, n: int, temperature: float, seed: int | Tensor) -> list[tuple[Any, Any]]:
-        """Returns a prompt and its sampling parameters each; rollout k of a prompt draws from the prompt's seed plus k."""
+    def _asked(self, policy: Policy, request: Request) -> list[tuple[Any, Any]]:
+        """Returns a prompt and its sampling parameters each; rollout k of a prompt draws from the prompt's seed plus k.
+
+        A greedy prompt stands there n times, as vLLM takes no n > 1 then.
+        """
         from vllm import SamplingParams
 
+        prompts, n, seed = request.prompts, request.n, request.seed
         if isinstance(seed, int):
             seed = torch.randint(2**62, (len(prompts),), generator=torch.Generator().manual_seed(seed))
-        common: dict[str, Any] = {"n": n, "temperature": temperature, "stop_token_ids": end_tokens(policy).tolist()}
+        if request.temperature == 0:
+            prompts, seed, n = prompts.repeat(n), seed.repeat_interleave(n), 1
+        common: dict[str, Any] = {"n": n, "temperature": request.temperature, "stop_token_ids": end_tokens(policy).tolist()}
         common |= {"logprobs": 0, "flat_logprobs": True, "detokenize": False}  # log-probs of the sampled token alone
         rooms = (self._limit(policy) - prompts.lengths).clamp(max=self.max_new_tokens)
         return [
@@ -167,16 +172,32 @@ class VLLMEngine:
         return outputs[own]
 
 
+def _joined(policy: Policy, request: Request, outputs: Sequence[Any]) -> Rollouts:
+    """Joins the prompts of a request with what vLLM wrote for them."""
+    written = [completion for output in outputs for completion in output.outputs]
+    return join(
+        request.prompts.repeat(request.n),
+        [torch.tensor(list(completion.token_ids)) for completion in written],
+        torch.tensor([completion.finish_reason == "stop" for completion in written]),
+        policy.pad_id,
+        [torch.tensor(completion.logprobs.logprobs) for completion in written],
+    ).to(policy.device)
+
+
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     """Turns the engine's errors into one line that says which setting to lower; the next call starts a new engine."""
-    from vllm.exceptions import VLLMServerError
-
     try:
         yield
-    except (VLLMServerError, torch.OutOfMemoryError) as error:
+    except (_server_error(), torch.OutOfMemoryError) as error:  # looked up when there is an error: before its start vLLM is not imported
         start.cache_clear()
         raise EngineError(
             f"vLLM died while it wrote rationales ({one_line(error)}). If memory was short, lower rollout.gpu_memory_utilization, "
             "module.num_generations or rollout.max_new_tokens; ckpt_path=<run>/checkpoints/last.ckpt goes on from the last checkpoint"
         ) from error
+
+
+def _server_error() -> type[Exception]:
+    from vllm.exceptions import VLLMServerError
+
+    return VLLMServerError

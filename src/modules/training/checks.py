@@ -39,6 +39,17 @@ def check_settings(h: Mapping[str, Any], frozen_encoder: bool, algorithm: Algori
         raise ValueError(f"module.distill_loss={h['distill_loss']!r}: it is {' or '.join(LOSSES)}")
     if not h["distill_weight"] >= 0:
         raise ValueError(f"module.distill_weight={h['distill_weight']}: it must be at least 0")
+    if algorithm.term_advantage is not None and h["also_learn_from"]:
+        raise ValueError(
+            f"module.also_learn_from={list(h['also_learn_from'])}: queries and negatives are rewarded by totals, which "
+            "algorithm.term_advantage takes apart; set one of the two to [] or null"
+        )
+    group = h["max_prompt_tokens"] + h["num_generations"] * h["max_new_tokens"]
+    if algorithm.kl_coef and algorithm.kl_in == "pairs" and h["micro_batch_tokens"] < group:
+        raise ValueError(
+            f"module.micro_batch_tokens={h['micro_batch_tokens']}: algorithm.kl_in=pairs compares all rollouts of a text in one pass, "
+            f"which may take {group} tokens (max_prompt_tokens + num_generations * max_new_tokens)"
+        )
     if pathwise and not h["pathwise_roles"]:
         raise ValueError(
             f"module.pathwise_roles=[] and module.pathwise_weight={pathwise}: no embedding would be moved; set the weight to 0"

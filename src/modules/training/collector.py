@@ -16,7 +16,7 @@ from src.modules.policy.model import Policy
 from src.modules.policy.pooling import pool, pool_prefixes
 from src.modules.policy.reference import Reference
 from src.modules.prompt.renderer import PromptRenderer
-from src.modules.rollouts.engine import RolloutEngine
+from src.modules.rollouts.engine import Request, RolloutEngine, generate_all
 from src.modules.types import CONTEXT_ROLES, Embeddings, GreedyRollouts, PlainTexts, Role, RoleRollouts, RolloutBatch, Rollouts
 from src.records import Triplet
 from src.utils.timing import timed
@@ -71,19 +71,27 @@ class Collector:
             raise ValueError("module.also_learn_from names negatives, and the records have none: leave it out")
         learned: list[Role] = ["positive", *self.also_learn_from]
         context_roles = tuple(role for role in CONTEXT_ROLES if role not in learned and (role == "query" or m))
+        texts = [texts_of(own, role) for role in context_roles]
         with timed(seconds, "rollout"):
-            sampled = {role: self._sample([texts_of(own, role)], len(own), (number, STREAMS[role]), self.temperature) for role in learned}
-            texts, context = [texts_of(own, role) for role in context_roles], None
+            requests = [self._request([texts_of(own, role)], len(own), (number, STREAMS[role]), self.temperature) for role in learned]
             if texts:
-                context = self._sample(texts, len(own), (number, CONTEXT_STREAM), self.context_temperature, n=1)
+                requests.append(self._request(texts, len(own), (number, CONTEXT_STREAM), self.context_temperature, n=1))
+            if self.algorithm.greedy_baseline:
+                requests += [self._request([texts_of(own, role)], len(own), (number, GREEDY_STREAM), 0.0, n=1) for role in learned]
+            written = generate_all(self.engine, self.policy, requests)  # in one call, where the engine copies the weights for each
+        sampled = dict(zip(learned, written, strict=False))
+        context = written[len(learned)] if texts else None
         with timed(seconds, "encode"):
+            greedy = {}
+            if self.algorithm.greedy_baseline:
+                greedy = {role: self._greedy(part, len(own)) for role, part in zip(learned, written[-len(learned) :], strict=True)}
             encoded = {role: self._encode(rollouts) for role, rollouts in sampled.items()}
             first = {role: vectors.unflatten(0, (-1, self.num_generations))[:, 0] for role, (vectors, _, _) in encoded.items()}
             if context is not None:
                 vectors = unit_vectors(self.policy, context, self.encode_batch_size)
                 first |= zip(context_roles, vectors.split([len(part) for part in texts]), strict=True)
             plain = self._plain(sampled, context, context_roles, len(own)) if self.distill_weight else {}
-        roles = {role: self._gather(own, role, rollouts, *encoded[role], number, seconds) for role, rollouts in sampled.items()}
+        roles = {role: self._gather(own, role, part, *encoded[role], greedy.get(role), seconds) for role, part in sampled.items()}
         negative = first["negative"] if m else first["query"][:0]
         embeddings = Embeddings(
             query=self.ranks.gather(first["query"], len(own)),
@@ -97,7 +105,7 @@ class Collector:
             context_roles=context_roles,
             context=context if context is None else context.tokens_alone(),
             instance_ids=ids,
-            rollout_tokens=sum(int(part.rationale_lengths.sum()) for part in (*sampled.values(), *([context] if context else []))),
+            rollout_tokens=sum(int(part.rationale_lengths.sum()) for part in written),
             distinct_rationales=self._distinct(sampled["positive"], len(own)),
             seconds=seconds,
             plain=plain,
@@ -118,10 +126,10 @@ class Collector:
             found[role] = PlainTexts(texts.tokens_alone(), self.ranks.gather(vectors, instances))
         return found
 
-    def _sample(
+    def _request(
         self, texts: Sequence[list[str]], instances: int, stream: tuple[int, int], temperature: float, n: int | None = None
-    ) -> Rollouts:
-        """Samples n rollouts (None: K) of the texts of some roles, role after role."""
+    ) -> Request:
+        """Returns a request for n rollouts (None: K) of the texts of some roles, role after role."""
         prompts = self.renderer([text for part in texts for text in part])
         # a seed for each text by its place among those of all ranks, so that the number of ranks changes nothing; a tuple of ints hashes to
         # the same number in every process
@@ -130,7 +138,7 @@ class Collector:
         drawn = torch.randint(2**62, (sum(sizes),), generator=generator)
         seeds = torch.cat([self.ranks.own(part, instances) for part in drawn.split(sizes)])
         k, prefixes = (self.num_generations, self.algorithm.gae_lambda is not None) if n is None else (n, False)
-        return self.engine.generate(self.policy, prompts, n=k, temperature=temperature, seed=seeds, prefixes=prefixes)
+        return Request(prompts, k, temperature, seeds, prefixes)
 
     def _encode(self, rollouts: Rollouts) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Returns unit vectors [g*K, D], log-probs [g*K, T] and prefix vectors [g*K, R + 1, D], the last two None if not needed.
@@ -166,20 +174,17 @@ class Collector:
         vectors: Tensor,
         logprobs: Tensor | None,
         prefixes: Tensor | None,
-        number: int,
+        greedy: GreedyRollouts | None,
         seconds: dict[str, float],
     ) -> RoleRollouts:
-        """Adds the reference's log-probs and greedy rollouts, and gathers over the ranks what rewards, shaping and credit need."""
-        reference = divergence = greedy = None
+        """Adds the reference's log-probs, and gathers over the ranks what rewards, shaping and credit need."""
+        reference = divergence = None
         ids = ids_of(own, role)
         if self.reference is not None:
             with timed(seconds, "reference"):
                 reference = self.reference.logprobs(rollouts, self.num_generations, self.micro_batch_tokens, self.temperature)
         if self.algorithm.kl_in_reward and logprobs is not None and reference is not None:
             divergence = from_tokens(self.algorithm.divergence(logprobs, reference, rollouts.rationale_mask), rollouts)
-        if self.algorithm.greedy_baseline:
-            with timed(seconds, "greedy"):
-                greedy = self._greedy(texts_of(own, role), len(own), number)
 
         def everywhere(values: Tensor) -> Tensor:
             return self.ranks.gather(values.unflatten(0, (len(ids), -1)), len(own))
@@ -205,8 +210,7 @@ class Collector:
             greedy=greedy,
         )
 
-    def _greedy(self, texts: list[str], instances: int, number: int) -> GreedyRollouts:
-        rollouts = self._sample([texts], instances, (number, GREEDY_STREAM), 0.0, n=1)
+    def _greedy(self, rollouts: Rollouts, instances: int) -> GreedyRollouts:
         vectors = unit_vectors(self.policy, rollouts, self.encode_batch_size)
         parts = (vectors, rollouts.rationale_lengths, rollouts.finished)
         return GreedyRollouts(*(self.ranks.gather(part.unsqueeze(1), instances) for part in parts))

@@ -50,7 +50,7 @@ class GRACEMetrics:
         update: what Updater.update returns, and with a pathwise term pathwise_reward, the mean of the reward that it differentiates.
         logprob_mismatch: mean and largest absolute difference between the log-probs of engine and trainer, in nats a token; nan if no
             step was taken or the engine does not report them.
-        seconds: of the phases rollout, encode, update, reference and greedy, as far as the algorithm has them; of the slowest rank.
+        seconds: of the phases rollout, encode, update and reference, as far as the algorithm has them; of the slowest rank.
         rollout_tokens: tokens sampled, all roles.
         update_tokens: tokens of the sequences that were updated on, a shared prompt counted for each rollout; 0 if no step was taken.
         instance_ids: B record ids.

@@ -226,7 +226,7 @@ class Updater:
             columns = mask.shape[1]
             old, reference = (None if x is None else x[rows, :columns] for x in (experience.old_logprobs, experience.reference_logprobs))
             old, advantages = logprobs.detach() if old is None else old, experience.advantages[rows, :columns]
-            tokens = algorithm.token_loss(logprobs, old, advantages, mask, reference, part.logprobs)
+            tokens = algorithm.token_loss(logprobs, old, advantages, mask, reference, part.logprobs, entropy, rows // k)
             own = (tokens.loss.sum(dim=1) * weights).sum()
             loss = loss + self.score_function_weight * own
             if minibatch.first and part.logprobs is not None:

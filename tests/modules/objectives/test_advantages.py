@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.modules.objectives.advantages import grpo, reinforce_pp, reinforce_pp_baseline, remax, rloo
+from src.modules.objectives.advantages import best_of_group, grpo, reinforce_pp, reinforce_pp_baseline, remax, rloo
 from tests import oracles
 
 BASELINE = torch.tensor([0.3, -1.0, 2.0, 0.0, 0.7], dtype=torch.float64)
@@ -46,6 +46,12 @@ def test_equal_or_left_out_rewards_change_nothing(name):
     other[1, 2] = 1e6
     torch.testing.assert_close(advantage(rewards, keep), advantage(other, keep))
     assert advantage(other, keep)[1, 2] == 0
+
+
+def test_best_of_group_is_one_that_is_kept():
+    rewards, keep = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0], [5.0, 5.0, 5.0], [4.0, 2.0, 9.0]]), torch.ones(4, 3, dtype=torch.bool)
+    keep[1, 1] = keep[3, 1] = keep[3, 2] = False
+    assert best_of_group(rewards, keep).tolist() == [[0, 1, 0], [0, 0, 1], [0, 0, 0], [0, 0, 0]]
 
 
 def test_rloo_is_scaled_grpo():

@@ -10,15 +10,19 @@ from torch import Tensor
 
 from src.modules.objectives.losses import (
     ESTIMATORS,
+    cispo,
     constant,
+    entropy_loss,
+    gspo,
+    importance_weights,
     k1,
     k2,
     k3,
     ppo_clip,
     reinforce,
+    sapo,
     sequence_mean,
     token_mean,
-    truncated_importance_weights,
 )
 from tests.oracles import ppo_clip_oracle
 
@@ -58,14 +62,40 @@ def test_clipped_tokens_and_divergence_are_counted():
 
 def test_masked_positions_may_hold_anything():
     mask = torch.tensor([[True, False]])
-    for loss in (ppo_clip, reinforce):
+    for loss in (ppo_clip, reinforce, gspo, cispo, sapo):
         new = torch.tensor([[0.1, torch.inf]], requires_grad=True)
         result = loss(new, torch.zeros(1, 2), torch.ones(1, 2), mask)
         result.loss.sum().backward()
         assert torch.isfinite(result.loss).all()
         assert torch.isfinite(new.grad).all()
-    weights = truncated_importance_weights(torch.tensor([[0.0, torch.inf]]), torch.zeros(1, 2), mask, 2.0, "sequence")
-    assert weights.tolist() == [[1.0, 0.0]]
+    for mode in ("truncate", "mask"):
+        weights = importance_weights(torch.tensor([[0.0, torch.inf]]), torch.zeros(1, 2), mask, 2.0, 0.5, "sequence", mode)
+        assert weights.tolist() == [[1.0, 0.0]]
+
+
+def test_large_ratios_have_finite_gradients():
+    new = torch.tensor([[150.0, -150.0, 0.0]], requires_grad=True)
+    for advantage in (1.0, -1.0):
+        sapo(new, torch.zeros(1, 3), torch.full((1, 3), advantage), torch.ones(1, 3, dtype=torch.bool)).loss.sum().backward()
+        assert torch.isfinite(new.grad).all()
+
+
+# ---- entropy
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.4])
+def test_mean_gradient_of_the_entropy_is_exact(noise):
+    """Over tokens drawn from the sampling policy, which differs from the present one by `noise`."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, dtype=torch.float64, generator=generator).requires_grad_()
+    old = (logits.detach() + noise * torch.randn(7, dtype=torch.float64, generator=generator)).log_softmax(0)
+    policy = logits.log_softmax(0)
+    entropy = -(policy.exp() * policy).sum()
+    tokens, every = policy.unsqueeze(1), torch.ones(7, 1, dtype=torch.bool)
+    losses = entropy_loss(tokens, old.unsqueeze(1), entropy.detach().expand(7, 1), every)
+    torch.testing.assert_close(losses.detach(), -entropy.detach().expand(7, 1))
+    ours, exact = (torch.autograd.grad(v, logits, retain_graph=True)[0] for v in ((old.exp().unsqueeze(1) * losses).sum(), -entropy))
+    torch.testing.assert_close(ours, exact)
 
 
 # ---- sums over tokens
@@ -124,20 +154,23 @@ def test_estimator_means_and_gradients_over_a_distribution(seed):
 
 
 @levels
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
 @settings(max_examples=30, deadline=None)
-@given(n=st.integers(1, 4), t=st.integers(1, 5), cap=st.floats(0.5, 4), seed=seeds)
-def test_importance_weights_are_capped_ratios(level, n, t, cap, seed):
+@given(n=st.integers(1, 4), t=st.integers(1, 5), floor=st.floats(0, 0.9), cap=st.floats(1, 4), seed=seeds)
+def test_importance_weights_are_bounded_ratios(level, mode, n, t, floor, cap, seed):
     generator = torch.Generator().manual_seed(seed)
     trainer = torch.randn(n, t, dtype=torch.float64, generator=generator).requires_grad_()
     engine = torch.randn(n, t, dtype=torch.float64, generator=generator)
     mask = torch.rand(n, t, generator=generator) > 0.3
-    weights = truncated_importance_weights(trainer, engine, mask, cap, level)
+    weights = importance_weights(trainer, engine, mask, cap, floor, level, mode)
     assert not weights.requires_grad
     for i in range(n):
         ratios = {s: (trainer[i, s] - engine[i, s]).exp().item() for s in range(t) if mask[i, s]}
         product = torch.tensor(list(ratios.values()), dtype=torch.float64).prod().item()
         for s in range(t):
-            expected = min(ratios[s] if level == "token" else product, cap) if s in ratios else 0.0
+            ratio = ratios.get(s, 0.0) if level == "token" or s not in ratios else product
+            bounded = min(max(ratio, floor), cap)
+            expected = 0.0 if s not in ratios or (mode == "mask" and ratio != bounded) else bounded
             assert weights[i, s].item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -147,5 +180,5 @@ def test_importance_weights_correct_the_mean(level):
     generator = torch.Generator().manual_seed(0)
     trainer, engine = torch.randn(2, 6, 1, dtype=torch.float64, generator=generator).log_softmax(1)
     f = torch.randn(6, 1, dtype=torch.float64, generator=generator)
-    weights = truncated_importance_weights(trainer, engine, torch.ones(6, 1, dtype=torch.bool), 1e9, level)
+    weights = importance_weights(trainer, engine, torch.ones(6, 1, dtype=torch.bool), 1e9, 0.0, level)
     torch.testing.assert_close((engine.exp() * weights * f).sum(), (trainer.exp() * f).sum())

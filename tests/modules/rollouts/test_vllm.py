@@ -11,15 +11,16 @@ from peft import LoraConfig
 
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.settings import EncoderSettings
-from src.modules.policy.lora import add_lora
+from src.modules.policy.lora import add_lora, without_lora
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import Prompts
 from src.modules.rollouts import vllm_engine
-from src.modules.rollouts.engine import end_tokens
+from src.modules.rollouts.engine import Request, end_tokens
 from src.modules.rollouts.hf import HFEngine
+from src.modules.rollouts.vllm_engine import EngineError
 from src.modules.types import Rollouts
-from tests.builders import KINDS
-from tests.vllm_builders import NEEDS_VLLM, TEXTS, check_rationales, engine, largest_mismatch, policy_of, prompts_of, step
+from tests.builders import KINDS, small_tokenizer
+from tests.vllm_builders import NEEDS_VLLM, TEXTS, check_rationales, engine, largest_mismatch, policy_of, prompts_of, random_policy, step
 
 pytestmark = NEEDS_VLLM
 
@@ -77,23 +78,70 @@ def test_any_change_of_weights_reaches_the_engine(way: str) -> None:
     assert_greedy_as_hf(policy)
 
 
-@pytest.mark.parametrize("left_out", ["push", "head", "prefix"])
-def test_stale_copy_shows_in_log_probs(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("left_out", "dtype"),
+    [("push", "float32"), ("head", "float32"), ("adapters", "float32"), ("push", "bfloat16"), ("adapters", "bfloat16")],
+)
+def test_stale_copy_is_an_error(left_out: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_of()
+    if left_out == "adapters":
+        add_lora(policy.model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))  # zeros at first
+    generate = functools.partial(engine(dtype=dtype).generate, policy, prompts_of(policy), temperature=0.0)
+    before = generate().input_ids
+    for _ in range(3):
+        step(policy)
+    left = {
+        "push": ("push", lambda llm, model: None),
+        "head": ("_repack_head", lambda model: None),
+        "adapters": ("named_weights", functools.partial(without_adapters, vllm_engine.named_weights)),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_engine, *left[left_out])
+        with pytest.raises(EngineError, match=rf"^vLLM does not sample from the policy's weights: .* rounding in {dtype} explains"):
+            generate()
+    assert not torch.equal(generate().input_ids, before)
+
+
+def without_adapters(named_weights: Any, model: Any) -> Any:
+    with without_lora(model):
+        yield from named_weights(model)
+
+
+def test_stale_keys_show_in_log_probs(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of()
     prompts = prompts_of(policy)
     assert prompts.lengths.max() > 2 * 32  # more than a block of the prefix cache
     assert largest_mismatch(policy, engine().generate(policy, prompts, temperature=0.0)) < 1e-4
     step(policy)
     with monkeypatch.context() as patch:
-        if left_out == "push":
-            patch.setattr(vllm_engine, "push", lambda llm, model: None)
-        elif left_out == "head":
-            patch.setattr(vllm_engine, "_repack_head", lambda model: None)
-        else:
-            llm = engine().started(policy).llm
-            patch.setattr(llm, "reset_prefix_cache", lambda: True)
+        patch.setattr(engine().started(policy).llm, "reset_prefix_cache", lambda: True)
         assert largest_mismatch(policy, engine().generate(policy, prompts, temperature=0.0)) > 1e-2
     assert largest_mismatch(policy, engine().generate(policy, prompts, temperature=0.0)) < 1e-4
+
+
+def test_requests_are_answered_together() -> None:
+    policy = policy_of()
+    prompts, one = prompts_of(policy), engine()
+    asked = [Request(prompts, 3, 1.0, 5), Request(prompts, 1, 0.7, 6), Request(prompts, 2, 0.0, 0)]
+    for request, rollouts in zip(asked, one.generate_all(policy, asked), strict=True):
+        alone = one.generate(policy, prompts, request.n, request.temperature, request.seed)
+        assert torch.equal(rollouts.input_ids, alone.input_ids)
+        torch.testing.assert_close(rollouts.logprobs, alone.logprobs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "untied"])
+def test_rows_that_pad_the_vocabulary_are_never_sampled(kind: str) -> None:
+    known = len(small_tokenizer())
+    policy = random_policy(kind, vocab_size=known + 70, hidden_size=64, num_attention_heads=2)
+    with torch.no_grad():
+        policy.model.get_output_embeddings().weight[known:] *= 20  # else they would be the likeliest
+    prompts = prompts_of(policy)
+    rollouts = engine().generate(policy, prompts, n=4)
+    assert rollouts.input_ids.max() < known
+    logits = policy.model(rollouts.input_ids).logits[:, :-1]
+    assert (logits[rollouts.rationale_mask[:, 1:]].argmax(dim=-1) >= known).float().mean() > 0.2
+    own = logits[..., :known].log_softmax(-1).gather(-1, rollouts.input_ids[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(rollouts.logprobs[:, 1:], own * rollouts.rationale_mask[:, 1:], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

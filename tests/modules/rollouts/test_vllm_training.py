@@ -10,12 +10,13 @@ import torch
 
 from src.callbacks.checkpoint import RolloutCheckpoint
 from src.modules.grace import GRACE
-from src.modules.objectives.advantages import grpo
+from src.modules.objectives.advantages import grpo, remax
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.losses import ppo_clip
 from src.modules.objectives.rewards import listwise
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import Prompts
+from src.modules.rollouts import vllm_engine
 from src.modules.rollouts.hf import HFEngine
 from src.modules.rollouts.vllm_engine import EngineError
 from src.modules.types import Rollouts
@@ -31,6 +32,8 @@ pytestmark = NEEDS_VLLM
 class SamePositives:
     """Positives always from HFEngine, as no two engines draw alike; greedy queries and negatives from another engine."""
 
+    exact = True
+
     def __init__(self, others: Any) -> None:
         self.max_new_tokens, self.others = others.max_new_tokens, others
 
@@ -44,7 +47,7 @@ def grace(rollouts: Any, **settings: Any) -> GRACE:
         policy_of(),
         rollouts,
         listwise,
-        Algorithm(grpo, ppo_clip, **settings),
+        Algorithm(**{"advantage": grpo, "loss": ppo_clip, **settings}),
         instruction="Name the terms.",
         max_prompt_tokens=100,
         num_generations=4,
@@ -88,12 +91,25 @@ def test_mismatch_is_rounding_and_engine_is_not_saved(updates: int) -> None:
     assert set(module.state_dict()) == names
 
 
-def test_stale_copy_shows_in_the_metric(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_copy_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     module = grace(engine(12))
     fit(module)
     monkeypatch.setattr("src.modules.rollouts.vllm_engine.push", lambda llm, model: None)
-    reports = fit(module, [TRIPLETS] * 2).reports
-    assert all(report.logprob_mismatch[1] > 1e-3 for report in reports)
+    with pytest.raises(EngineError, match=r"^vLLM does not sample from the policy's weights"):
+        fit(module)
+
+
+def test_one_push_and_one_call_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = grace(engine(12), greedy_baseline=True, advantage=remax)
+    llm = module.engine.started(module.policy).llm
+    pushes, calls = [], []
+    push, generate = vllm_engine.push, llm.generate
+    monkeypatch.setattr(vllm_engine, "push", lambda *args: pushes.append(1) or push(*args))
+    monkeypatch.setattr(llm, "generate", lambda prompts, *args, **kwargs: calls.append(len(prompts)) or generate(prompts, *args, **kwargs))
+    fit(module, [TRIPLETS] * 2)
+    assert len(pushes) == 2
+    b = len(TRIPLETS)
+    assert calls == [1, 4 * b] * 2  # the known text; positives, queries and negatives, greedy positives
 
 
 def test_run_resumes_after_the_engine_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

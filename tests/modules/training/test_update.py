@@ -9,7 +9,8 @@ from peft import LoraConfig
 
 from src.modules.encoder.export import load_policy
 from src.modules.grace import GRACE
-from src.modules.objectives.losses import truncated_importance_weights
+from src.modules.objectives.advantages import rloo
+from src.modules.objectives.losses import importance_weights, reinforce
 from src.modules.objectives.rewards import document
 from src.modules.policy.model import Policy
 from src.modules.rollouts.hf import HFEngine
@@ -63,7 +64,7 @@ def test_divergence_in_reward_is_subtracted() -> None:
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_gradient_has_truncated_importance_weights(level: str) -> None:
+def test_gradient_has_importance_weights(level: str) -> None:
     watch = fit(make(engine=Inexact(6), algorithm={"tis_cap": 1.1, "tis_level": level, "truncation": "none"}))
     start = make(engine=Inexact(6))
     with torch.no_grad():
@@ -71,7 +72,7 @@ def test_gradient_has_truncated_importance_weights(level: str) -> None:
     logprobs, _ = start.policy.logprobs(rollouts, start.policy.hidden_states(rollouts))
     mask = rollouts.rationale_mask
     assert rollouts.logprobs is not None
-    ratios = truncated_importance_weights(logprobs, rollouts.logprobs, mask, 1.1, level)  # type: ignore[arg-type]
+    ratios = importance_weights(logprobs, rollouts.logprobs, mask, 1.1, level=level)  # type: ignore[arg-type]
     assert 0 < (ratios == 1.1).sum() < mask.sum()
     advantages = watch.reports[0].advantages.flatten().unsqueeze(1)
     (-(ratios * advantages * logprobs * mask).sum() / mask.sum()).backward()
@@ -134,3 +135,32 @@ def test_checkpoint_keeps_adapters_and_held_groups(tiny_policy_folder: Path, tmp
     texts = first.renderer(["some text", "another"])
     pooled = [HFEngine(4).generate(one, texts, n=1, temperature=0.0).embeddings for one in (first.policy, policy)]
     torch.testing.assert_close(*pooled)
+
+
+def copg(kl_coef: float = 0.1) -> dict[str, object]:
+    return {"advantage": rloo, "loss": reinforce, "kl_coef": kl_coef, "kl_estimator": "k1", "kl_in": "pairs", "updates_per_batch": 2}
+
+
+def test_pairs_are_compared_whole_in_any_micro_batches() -> None:
+    group = 100 + 3 * 6
+    runs = [fit(make(algorithm=copg(), micro_batch_tokens=size, ends_early=True)).gradients for size in (group, 8192)]
+    without = fit(make(algorithm=copg(0.0), ends_early=True)).gradients
+    for small, large in zip(*runs, strict=True):
+        assert off(small, large) < 1e-4
+    assert off(without[1], runs[1][1]) > 1e-4  # from the second update on the policy has left its start
+    with pytest.raises(ValueError, match=rf"micro_batch_tokens={group - 1}: .*may take {group} tokens"):
+        make(algorithm=copg(), micro_batch_tokens=group - 1)
+
+
+def test_entropy_coefficient_adds_its_gradient() -> None:
+    plain, more, less = (fit(make(algorithm={"entropy_coef": c, "truncation": "none"})).gradients[0] for c in (0.0, 1.0, 2.0))
+    assert off(more, plain) > 1e-3
+    assert off(less - plain, 2 * (more - plain)) < 1e-3
+
+
+def test_correction_is_the_engines_by_default() -> None:
+    auto, none, three = (make(engine=Inexact(6), algorithm={"tis_cap": cap}) for cap in ("auto", None, 3.0))
+    gradients = [fit(module).gradients[0] for module in (auto, none, three)]
+    assert torch.equal(gradients[0], gradients[2])
+    assert off(gradients[1], gradients[2]) > 1e-3
+    assert make(algorithm={"tis_cap": "auto"}).algorithm.tis_cap is None
