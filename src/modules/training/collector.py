@@ -11,7 +11,7 @@ from src.modules.distributed.ranks import Ranks
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.credit import from_tokens
 from src.modules.objectives.roles import ids_of, same_texts, texts_of
-from src.modules.policy.batching import packed_batches
+from src.modules.policy.batching import embed_all, packed_batches
 from src.modules.policy.model import Policy
 from src.modules.policy.pooling import pool, pool_prefixes
 from src.modules.policy.reference import Reference
@@ -33,7 +33,7 @@ class Collector:
     Attributes:
         policy, engine, renderer, reference, algorithm: of the module; no reference if the algorithm has none.
         ranks: the processes that collect together, each its share of the instances.
-        num_generations, temperature, context_temperature, also_learn_from, micro_batch_tokens, encode_batch_size, seed: see GRACE.
+        num_generations, temperature, context_temperature, also_learn_from, micro_batch_tokens, seed: see GRACE.
     """
 
     policy: Policy
@@ -47,7 +47,6 @@ class Collector:
     context_temperature: float
     also_learn_from: Sequence[Role]
     micro_batch_tokens: int
-    encode_batch_size: int
     seed: int
 
     def collect(self, batch: Sequence[Triplet], number: int) -> RolloutBatch:
@@ -78,7 +77,7 @@ class Collector:
             encoded = {role: self._encode(rollouts) for role, rollouts in sampled.items()}
             first = {role: vectors.unflatten(0, (-1, self.num_generations))[:, 0] for role, (vectors, _, _) in encoded.items()}
             if context is not None:
-                vectors = unit_vectors(self.policy, context, self.encode_batch_size)
+                vectors = unit_vectors(self.policy, context, self.micro_batch_tokens)
                 first |= zip(context_roles, vectors.split([len(part) for part in texts]), strict=True)
         roles = {role: self._gather(own, role, rollouts, *encoded[role], number, seconds) for role, rollouts in sampled.items()}
         negative = first["negative"] if m else first["query"][:0]
@@ -188,7 +187,7 @@ class Collector:
 
     def _greedy(self, texts: list[str], instances: int, number: int) -> GreedyRollouts:
         rollouts = self._sample([texts], instances, (number, GREEDY_STREAM), 0.0, n=1)
-        vectors = unit_vectors(self.policy, rollouts, self.encode_batch_size)
+        vectors = unit_vectors(self.policy, rollouts, self.micro_batch_tokens)
         parts = (vectors, rollouts.rationale_lengths, rollouts.finished)
         return GreedyRollouts(*(self.ranks.gather(part.unsqueeze(1), instances) for part in parts))
 
@@ -198,13 +197,9 @@ class Collector:
         return len(found.unique()) / found.numel()
 
 
-def unit_vectors(policy: Policy, rollouts: Rollouts, batch_size: int) -> Tensor:
-    """Returns [N, D] unit vectors of texts with one rollout each, from the engine, or else from batches of like lengths."""
-    if rollouts.embeddings is not None:
-        return normalize(rollouts.embeddings, dim=-1)
-    order = rollouts.lengths.argsort()
-    parts = [policy.embed(rollouts[rows]) for rows in order.split(batch_size)]
-    return normalize(torch.cat(parts)[order.argsort()], dim=-1)
+def unit_vectors(policy: Policy, rollouts: Rollouts, tokens: int) -> Tensor:
+    """Returns [N, D] unit vectors of texts with one rollout each, from the engine, or else from passes of at most `tokens` tokens."""
+    return normalize(embed_all(policy, rollouts, tokens) if rollouts.embeddings is None else rollouts.embeddings, dim=-1)
 
 
 def negatives_per_instance(batch: Sequence[Triplet]) -> int:
