@@ -40,19 +40,19 @@ def one_of_two(rank: int, port: int, policy_folder: str, folder: str) -> None:
         Path(folder, "bad", file.name).write_text("no database, but long enough to be looked at")
     with pytest.raises(ValueError if rank == 0 else RuntimeError, match="no cache of embeddings" if rank == 0 else "rank 0"):
         run_tasks(own, tasks, None, "tiny", **{**options, "embeddings_dir": Path(folder, "bad")})
-    torch.save({"scores": scores.tasks, "seen": own.seen, "broken": broken.failures}, Path(folder, f"{rank}.pt"))
+    found = {"scores": scores.tasks, "seen": own.seen, "broken": broken.failures}
+    if rank == 0:
+        alone = encoder(policy)
+        found |= {"expected": run_tasks(alone, tasks, None, "tiny").tasks, "texts": set(alone.seen)}
+    torch.save(found, Path(folder, f"{rank}.pt"))
     distributed.destroy_process_group()
 
 
-def test_two_processes_score_as_one(tmp_path: Path, tiny_policy: Policy, tiny_policy_folder: Path) -> None:
+@pytest.mark.timeout(900)
+def test_two_processes_score_as_one(tmp_path: Path, tiny_policy_folder: Path) -> None:
     multiprocessing.spawn(one_of_two, (free_port(), str(tiny_policy_folder), str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    alone = encoder(tiny_policy)
-    expected = run_tasks(alone, offline_tasks(["networkx", "rich"], tmp_path / "cache", SIZE)[:2], None, "tiny")
-    assert first["scores"] == second["scores"] == pytest.approx(expected.tasks, abs=1e-6)
-    assert set(first["seen"]) | set(second["seen"]) == set(alone.seen)
-    shared = len(first["seen"]) + len(second["seen"]) - len(alone.seen)  # a text that makes the shares even
-    assert 0 <= shared <= 4
-    assert len(first["seen"]) == len(second["seen"])
-    assert "no such luck" in next(iter(first["broken"].values()))
-    assert first["broken"] == second["broken"]
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    assert first["scores"] == second["scores"] == pytest.approx(first["expected"], abs=1e-6)
+    assert set(first["seen"]) | set(second["seen"]) == first["texts"]
+    assert len(first["seen"]) == len(second["seen"]) <= len(first["texts"]) / 2 + 2  # a text may make the shares even
+    assert first["broken"] == second["broken"] == {"DocstringRetrieval": "no such luck"}

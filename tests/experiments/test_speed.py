@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.speed import evaluation, rollouts, scaling, step
+from experiments.speed import evaluation, gpu, rollouts, scaling, step
 from experiments.speed.grace_steps import Spec, run
 from experiments.speed.measuring import MIB, alternating, paired_ratio, peak, reset_peak, table
 from experiments.speed.subject import POLICY, ROOT, unending_policy
@@ -103,3 +103,20 @@ def test_without_trl_the_error_names_its_requirements(capsys, tmp_path):
     with pytest.raises(SystemExit):
         step.main(["--trl-python", str(tmp_path / "python")])
     assert "pip install -r experiments/speed/trl-requirements.txt" in capsys.readouterr().err
+
+
+def test_gpu_benchmark_of_a_small_shape(tmp_path, capsys):
+    gpu.main(["--small", "--packages", "joblib", "--output", str(tmp_path / "gpu.md")])
+    rows = [line.split(" | ") for line in (tmp_path / "gpu.md").read_text().splitlines() if "/s |" in line]
+    names = [row[0].removeprefix("| ").split(",")[0] for row in rows]
+    engines = ["rollout=hf", "transformers generate"] * 2
+    assert names == [*engines, "embedding 16 texts", "first update", "update", "update", "a step"]
+    assert all(float(row[-1].removesuffix(" |")) > 1 for row in rows)  # nothing is faster than the floor
+    assert "measured in" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_gpu_benchmark_wants_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "no GPU here: --small measures a tiny shape on the CPU" in capsys.readouterr().err

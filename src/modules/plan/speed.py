@@ -139,7 +139,7 @@ def batch_phases(
     read = reading(shape, [*prompts, *context], width)
     many, few = (writing(shape, texts, n, rationale, width) for texts, n in ((prompts, k), (context, 1)))
     # rationales of both kinds can be written in the same steps, which read the weights once
-    once = width * rationale * (_weights(shape) + shape.vocabulary * shape.hidden) if context and prompts else 0
+    once = width * rationale * (_weights(shape) + shape.vocabulary * shape.hidden)
     written = Phase(many.what, many.flops + few.flops, many.bytes + few.bytes - once)
     passes = [forward(shape, prompts, k, rationale, width)]
     scored = [Phase("scoring by the reference", passes[0].flops, passes[0].bytes)] if reference else []
