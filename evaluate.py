@@ -11,7 +11,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # MTEB's data loaders 
 
 import hydra
 import lightning as L
-import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -36,13 +35,13 @@ def evaluate(cfg: DictConfig) -> dict[str, EvaluationScores]:
     L.seed_everything(cfg.seed, verbose=False)
     trained = latest_export(cfg.paths.output_root) if cfg.model is None else None
     base = str(cfg.base or (trained and start_of_export(trained)) or SMOLLM2)
-    rows = contenders(cfg.model, cfg.rationale, base, cfg.paths.output_root, cfg.model_name)
     try:
+        rows = contenders(cfg.model, cfg.rationale, base, cfg.paths.output_root, cfg.model_name)
         policies, base = load_policies(cfg, rows, base)
         if trained is not None and cfg.base is None:  # the prompt and pooling of its training
             policies[base] = (policies[base][0], policies[str(trained)][1])
         rows = [row.settled(policies[row.path][1].rationale) for row in rows]
-        encoders = {row.name: make_encoder(cfg, *policies[row.path], rationale=bool(row.rationale)) for row in rows}
+        encoders = {row.name: make_encoder(cfg, *policies[row.path], rationale=row.rationale or "both") for row in rows}
         tasks = load_tasks(cfg)
     except (OSError, ModuleNotFoundError, ValueError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
@@ -52,8 +51,7 @@ def evaluate(cfg: DictConfig) -> dict[str, EvaluationScores]:
     for row in rows:
         log.info("%s: %d tasks", row.name, len(tasks))
         encoder, results = encoders[row.name], Path(cfg.results_dir)
-        with torch.autocast(encoder.policy.device.type, dtype=torch.bfloat16, enabled=cfg.bf16):
-            scored = run_tasks(encoder, tasks, results, row.model_name, unavailable=unavailable, announce=True, **options)
+        scored = run_tasks(encoder, tasks, results, row.model_name, unavailable=unavailable, announce=True, **options)
         unavailable |= {task: scored.failures[task] for task in scored.without_data}
         scores[row.name] = scored
         log_scores(cfg, row, scored)

@@ -26,13 +26,21 @@ LONGEST = 300.0
 
 
 class KillAt(L.Callback):
-    """Sends a signal some seconds after a rollout batch has begun, wherever the process then is; to one rank or all."""
+    """Sends a signal some seconds after a rollout batch has begun, wherever the process then is; to one rank or all.
 
-    def __init__(self, batch: int, seconds: float, signal_number: int = signal.SIGKILL, rank: int | None = None) -> None:
-        self.batch, self.seconds, self.signal_number, self.rank = batch, seconds, signal_number, rank
+    `updating`: after its rationales are written, before its update.
+    """
+
+    def __init__(
+        self, batch: int, seconds: float, signal_number: int = signal.SIGKILL, rank: int | None = None, updating: bool = False
+    ) -> None:
+        self.batch, self.seconds, self.signal_number, self.rank, self.updating = batch, seconds, signal_number, rank, updating
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if pl_module.rollout_batches == self.batch and self.rank in (None, trainer.global_rank):
+        if self.updating and pl_module.rollout_batches == self.batch:
+            begin = pl_module.policy.train
+            pl_module.policy.train = lambda *a: (os.kill(os.getpid(), self.signal_number), begin(*a))[1]
+        elif pl_module.rollout_batches == self.batch and self.rank in (None, trainer.global_rank):
             timer = threading.Timer(self.seconds, os.kill, (os.getpid(), self.signal_number))
             timer.daemon = True
             timer.start()

@@ -43,7 +43,7 @@ def test_base_and_trained_policy_side_by_side(compose, tiny_policy_folder, tmp_p
     for row, found in scores.items():
         data = runs[f"evaluate: {row}"]
         assert data.metrics == pytest.approx(found.flat("eval/"))
-        assert data.params["rationale"] == str(row != "Base")
+        assert data.params["rationale"] == ("none" if row == "Base" else "both")
 
 
 def test_everyday_english(compose, tiny_policy_folder):

@@ -161,15 +161,23 @@ def test_killed_at_the_end(runs, own, reference, tmp_path, tracking_uri, every):
 def test_signalled(runs, own, reference, tmp_path, tracking_uri, number, batch):
     stop = callback("KillAt", batch=batch, seconds=0, signal_number=int(number))
     assert runs.run(tmp_path, *own, SAVE_NEVER, stop) == TRY_AGAIN
-    assert batches_saved(tmp_path) == batch + 1  # the batch was finished
+    assert batches_saved(tmp_path) == batch  # the batch ended with its rationales, and begins again
     assert status(tracking_uri, tmp_path) == "KILLED"
     assert "exit status 75: the same command with ckpt_path=last goes on" in runs.log.read_text()
     runs.succeed(tmp_path, *own, SAVE_NEVER, SLURM_RESTART_COUNT="1")  # without ckpt_path=last
     assert_alike(reference, tmp_path, tracking_uri)
 
 
-def test_signalled_in_the_last_batch(runs, own, reference, tmp_path, tracking_uri):
-    stop = callback("KillAt", batch=7, seconds=0, signal_number=int(signal.SIGTERM))
+def test_signalled_in_an_update(runs, own, reference, tmp_path, tracking_uri):
+    stop = callback("KillAt", batch=4, seconds=0, signal_number=int(signal.SIGTERM), updating=True)
+    assert runs.run(tmp_path, *own, SAVE_NEVER, stop) == TRY_AGAIN
+    assert batches_saved(tmp_path) == 5  # the batch was finished
+    runs.succeed(tmp_path, *own, SAVE_NEVER, "ckpt_path=last")
+    assert_alike(reference, tmp_path, tracking_uri)
+
+
+def test_signalled_in_the_last_update(runs, own, reference, tmp_path, tracking_uri):
+    stop = callback("KillAt", batch=7, seconds=0, signal_number=int(signal.SIGTERM), updating=True)
     runs.succeed(tmp_path, *own, "optimized_metric=reward/total/mean", stop)
     assert_alike(reference, tmp_path, tracking_uri)
 
@@ -190,7 +198,7 @@ def test_ranks_signalled(runs, own, reference_of_two, tmp_path, tracking_uri, si
     stop = callback("KillAt", batch=batch, seconds=0.1, signal_number=int(signal.SIGUSR1), rank=signalled)
     statuses = runs.run_ranks(tmp_path, *own, SAVE_NEVER, callback("Slow", rank=slow, seconds=0.4), stop)
     assert statuses == [TRY_AGAIN, 0], runs.log.read_text()[-3000:]
-    assert batches_saved(tmp_path) == batch + 1
+    assert batches_saved(tmp_path) == batch
     assert status(tracking_uri, tmp_path) == "KILLED"
     runs.succeed(tmp_path, *own, SAVE_NEVER, "ckpt_path=last", ranks=2)
     assert_alike(reference_of_two, tmp_path, tracking_uri)

@@ -79,7 +79,7 @@ def measure(policy: Policy, settings: EncoderSettings, texts: Sequence[str], tas
     renderer = PromptRenderer(policy.tokenizer, settings.instruction, settings.max_prompt_tokens, dict(settings.template_kwargs))
     tokens, writing, encoding = times(policy, renderer(list(texts)), length, a.batch_size, a.repeats)
     settings = replace(settings, max_new_tokens=max(1, length))
-    encoder = RationaleEncoder(policy, settings, HFEngine(settings.max_new_tokens), rationale=length > 0, batch_size=a.batch_size)
+    encoder = RationaleEncoder(policy, settings, HFEngine(settings.max_new_tokens), rationale=length > 0)
     scores = run_tasks(encoder, tasks, None, f"length-{length}")
     if scores.failures:
         raise SystemExit("quality_latency: " + "; ".join(f"{task}: {reason}" for task, reason in scores.failures.items()))
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", default="large", help="of their tasks")
     parser.add_argument("--benchmark", help="an MTEB benchmark or task in place of them; times are still those of docstrings")
     parser.add_argument("--texts", type=int, default=256, help="that are timed")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64, help="texts at a time, where times are measured")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--project", default="grace")
     parser.add_argument("--tracking-uri", default=f"sqlite:///{ROOT / 'mlflow.db'}")

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from experiments.speed.floor import copy_rate, matmul_rate, work
+from experiments.speed.floor import copy_rate, matmul_rate
 from experiments.speed.measuring import alternating, machine, paired_ratio, report, table
 from experiments.speed.subject import POLICY, triplets, unending_policy
+from src.modules.plan.memory import shape_of
+from src.modules.plan.speed import reading, writing
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import Prompts
 from src.modules.rollouts.hf import HFEngine
@@ -134,16 +136,17 @@ def section(policy: Policy, seconds: dict[str, list[float]], prompts: Prompts, n
         [name, f"{statistics.median(own):.2f}", f"{tokens / statistics.median(own):,.0f}", f"{paired_ratio(own, seconds[first]):.2f}"]
         for name, own in seconds.items()
     ]
-    config, best = policy.model.config, statistics.median(seconds[first])
-    needed = work(config, prompts.lengths.tolist(), n, new_tokens)
-    rate, copying = matmul_rate(config, len(prompts) * n), copy_rate()
-    arithmetic, reading = needed.flops / rate, needed.bytes / copying
+    shape, best, lengths = shape_of(policy.model.config), statistics.median(seconds[first]), prompts.lengths.tolist()
+    parts = (reading(shape, lengths, 4), writing(shape, lengths, n, new_tokens, 4))
+    flops, moved = sum(part.flops for part in parts), sum(part.bytes for part in parts)
+    rate, copying = matmul_rate(shape, len(prompts) * n), copy_rate()
+    arithmetic, copied = flops / rate, moved / copying
     return (
         f"## K = {n}: {len(prompts)} prompts, {new_tokens} new tokens each\n\n"
         + table(["engine", "seconds", "tokens/s", f"time / time of {first}"], rows)
-        + f"\nArithmetic: {needed.flops / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s take {arithmetic:.2f} s. "
-        + f"Reading: {needed.bytes / 1e9:.1f} GB at {copying / 1e9:.1f} GB/s take {reading:.2f} s. "
-        + f"{first} takes {best / max(arithmetic, reading):.1f} times the larger, {best / (arithmetic + reading):.1f} times both.\n"
+        + f"\nArithmetic: {flops / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s take {arithmetic:.2f} s. "
+        + f"Reading: {moved / 1e9:.1f} GB at {copying / 1e9:.1f} GB/s take {copied:.2f} s. "
+        + f"{first} takes {best / max(arithmetic, copied):.1f} times the larger, {best / (arithmetic + copied):.1f} times both.\n"
     )
 
 

@@ -3,12 +3,17 @@
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from src.datamodules.docstrings import collect
 from src.modules.encoder.export import load_policy
+from src.modules.policy.loading import load_tokenizer
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import PromptRenderer
 from src.records import Triplet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICY = ROOT / "experiments" / "tiny_policy" / "weights"
@@ -26,6 +31,19 @@ def unending(policy: Policy) -> Policy:
         raise ValueError(f"the new token's id {end} is within the model's vocabulary of {model.config.vocab_size}: it could be sampled")
     model.config.eos_token_id = model.generation_config.eos_token_id = end
     return policy
+
+
+def random_policy(config: "PreTrainedConfig") -> Policy:
+    """A policy of a model's shape with random weights in float32, without an end, on the GPU if there is one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(str(POLICY))
+    tokenizer.add_tokens([f"<|{i}|>" for i in range(config.vocab_size - len(tokenizer))])  # so that the end token lies outside
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return unending(Policy(model, tokenizer))
 
 
 def unending_policy(path: Path | str = POLICY) -> tuple[Policy, PromptRenderer]:

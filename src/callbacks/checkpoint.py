@@ -66,7 +66,9 @@ class RolloutCheckpoint(ModelCheckpoint):
             self.save(trainer, module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, SIGTERMException):  # raised between two rollout batches; others may come in the middle of one
+        if isinstance(
+            exception, SIGTERMException
+        ):  # raised where nothing of a batch has changed the state; others may come in the middle of it
             self.save(trainer, as_policy_module(pl_module))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -86,7 +86,7 @@ class FinalReport(MonitoringCallback[PolicyModule]):
         data = {f"{group}: {t.metadata.name}": str(t.metadata.dataset["revision"]) for group, tasks in made.items() for t in tasks}
         if self._scored_on is None:
             log.info("scoring the starting policy on %d held-out tasks", len(self._tasks))
-            self._score_rows(trainer, module, BASE, REASONING, starting_embeddings(trainer, module, self.embeddings_dir))
+            self._score_rows(trainer, module, BASE, REASONING, starting_embeddings(module, self.embeddings_dir))
         elif self._scored_on != data:
             log.warning("the held-out tasks are not those of the start of this run: the starting policy has no scores on them")
             self.rows = {}
@@ -94,10 +94,10 @@ class FinalReport(MonitoringCallback[PolicyModule]):
 
     def at_end(self, trainer: L.Trainer, module: PolicyModule) -> None:
         log.info("scoring the trained policy on %d held-out tasks", len(self._tasks))
-        title, trained_with = module.title, module.settings.rationale
+        title, trained_with = module.title, module.settings.rationale != "none"
         rows = (f"{title} without rationales", title) if trained_with else (title, f"{title} + reasoning")
         with TemporaryDirectory() as kept:
-            self._score_rows(trainer, module, *rows, Path(kept) if trainer.world_size == 1 else None)
+            self._score_rows(trainer, module, *rows, Path(kept))
         if trainer.is_global_zero:
             self.write(trainer, module)
             self.show(trainer, module)
@@ -105,7 +105,7 @@ class FinalReport(MonitoringCallback[PolicyModule]):
     def _score_rows(self, trainer: L.Trainer, module: PolicyModule, without: str, reasoning: str, embeddings_dir: Path | None) -> None:
         """Adds the row without rationales and, if asked for, the one with them."""
         self.rows[without] = {}  # the first row, scored last: an encoder with rationales computes its embeddings on the way
-        if module.settings.rationale if self.rationales is None else self.rationales:
+        if module.settings.rationale != "none" if self.rationales is None else self.rationales:
             self.score(trainer, module, reasoning, True, embeddings_dir)
         self.score(trainer, module, without, False, embeddings_dir)
 
@@ -140,7 +140,7 @@ class FinalReport(MonitoringCallback[PolicyModule]):
         """Prints the scores, the gain, rationales before and after, and the files of the run."""
         console = Console(width=None if sys.stdout.isatty() else 110)
         console.print(score_table(self.rows))
-        start = REASONING if module.settings.rationale else BASE
+        start = REASONING if module.settings.rationale != "none" else BASE
         if start in self.rows:
             console.print(gain_in_words(self.rows, module.title, start), markup=False)
         for table in [callback for callback in trainer.callbacks if isinstance(callback, RationaleTable)]:  # type: ignore[attr-defined]

@@ -130,7 +130,7 @@ def sample(module: PolicyModule, texts: list[str], temperature: float, seed: int
 
 def unit_vectors(module: GRACE, rollouts: Rollouts) -> Tensor:
     """Returns [N, D] float32 embeddings of unit length."""
-    return collector.unit_vectors(module.policy, rollouts, module.hparams["encode_batch_size"])
+    return collector.unit_vectors(module.policy, rollouts, module.hparams["micro_batch_tokens"])
 
 
 def embed_triplets(module: GRACE, triplets: Sequence[Triplet], n: int, seed: int = 0) -> Embeddings:

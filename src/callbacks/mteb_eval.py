@@ -9,10 +9,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from src.callbacks.monitoring import MonitoringCallback, is_due, undisturbed
-from src.evaluation.run_tasks import EvaluationScores, run_tasks
+from src.evaluation.run_tasks import EvaluationScores, EvaluationStoppedError, run_tasks
+from src.modules.encoder.settings import RationaleFor
 from src.modules.policy_module import PolicyModule
+from src.utils.preemption import stop_requested
 from src.utils.tracking import log_metrics
 
 log = logging.getLogger(__name__)
@@ -27,7 +30,7 @@ class MTEBEvaluation(MonitoringCallback[PolicyModule]):
     Args:
         tasks: makes the tasks; called once, when training starts.
         every_n_rollout_batches: how often; 0 for the start and the end only, None for never.
-        rationale, temperature: of the encoder; rationale None: as the policy is trained.
+        rationale, temperature: of the encoder (both, query, document or none); rationale None: as the policy is trained.
         embeddings_dir: where embeddings of the starting policy are kept; see `starting_embeddings`.
         embeddings_gib: most that they may take there.
     """
@@ -36,7 +39,7 @@ class MTEBEvaluation(MonitoringCallback[PolicyModule]):
         self,
         tasks: Callable[[], list[Any]],
         every_n_rollout_batches: int | None = 20,
-        rationale: bool | None = None,
+        rationale: RationaleFor | bool | None = None,
         temperature: float = 0.0,
         embeddings_dir: str | None = None,
         embeddings_gib: float = 50.0,
@@ -54,6 +57,8 @@ class MTEBEvaluation(MonitoringCallback[PolicyModule]):
             self._tasks = self.make_tasks()
         if self._scored_at >= 0:
             self._publish(trainer)  # the last score of the run that is resumed
+            if self._scored_at != module.rollout_batches:
+                self.after_batch(trainer, module)  # the signal that stopped it came in an evaluation
         elif failures := self.evaluate(trainer, module).failures:
             # a task that fails now would always fail, and the average be that of other tasks
             raise RuntimeError(f"MTEB tasks fail: {named(failures)}; take them out of callbacks.mteb.tasks or provide what is missing")
@@ -69,7 +74,7 @@ class MTEBEvaluation(MonitoringCallback[PolicyModule]):
     def evaluate(self, trainer: L.Trainer, module: PolicyModule) -> EvaluationScores:
         """Runs and logs the tasks; without an average where a task failed, which is warned about."""
         step, began = module.rollout_batches, time.perf_counter()
-        kept = starting_embeddings(trainer, module, self.embeddings_dir)
+        kept = starting_embeddings(module, self.embeddings_dir)
         options = {"rationale": self.rationale, "temperature": self.temperature}
         scores = score_policy(trainer, module, self._tasks, f"training-step{step}", options, None, kept, self.embeddings_gib)
         metrics = {f"mteb/{task}": score for task, score in scores.tasks.items()}
@@ -105,24 +110,30 @@ def score_policy(
     embeddings_dir: Path | None,
     embeddings_gib: float,
 ) -> EvaluationScores:
-    """Scores the current policy in the trainer's precision; all ranks return the scores of rank 0.
+    """Scores the current policy in the trainer's precision, its texts shared over the ranks; all of them return the scores.
 
     Args:
         encoder: arguments of `PolicyModule.encoder`.
         name, results_dir, embeddings_dir, embeddings_gib: see `run_tasks`.
+
+    Raises:
+        SIGTERMException: a signal asked the run to stop; the evaluation is done again after the run is resumed.
     """
-    with undisturbed(module), trainer.precision_plugin.forward_context():
-        scores = run_tasks(module.encoder(**encoder), tasks, results_dir, name, embeddings_dir, embeddings_gib, also_without=True)
-    return trainer.strategy.broadcast(scores)
+    kept = (results_dir, name, embeddings_dir, embeddings_gib)
+    with undisturbed(module):
+        own = module.encoder(**encoder, bf16=trainer.precision == "bf16-mixed")
+        try:
+            return run_tasks(own, tasks, *kept, also_without=True, ranks=module.ranks, stop=lambda: stop_requested(trainer))
+        except EvaluationStoppedError as error:
+            raise SIGTERMException from error
 
 
-def starting_embeddings(trainer: L.Trainer, module: PolicyModule, folder: str | None) -> Path | None:
+def starting_embeddings(module: PolicyModule, folder: str | None) -> Path | None:
     """Returns `folder` for embeddings of the starting policy, which other runs (a sweep's, other seeds', evaluate.py) find there.
 
-    None for those of a trained policy, which no other run needs; and with several processes: one that found a text there would miss
-    the collective calls that the others make for it.
+    None for those of a trained policy, which no other run needs.
     """
-    return Path(folder) if folder and module.rollout_batches == 0 and trainer.world_size == 1 else None
+    return Path(folder) if folder and module.rollout_batches == 0 else None
 
 
 def named(failures: dict[str, str]) -> str:

@@ -110,7 +110,7 @@ class TimeEstimate(L.Callback):
     def _operations(self, module: PolicyModule, batches: int, instances: int, negatives: int) -> float:
         parameters = sum(p.numel() for p in module.policy.model.parameters())
         prompt = 0.6 * module.settings.max_prompt_tokens
-        written = module.engine.max_new_tokens if module.settings.rationale else 0
+        written = module.engine.max_new_tokens if module.settings.rationale != "none" else 0
         positives = instances * (prompt + written * (module.hparams["num_generations"] if isinstance(module, GRACE) else 0))
         others = instances * (1 + negatives) * (prompt + written)
         read = self.evaluated_texts * (prompt + written) + batches * (positives + others)

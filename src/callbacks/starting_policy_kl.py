@@ -8,6 +8,7 @@ from torch import Tensor
 
 from src.callbacks.monitoring import MonitoringCallback, fixed_triplets, is_due, log_values, sample, undisturbed
 from src.modules.objectives.roles import texts_of
+from src.modules.policy.batching import packed_batches
 from src.modules.policy.model import Policy
 from src.modules.policy_module import PolicyModule
 from src.modules.types import Rollouts
@@ -22,12 +23,11 @@ class StartingPolicyKL(MonitoringCallback[PolicyModule]):
     Args:
         texts: how many texts.
         every_n_rollout_batches: how often; 0 for never.
-        batch_size: sequences scored together.
         seed: of the sampling.
     """
 
-    def __init__(self, texts: int = 32, every_n_rollout_batches: int = 5, batch_size: int = 32, seed: int = 0) -> None:
-        self.texts, self.every, self.batch_size, self.seed = texts, every_n_rollout_batches, batch_size, seed
+    def __init__(self, texts: int = 32, every_n_rollout_batches: int = 5, seed: int = 0) -> None:
+        self.texts, self.every, self.seed = texts, every_n_rollout_batches, seed
         self._rollouts: Rollouts | None = None
         self._start: Tensor | None = None
 
@@ -36,7 +36,7 @@ class StartingPolicyKL(MonitoringCallback[PolicyModule]):
             with undisturbed(module):
                 texts = texts_of(fixed_triplets(trainer, self.texts), "positive")
                 self._rollouts = sample(module, texts, temperature=1.0, seed=self.seed).to("cpu")
-                self._start = token_logprobs(module.policy, self._rollouts, self.batch_size)
+                self._start = token_logprobs(module.policy, self._rollouts, module.hparams["micro_batch_tokens"])
 
     def after_batch(self, trainer: L.Trainer, module: PolicyModule) -> None:
         if is_due(module, self.every):
@@ -47,7 +47,7 @@ class StartingPolicyKL(MonitoringCallback[PolicyModule]):
         if self._rollouts is None or self._start is None:
             raise RuntimeError("the starting policy has sampled no rationales yet: it does so when training starts")
         with undisturbed(module):
-            return float((self._start - token_logprobs(module.policy, self._rollouts, self.batch_size)).mean())
+            return float((self._start - token_logprobs(module.policy, self._rollouts, module.hparams["micro_batch_tokens"])).mean())
 
     def state_dict(self) -> dict[str, Any]:
         if self._rollouts is None:
@@ -59,10 +59,10 @@ class StartingPolicyKL(MonitoringCallback[PolicyModule]):
             self._rollouts, self._start = Rollouts(**state_dict["rollouts"]), state_dict["start"]
 
 
-def token_logprobs(policy: Policy, rollouts: Rollouts, batch_size: int) -> Tensor:
-    """Returns [n] float32 on the CPU: log-probs of all rationale tokens at temperature 1, row after row."""
+def token_logprobs(policy: Policy, rollouts: Rollouts, tokens: int) -> Tensor:
+    """Returns [n] float32 on the CPU: log-probs of all rationale tokens at temperature 1, row after row, in passes of `tokens` tokens."""
     scored = []
-    for start in range(0, len(rollouts), batch_size):
-        part = rollouts[slice(start, start + batch_size)].to(policy.device)
-        scored.append(policy.logprobs(part, policy.hidden_states(part))[0][part.rationale_mask].cpu())
+    for rows in packed_batches(rollouts, torch.arange(len(rollouts)), 1, tokens):
+        part = rollouts[rows].to(policy.device)
+        scored.append(policy.logprobs(part, policy.hidden_states(part, rows))[0][part.rationale_mask].cpu())
     return torch.cat(scored)

@@ -10,10 +10,17 @@ from rich.table import Table
 
 from src.evaluation.run_tasks import EvaluationScores
 from src.modules.encoder.export import CHECKPOINT_SUFFIX
+from src.modules.encoder.settings import RationaleFor, rationale_for
 from src.modules.policy.model import Policy
 
 BASE, REASONING, TRAINED = "Base", "Base + reasoning", "Trained"
 
+_NAMES = {
+    "both": "with rationales",
+    "query": "rationales of queries",
+    "document": "rationales of documents",
+    "none": "without rationales",
+}
 _CONFIG = ".hydra/config.yaml"  # Hydra's copy, in a run's folder
 
 
@@ -25,35 +32,41 @@ class Contender:
         name: in the table and of its MLflow run.
         model_name: in MTEB's result files.
         path: a training checkpoint, an exported folder or a hub name.
-        rationale: whether it is encoded with rationales; None: as it was trained.
+        rationale: the texts that it is encoded with rationales of (see EncoderSettings); None: as its settings say.
     """
 
     name: str
     model_name: str
     path: str
-    rationale: bool | None
+    rationale: RationaleFor | None
 
-    def settled(self, trained_with: bool) -> "Contender":
-        """Returns the same with `rationale` as trained, if it was None; the name then tells of a policy trained without."""
+    def settled(self, trained_with: RationaleFor) -> "Contender":
+        """Returns the same with `rationale` as in its settings, if it was None; the name then tells of another than `both`."""
         if self.rationale is not None:
             return self
-        name = self.name if trained_with else f"{self.name}, without rationales"
+        name = self.name if trained_with == "both" else f"{self.name}, {_NAMES[trained_with]}"
         return replace(self, name=name, rationale=trained_with)
 
 
-def contenders(model: str | None, rationale: bool | None, base: str, output_root: Path | str, name: str | None = None) -> list[Contender]:
+def contenders(
+    model: str | None, rationale: RationaleFor | bool | None, base: str, output_root: Path | str, name: str | None = None
+) -> list[Contender]:
     """Returns the policy of `model`; without it the base without and with rationales, and the latest export.
 
     Args:
         rationale: of `model` or the latest export; see Contender.
         name: of `model` in MTEB's result files; None: made of its path.
+
+    Raises:
+        ValueError: an unknown `rationale`.
     """
+    asked = None if rationale is None else rationale_for(rationale)
     if model is not None:
-        suffix = "" if rationale is None else f", {'with' if rationale else 'without'} rationales"
-        return [Contender(f"{Path(model).name}{suffix}", name or model_name(model), model, rationale)]
-    rows = [Contender(row, model_name(base), base, rationale=row == REASONING) for row in (BASE, REASONING)]
+        suffix = "" if asked is None else f", {_NAMES[asked]}"
+        return [Contender(f"{Path(model).name}{suffix}", name or model_name(model), model, asked)]
+    rows = [Contender(row, model_name(base), base, rationale_for(row == REASONING)) for row in (BASE, REASONING)]
     trained = latest_export(output_root)
-    return rows + ([Contender(TRAINED, model_name(str(trained)), str(trained), rationale)] if trained else [])
+    return rows + ([Contender(TRAINED, model_name(str(trained)), str(trained), asked)] if trained else [])
 
 
 def latest_export(output_root: Path | str) -> Path | None:

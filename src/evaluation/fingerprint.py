@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from src.modules.encoder.encoder import RationaleEncoder
+from src.modules.encoder.settings import RationaleFor
 from src.modules.policy.lora import lora_settings
 from src.modules.policy.model import Policy
 from src.modules.rollouts.engine import end_tokens
@@ -24,15 +25,23 @@ _ORIGIN = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transforme
 _LEFT_BY_CALLS = {"truncation", "padding"}  # entries of tokenizers that the last call set
 
 
-def revision(encoder: RationaleEncoder) -> str:
-    """Returns `<weights>-<settings>-<mode>`, which changes with every weight and setting that changes an embedding."""
-    settings = hashlib.sha256(json.dumps(settings_of(encoder), sort_keys=True).encode()).hexdigest()
-    return f"{weights_digest(encoder.policy)[:16]}-{settings[:8]}-{mode(encoder)}"
+def revision(encoder: RationaleEncoder, rationale: RationaleFor | None = None, weights: str | None = None) -> str:
+    """Returns `<weights>-<settings>-<mode>`, which changes with every weight and setting that changes an embedding.
+
+    Args:
+        rationale: in place of the encoder's.
+        weights: their digest, where it is known.
+    """
+    rationale = rationale or encoder.rationale
+    settings = hashlib.sha256(json.dumps(settings_of(encoder, rationale), sort_keys=True).encode()).hexdigest()
+    return f"{(weights or weights_digest(encoder.policy))[:16]}-{settings[:8]}-{mode(encoder, rationale)}"
 
 
-def mode(encoder: RationaleEncoder) -> str:
-    """Returns `none`, `greedy` or `sampled`: how rationales are generated."""
-    return "none" if not encoder.rationale else "greedy" if encoder.temperature == 0 else "sampled"
+def mode(encoder: RationaleEncoder, rationale: RationaleFor) -> str:
+    """Returns `none`, `greedy` or `sampled`: how rationales are generated; with `-query` or `-document`, if only for those."""
+    if rationale == "none":
+        return rationale
+    return ("greedy" if encoder.temperature == 0 else "sampled") + ("" if rationale == "both" else f"-{rationale}")
 
 
 def weights_digest(policy: Policy) -> str:
@@ -44,13 +53,13 @@ def weights_digest(policy: Policy) -> str:
     return digest.hexdigest()
 
 
-def settings_of(encoder: RationaleEncoder) -> dict[str, Any]:
+def settings_of(encoder: RationaleEncoder, rationale: RationaleFor) -> dict[str, Any]:
     """Returns everything but the weights that changes an embedding, as plain values.
 
-    The batch size does not: a text's embedding is the same in any batch, greedy or sampled.
+    Budgets of tokens do not: a text's embedding is the same in any batch, greedy or sampled.
     """
     policy, engine = encoder.policy, encoder.engine
-    settings: dict[str, Any] = {"version": EMBEDDING_VERSION, **encoder.settings.to_dict(), "rationale": encoder.rationale}
+    settings: dict[str, Any] = {"version": EMBEDDING_VERSION, **encoder.settings.to_dict(), "rationale": rationale}
     settings |= {"model": _config_of(policy.model.config), "lora": lora_settings(policy.model)}
     if policy.frozen_encoder is not None:
         settings["frozen_encoder"] = _config_of(policy.frozen_encoder.config)  # type: ignore[arg-type]
@@ -58,9 +67,8 @@ def settings_of(encoder: RationaleEncoder) -> dict[str, Any]:
     prompts = {role or "none": renderer([""]) for role, renderer in encoder.renderers.items()}
     settings["prompts"] = {role: (prompt.ids[0].tolist(), int(prompt.text_starts[0])) for role, prompt in prompts.items()}
     settings |= {"tokenizer": _tokenizer_of(policy.tokenizer), "chat_template": policy.tokenizer.chat_template}
-    device = policy.device.type
-    settings["autocast"] = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-    if encoder.rationale:
+    settings["autocast"] = "torch.bfloat16" if encoder.bf16 else None
+    if rationale != "none":
         settings |= {"temperature": encoder.temperature, "end_tokens": end_tokens(policy).tolist()}
         settings |= {"seed": encoder.seed} if encoder.temperature > 0 else {}
         plain = {key: value for key, value in vars(engine).items() if isinstance(value, int | float | str | bool | dict)}

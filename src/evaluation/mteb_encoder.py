@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 
 from src.evaluation.embedding_cache import EmbeddingCache
-from src.evaluation.fingerprint import mode, revision
+from src.evaluation.fingerprint import mode, revision, weights_digest
+from src.evaluation.shared import embed
+from src.modules.distributed.ranks import ALONE, Ranks
 from src.modules.encoder.encoder import RationaleEncoder
+from src.modules.encoder.settings import RationaleFor
 from src.utils.timing import clock
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 30.0
 """Time between two log lines of a long call."""
 
-_BATCHES_AT_A_TIME = 4  # between two writes to the cache
+_CALLS_AT_A_TIME = 4  # of the engine, between two writes to the cache
 
 
 class MTEBEncoder(AbsEncoder):
@@ -42,6 +44,11 @@ class MTEBEncoder(AbsEncoder):
         embeddings_gib: most that they may take.
         also_without: also keeps the embeddings without rationales, which an encoder with rationales computes on the way, for the same
             policy's encoder without.
+        ranks: those that embed; the others `serve`.
+
+    Attributes:
+        caches: of embeddings with rationales and without; an encoder that writes for one side shares both with those that write for both
+            sides and for none.
     """
 
     def __init__(
@@ -51,28 +58,25 @@ class MTEBEncoder(AbsEncoder):
         embeddings_dir: Path | None = None,
         embeddings_gib: float = 1.0,
         also_without: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.model, device = encoder, encoder.policy.device.type
-        # for embedding alone: MTEB's own arithmetic on embeddings stays in float32 (see run_tasks)
-        self.autocast: dict[str, Any] = {
-            "device_type": device,
-            "dtype": torch.get_autocast_dtype(device),
-            "enabled": torch.is_autocast_enabled(device),
+        self.model, self.ranks = encoder, ranks
+        weights = weights_digest(encoder.policy)
+        self.mteb_model_meta: ModelMeta = describe(encoder, name, weights)
+        kept: dict[bool, RationaleFor] = {True: "both", False: "none"}
+        if encoder.rationale in ("both", "none") and not (also_without and encoder.rationale == "both" and embeddings_dir):
+            del kept[encoder.rationale == "none"]
+        self.caches = {
+            writes: EmbeddingCache(embeddings_dir, revision(encoder, rationale, weights), encoder.dimension, embeddings_gib)
+            for writes, rationale in kept.items()
         }
-        self.mteb_model_meta: ModelMeta = describe(encoder, name)
-        self.cache = EmbeddingCache(embeddings_dir, str(self.mteb_model_meta.revision), encoder.dimension, embeddings_gib)
-        self.plain_cache: EmbeddingCache | None = None
-        if also_without and encoder.rationale and embeddings_dir:
-            plain = RationaleEncoder(encoder.policy, encoder.settings, encoder.engine, rationale=False)
-            self.plain_cache = EmbeddingCache(embeddings_dir, revision(plain), encoder.dimension, embeddings_gib)
 
     def __enter__(self) -> "MTEBEncoder":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.cache.close()
-        if self.plain_cache is not None:
-            self.plain_cache.close()
+        for cache in self.caches.values():
+            cache.close()
 
     def encode(
         self,
@@ -90,18 +94,15 @@ class MTEBEncoder(AbsEncoder):
             return np.zeros((0, self.model.dimension), dtype=np.float32)
         role = prompt_type.value if prompt_type else None
         prompt = self.model.settings.instruction_for(role)
-        embeddings = self.cache.get(texts, prompt)
+        writes = self.model.writes(role)
+        cache, plain_cache = self.caches[writes], self.caches.get(False) if writes else None
+        embeddings = cache.get(texts, prompt)
         new = sorted({text for text in texts if text not in embeddings}, key=lambda text: (-len(text), text))
         for part in self._parts(new, f"{task_metadata.name}, {role or hf_split}" if task_metadata else hf_split):
-            plain = None
-            with torch.autocast(**self.autocast):
-                if self.plain_cache is None:
-                    vectors = self.model.encode(part, prompt_type=role)
-                else:
-                    vectors, plain = self.model.encode_both(part, prompt_type=role)
-            if self.plain_cache is not None and plain is not None:
-                self.plain_cache.put(part, plain, prompt)
-            self.cache.put(part, vectors, prompt)
+            vectors, plain = embed(self.model, part, role, plain_cache is not None, self.ranks)
+            if plain_cache is not None and plain is not None:
+                plain_cache.put(part, plain, prompt)
+            cache.put(part, vectors, prompt)
             embeddings.update(zip(part, vectors, strict=True))
         return np.stack([embeddings[text] for text in texts])
 
@@ -109,7 +110,7 @@ class MTEBEncoder(AbsEncoder):
         """Yields parts of the texts, and logs the progress and the time left, measured in characters."""
         total, done = sum(len(text) + 1 for text in texts), 0
         began = last_line = time.monotonic()
-        size = self.model.batch_size * _BATCHES_AT_A_TIME
+        size = self.model.texts_at_a_time * self.ranks.count * _CALLS_AT_A_TIME
         for start in range(0, len(texts), size):
             part = texts[start : start + size]
             yield part
@@ -120,22 +121,23 @@ class MTEBEncoder(AbsEncoder):
                 log.info("%s: %d of %d texts embedded, about %s left", what, start + len(part), len(texts), left)
 
 
-def describe(encoder: RationaleEncoder, name: str) -> ModelMeta:
+def describe(encoder: RationaleEncoder, name: str, weights: str | None = None) -> ModelMeta:
     """Returns what MTEB records about the model.
 
     Settings of the rationale are `experiment_kwargs`, by which MTEB tells variants of one model apart in folders and tables.
 
     Args:
         name: `organisation/model`, or a name that is put under `grace/`.
+        weights: their digest, where it is known.
     """
-    model, rationale = encoder.policy.model, mode(encoder)
+    model, rationale = encoder.policy.model, mode(encoder, encoder.rationale)
     variant: dict[str, Any] = {"rationale": rationale}
-    variant |= {"max_new_tokens": encoder.engine.max_new_tokens} if encoder.rationale else {}
-    variant |= {"temperature": encoder.temperature, "seed": encoder.seed} if rationale == "sampled" else {}
+    variant |= {} if rationale == "none" else {"max_new_tokens": encoder.engine.max_new_tokens}
+    variant |= {"temperature": encoder.temperature, "seed": encoder.seed} if rationale.startswith("sampled") else {}
     return ModelMeta.create_empty(
         overwrites={
             "name": name if "/" in name else f"grace/{name}",
-            "revision": revision(encoder),
+            "revision": revision(encoder, weights=weights),
             "n_parameters": sum(p.numel() for p in model.parameters()),
             "n_embedding_parameters": sum(p.numel() for p in model.get_input_embeddings().parameters()),
             "memory_usage_mb": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20,

@@ -4,7 +4,7 @@ import logging
 import random
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from src.evaluation.shared import dismiss, serve
+from src.modules.distributed.ranks import ALONE, Ranks
 from src.modules.encoder.encoder import RationaleEncoder
 from src.utils.timing import clock
 
@@ -52,6 +54,10 @@ class EvaluationScores:
         return named | ({f"{prefix}average": self.average} if self.tasks else {})
 
 
+class EvaluationStoppedError(RuntimeError):
+    """An evaluation was to stop before its last task."""
+
+
 def run_tasks(
     encoder: RationaleEncoder,
     tasks: Sequence["AbsTask"],
@@ -62,6 +68,8 @@ def run_tasks(
     unavailable: Mapping[str, str] | None = None,
     announce: bool = False,
     also_without: bool = False,
+    ranks: Ranks = ALONE,
+    stop: Callable[[], bool] = lambda: False,
 ) -> EvaluationScores:
     """Scores an encoder with `mteb.evaluate`; global random states stay as they were.
 
@@ -74,19 +82,57 @@ def run_tasks(
         name, embeddings_dir, embeddings_gib, also_without: see MTEBEncoder.
         unavailable: reasons by task, of tasks that are known to have no data and are not tried.
         announce: whether to log a line for every task.
+        ranks: processes with the same encoder, which call this together: rank 0 runs the tasks, all embed, and all return the scores.
+        stop: asked on rank 0 before every task.
 
     Raises:
         ValueError: a file in `embeddings_dir` is no cache of embeddings.
+        EvaluationStoppedError: `stop` said so.
+        RuntimeError: on the other ranks, rank 0 raised.
     """
+    if ranks.rank > 0:
+        with isolate_rng():
+            found = serve(encoder, ranks)
+        if isinstance(found, EvaluationScores):
+            return found
+        raise EvaluationStoppedError if found == "stopped" else RuntimeError("the evaluation failed on rank 0, which says why")
+    ended: Any = None
+    try:
+        options = (results_dir, name, embeddings_dir, embeddings_gib, unavailable, announce, also_without, ranks, stop)
+        ended = scores = _run_all(encoder, tasks, *options)
+    except EvaluationStoppedError:
+        ended = "stopped"
+        raise
+    finally:
+        dismiss(ended, ranks)
+    return scores
+
+
+def _run_all(
+    encoder: RationaleEncoder,
+    tasks: Sequence["AbsTask"],
+    results_dir: Path | None,
+    name: str,
+    embeddings_dir: Path | None,
+    embeddings_gib: float,
+    unavailable: Mapping[str, str] | None,
+    announce: bool,
+    also_without: bool,
+    ranks: Ranks,
+    stop: Callable[[], bool],
+) -> EvaluationScores:
+    """Runs all tasks; see `run_tasks`."""
     from src.evaluation.mteb_encoder import MTEBEncoder
     from src.evaluation.result_files import AtomicResults
 
     runs: dict[str, _Run] = {}
     with isolate_rng(), _quiet_mteb(), TemporaryDirectory() as nowhere:
         cache = AtomicResults(results_dir or nowhere)
-        with MTEBEncoder(encoder, name, embeddings_dir, embeddings_gib, also_without) as adapter:
+        with MTEBEncoder(encoder, name, embeddings_dir, embeddings_gib, also_without, ranks) as adapter:
             for number, task in enumerate(tasks, 1):
                 task_name, began = task.metadata.name, time.monotonic()
+                if stop():
+                    raise EvaluationStoppedError(f"stopped before {task_name}, {number} of {len(tasks)}")
                 known = (unavailable or {}).get(task_name)
                 if known and cache.load_task_result(task_name, adapter.mteb_model_meta) is None:
                     runs[task_name] = _Run(failure=known, without_data=True)
@@ -119,7 +165,7 @@ def _run(adapter: Any, task: "AbsTask", cache: "ResultCache") -> _Run:
             return replace(run, failure=f"{part.metadata.name}: {run.failure}")
     loaded_before = task.data_loaded
     task.rng_state, task.np_rng = random.Random(task.seed), np.random.default_rng(task.seed)  # as in a new task
-    with torch.autocast(adapter.autocast["device_type"], enabled=False):  # in bfloat16, cosines of similar texts would tie
+    with torch.autocast(adapter.model.policy.device.type, enabled=False):  # in bfloat16, cosines of similar texts would tie
         result = mteb.evaluate(
             adapter,
             task,

@@ -19,7 +19,7 @@ from src.evaluation.tasks.offline_tasks import offline_tasks
 from src.evaluation.tasks.wordnet_tasks import wordnet_tasks
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.export import load_policy
-from src.modules.encoder.settings import EncoderSettings
+from src.modules.encoder.settings import EncoderSettings, RationaleFor
 from src.modules.policy.model import Policy
 from src.utils.atomic import write_atomic
 from src.utils.run_info import log_run_info
@@ -64,7 +64,7 @@ def load_policies(cfg: DictConfig, rows: Sequence[Contender], base: str) -> tupl
     return policies, base
 
 
-def make_encoder(cfg: DictConfig, policy: Policy, settings: EncoderSettings, rationale: bool) -> RationaleEncoder:
+def make_encoder(cfg: DictConfig, policy: Policy, settings: EncoderSettings, rationale: RationaleFor) -> RationaleEncoder:
     """Returns the encoder of a policy on `device`, with the settings that the config names in place of the model's."""
     asked: Any = OmegaConf.to_container(cfg, resolve=True)
     settings = replace(settings, **{name: asked[name] for name in _SETTINGS if asked[name] is not None})
@@ -72,7 +72,7 @@ def make_encoder(cfg: DictConfig, policy: Policy, settings: EncoderSettings, rat
     make_engine, lengths = instantiate(cfg.engine), {"max_new_tokens": settings.max_new_tokens}
     if "max_prompt_tokens" in inspect.signature(make_engine.func).parameters:  # vLLM's engine allocates for them
         lengths["max_prompt_tokens"] = settings.max_prompt_tokens
-    options = {"temperature": cfg.temperature, "seed": cfg.seed, "batch_size": cfg.batch_size}
+    options = {"temperature": cfg.temperature, "seed": cfg.seed, "batch_tokens": cfg.batch_tokens, "bf16": cfg.bf16}
     return RationaleEncoder(policy.to(device_of(cfg)), settings, make_engine(**lengths), rationale=rationale, **options)
 
 

@@ -31,6 +31,7 @@ from src.modules.training.metrics import grace_metrics
 from src.modules.training.update import Updater
 from src.modules.types import ROLES, Embeddings, Reward, Role, RolloutBatch
 from src.records import Triplet
+from src.utils.preemption import stop_between_phases
 from src.utils.timing import timed
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,6 @@ class GRACE(PolicyModule):
         also_learn_from: `query`, `negative` or both: K rollouts of these too, at `temperature`, rewarded by roles.role_reward; none as
             published.
         micro_batch_tokens: most tokens in one forward and backward pass, a prompt counted once for its rationales.
-        encode_batch_size: sequences in one encode pass of queries and negatives.
         learning_rate, warmup_steps, weight_decay: AdamW; linear warm-up over optimiser steps, then constant.
         max_grad_norm: gradients are scaled down to it.
         seed: of the rollouts; each batch and role draws its own stream from it, whatever the number of processes.
@@ -92,7 +92,6 @@ class GRACE(PolicyModule):
         context_temperature: float = 0.5,
         also_learn_from: Sequence[Role] | None = (),
         micro_batch_tokens: int = 8192,
-        encode_batch_size: int = 64,
         learning_rate: float = 1e-6,
         warmup_steps: int = 0,
         weight_decay: float = 0.0,
@@ -127,6 +126,7 @@ class GRACE(PolicyModule):
         self.policy.eval()
         with torch.no_grad(), summon_full_params(self.policy):
             rollouts = self.collector.collect(batch, self.rollout_batches)  # rationales and embeddings, gathered over ranks once
+            stop_between_phases(self._trainer)  # nothing of this batch is kept yet
             reward, gradients = self.rewards_of(rollouts.embeddings)  # terms and total [B, K]; dR/dh for the pathwise part
             shaped, advantages = self.shaped_and_advantages(rollouts, reward)  # truncation, length, KL; [G, K, R]
             rollouts = rollouts.without_prefixes()  # not held through the update

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from src.modules.distributed.fsdp import global_grad_norm
 from src.modules.distributed.ranks import Ranks
 from src.modules.encoder.encoder import RationaleEncoder
-from src.modules.encoder.settings import EncoderSettings
+from src.modules.encoder.settings import EncoderSettings, RationaleFor, rationale_for
 from src.modules.policy.files import policy_files
 from src.modules.policy.lora import lora_settings
 from src.modules.policy.model import Policy
@@ -74,16 +74,16 @@ class PolicyModule(L.LightningModule):
             pooling=policy.pooling,
             layer=policy.layer,
             template_kwargs=dict(template_kwargs or {}),
-            rationale=rationale,
+            rationale=rationale_for(rationale),
         )
         self.renderer = PromptRenderer(policy.tokenizer, instruction, max_prompt_tokens, self.settings.template_kwargs)
         self.rollout_batches = 0
         self.batch_metrics: BatchMetrics | None = None
 
-    def encoder(self, rationale: bool | None = None, temperature: float = 0.0) -> RationaleEncoder:
+    def encoder(self, rationale: RationaleFor | bool | None = None, temperature: float = 0.0, bf16: bool | None = None) -> RationaleEncoder:
         """Returns the policy as it is now as an encoder of texts; with rationales if it is trained with them, by default."""
         rationale = self.settings.rationale if rationale is None else rationale
-        return RationaleEncoder(self.policy, self.settings, self.engine, rationale=rationale, temperature=temperature)
+        return RationaleEncoder(self.policy, self.settings, self.engine, rationale, temperature, bf16=bf16)
 
     def setup(self, stage: str) -> None:
         """Raises ValueError for float16 arithmetic (gradients are clipped here without unscaling) or weights in bfloat16 (too coarse)."""

@@ -62,8 +62,24 @@ class _StopFlag:
         self.requested = True
 
 
+def stop_requested(trainer: L.Trainer | None) -> bool:
+    """Returns whether a signal has asked this process to stop, in a trainer with `StopOnSignal`."""
+    flag = None if trainer is None else trainer._signal_connector
+    return isinstance(flag, _StopFlag) and flag.requested
+
+
+def stop_between_phases(trainer: L.Trainer | None) -> None:
+    """Ends the training of all ranks if a signal has reached any of them; to be called where a checkpoint is that of the last batch.
+
+    Raises:
+        SIGTERMException: it has; `preemptible` handles it.
+    """
+    if trainer is not None and trainer.strategy.reduce_boolean_decision(stop_requested(trainer), all=False):
+        raise SIGTERMException
+
+
 class StopOnSignal(L.Callback):
-    """Stops all ranks after the same rollout batch if a signal reaches any of them; see `preemptible`."""
+    """Stops all ranks after the same phase or rollout batch if a signal reaches any of them; see `preemptible`."""
 
     def setup(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
         self._flag = _StopFlag(trainer)
@@ -89,7 +105,9 @@ class BeginNextEpoch(L.Callback):
 
 @contextmanager
 def preemptible() -> Iterator[None]:
-    """Turns a stop signal during training into: finish the rollout batch, save a checkpoint, exit with `TRY_AGAIN`.
+    """Turns a stop signal during training into: finish the phase, save a checkpoint of the last whole batch, exit with `TRY_AGAIN`.
+
+    Phases are the writing of a batch's rationales, its update, and each task of an evaluation.
 
     The trainer needs `StopOnSignal`. Before training starts both signals end the process, as there is nothing to save.
 

@@ -28,6 +28,9 @@ RENAMED: dict[str, str] = {
     "callbacks.contrastive_diagnostics": "callbacks.metrics",
     "callbacks.throughput": "callbacks.metrics",
     "callbacks.general_abilities": "callbacks.abilities",
+    "module.encode_batch_size": "module.micro_batch_tokens",
+    "callbacks.starting_policy_kl.batch_size": "module.micro_batch_tokens",
+    "batch_size": "batch_tokens",
     "experiment=cold_start": "python -m experiments.tiny_policy.train",
     "callbacks=contrastive": "callbacks=default",
     "callbacks=contrastive_minimal": "callbacks=minimal",
@@ -58,7 +61,7 @@ def check_config(cfg: DictConfig, program: str) -> None:
     """
     for name in RENAMED:
         parent, _, key = name.rpartition(".")
-        node = OmegaConf.select(cfg, parent, throw_on_missing=False) if parent else None
+        node = OmegaConf.select(cfg, parent, throw_on_missing=False) if parent else cfg
         if isinstance(node, DictConfig) and key in node:
             _require_current(name, program)
 

@@ -21,7 +21,7 @@ FILE = "settings.json"
 _GROUPS = ("seed", "reward", "algorithm", "policy", "rollout", "module", "datamodule", "trainer.precision")
 _DUPLICATES = ("module.policy", "module.engine", "module.reward", "module.algorithm", "datamodule.limit")
 _WITHOUT_EFFECT = {
-    *("cache_dir", "num_proc", "trust_remote_code", "micro_batch_tokens", "encode_batch_size", "batch_tokens", "gradient_checkpointing"),
+    *("cache_dir", "num_proc", "trust_remote_code", "micro_batch_tokens", "batch_tokens", "gradient_checkpointing"),
     *("cpu_kv_cache_gib", "gpu_memory_utilization", "sleep", "tensor_parallel", "_convert_", "_partial_"),
 }
 """Last parts of names: places, and how much is computed at a time."""

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.memory import is_oom_error
 
 WHAT_TO_LOWER = {
     "rollout": "rollout.batch_tokens or module.num_generations (for rollout=vllm: rollout.gpu_memory_utilization)",
-    "encode": "module.encode_batch_size or module.micro_batch_tokens",
+    "encode": "module.micro_batch_tokens",
     "reference": "module.micro_batch_tokens",
     "update": "module.micro_batch_tokens, or set policy.gradient_checkpointing=true",
 }

@@ -94,7 +94,7 @@ def test_similarity_histograms(module, mlflow_logger, tmp_path):
 
 
 def test_kl_grows_from_zero(fresh_module, mlflow_logger, tmp_path):
-    kl, module = StartingPolicyKL(texts=6, every_n_rollout_batches=1, batch_size=4), fresh_module()
+    kl, module = StartingPolicyKL(texts=6, every_n_rollout_batches=1), fresh_module()
     with pytest.raises(RuntimeError, match="when training starts"):
         kl.divergence(module)
     fit(module, [kl], tmp_path, batches=3, logger=mlflow_logger)

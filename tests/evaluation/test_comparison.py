@@ -25,12 +25,12 @@ def test_latest_export(tmp_path):
 
 
 def test_contenders(tmp_path):
-    rows = (("Base", False), ("Base + reasoning", True))
+    rows = (("Base", "none"), ("Base + reasoning", "both"))
     base = [Contender(name, "grace/a_policy", "/a/policy/weights", rationale) for name, rationale in rows]
     assert contenders(None, True, "/a/policy/weights", tmp_path) == base
     trained = exported(tmp_path, "run", "now", age=0)
-    assert contenders(None, True, "/a/policy/weights", tmp_path) == [*base, Contender("Trained", "grace/run_now", str(trained), True)]
-    alone = Contender("m, without rationales", "some/m", "some/m", rationale=False)
+    assert contenders(None, True, "/a/policy/weights", tmp_path) == [*base, Contender("Trained", "grace/run_now", str(trained), "both")]
+    alone = Contender("m, without rationales", "some/m", "some/m", rationale="none")
     assert contenders("some/m", False, "weights", tmp_path) == [alone]
     assert contenders("some/m", False, "weights", tmp_path, name="me/own") == [replace(alone, model_name="me/own")]
 
@@ -43,10 +43,11 @@ def test_model_name():
 
 def test_model_is_read_as_trained(tmp_path):
     (row,) = contenders("some/m", None, "weights", tmp_path)
-    assert row.settled(True) == replace(row, name="m", rationale=True)
-    assert row.settled(False) == replace(row, name="m, without rationales", rationale=False)
+    assert row.settled("both") == replace(row, name="m", rationale="both")
+    assert row.settled("none") == replace(row, name="m, without rationales", rationale="none")
+    assert row.settled("query") == replace(row, name="m, rationales of queries", rationale="query")
     (named,) = contenders("some/m", True, "weights", tmp_path)
-    assert named.settled(False) == named == replace(row, name="m, with rationales", rationale=True)
+    assert named.settled("none") == named == replace(row, name="m, with rationales", rationale="both")
 
 
 def test_comparison_table():

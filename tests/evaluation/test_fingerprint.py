@@ -30,8 +30,8 @@ def test_settings_and_weights_change_the_fingerprint(tiny_policy, monkeypatch):
         revision(encoder(tiny_policy, replace(SETTINGS, query_instruction="Other."))),
         revision(encoder(tiny_policy, new_tokens=5)),
     ]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        revisions.append(revision(encoder(tiny_policy)))
+    revisions.append(revision(encoder(tiny_policy, bf16=True)))
+    revisions += [revision(encoder(tiny_policy, rationale=side)) for side in ("query", "document")]
     with monkeypatch.context() as patch:
         patch.setattr(fingerprint, "EMBEDDING_VERSION", fingerprint.EMBEDDING_VERSION + 1)
         revisions.append(revision(encoder(tiny_policy)))
@@ -42,8 +42,8 @@ def test_settings_and_weights_change_the_fingerprint(tiny_policy, monkeypatch):
 
 
 def test_harmless_settings_keep_the_fingerprint(tiny_policy):
-    assert revision(encoder(tiny_policy)) == revision(encoder(tiny_policy, batch_size=2, seed=5))
-    assert revision(encoder(tiny_policy, temperature=1.0)) == revision(encoder(tiny_policy, temperature=1.0, batch_size=2))
+    assert revision(encoder(tiny_policy)) == revision(encoder(tiny_policy, batch_tokens=2, seed=5, bf16=False))
+    assert revision(encoder(tiny_policy, temperature=1.0)) == revision(encoder(tiny_policy, temperature=1.0, batch_tokens=2))
     assert revision(encoder(tiny_policy, rationale=False)) == revision(encoder(tiny_policy, new_tokens=9, rationale=False))
 
 

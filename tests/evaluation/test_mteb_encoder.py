@@ -11,9 +11,9 @@ from mteb.types import PromptType
 
 from src.evaluation.fingerprint import revision
 from src.evaluation.mteb_encoder import MTEBEncoder, describe
-from src.evaluation.run_tasks import run_tasks
+from src.evaluation.run_tasks import EvaluationStoppedError, run_tasks
 from src.evaluation.tasks.offline_tasks import OfflineSize, offline_tasks
-from src.modules.encoder.encoder import RationaleEncoder
+from src.modules.encoder.encoder import WRITTEN_AT_A_TIME
 from src.modules.policy.model import Policy
 from src.modules.rollouts.hf import HFEngine
 from tests.evaluation.builders import SETTINGS, Recording, encoder
@@ -103,9 +103,10 @@ MIXED = ["a graph", "Draw random samples from a normal distribution.", "the tabl
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_vector_is_same_in_any_batch(tiny_policy, temperature, tmp_path):
-    def adapter(batch_size, folder):
-        return MTEBEncoder(encoder(tiny_policy, temperature=temperature, batch_size=batch_size), "tiny", folder)
+def test_vector_is_same_in_any_batch(tiny_policy, temperature, tmp_path, monkeypatch):
+    def adapter(texts_at_a_time, folder):
+        monkeypatch.setitem(WRITTEN_AT_A_TIME, "cpu", texts_at_a_time)
+        return MTEBEncoder(encoder(tiny_policy, temperature=temperature), "tiny", folder)
 
     mixed = embed(adapter(3, tmp_path), batches(MIXED))
     alone = [embed(adapter(1, None), batches([text])) for text in MIXED]
@@ -124,14 +125,15 @@ def test_long_call_is_cached_in_parts(tiny_policy, tmp_path, caplog, monkeypatch
             return super().encode(texts, prompt_type)
 
     monkeypatch.setattr("src.evaluation.mteb_encoder.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setitem(WRITTEN_AT_A_TIME, "cpu", 1)
     texts = [f"{'long ' * 5}{i}" for i in range(8)] + ["stop"]
     with caplog.at_level("INFO", "src.evaluation.mteb_encoder"), pytest.raises(KeyboardInterrupt):
-        embed(MTEBEncoder(Stops(tiny_policy, SETTINGS, HFEngine(4), batch_size=1), "tiny", tmp_path), batches(texts))
+        embed(MTEBEncoder(Stops(tiny_policy, SETTINGS, HFEngine(4)), "tiny", tmp_path), batches(texts))
     assert [re.sub(r"about .* left", "left", record.message) for record in caplog.records] == [
         "test: 4 of 9 texts embedded, left",
         "test: 8 of 9 texts embedded, left",
     ]
-    own = encoder(tiny_policy, batch_size=1)
+    own = encoder(tiny_policy)
     embed(MTEBEncoder(own, "tiny", tmp_path), batches(texts))
     assert own.seen == ["stop"]
 
@@ -176,6 +178,31 @@ def test_one_pass_embeds_with_and_without(tiny_policy, tmp_path):
     assert plain.seen == []  # all of them were there
 
 
+def test_one_side_shares_the_others_embeddings(tiny_policy, tasks, tmp_path):
+    """Rationales of queries alone: queries of the encoder with rationales, all other texts of the one without."""
+    with MTEBEncoder(encoder(tiny_policy), "tiny", tmp_path, also_without=True) as adapter:
+        embed(adapter, batches(MIXED))
+    own = encoder(tiny_policy, rationale="query")
+    with MTEBEncoder(own, "tiny", tmp_path) as adapter:
+        arguments = {"task_metadata": None, "hf_split": "test", "hf_subset": "default"}
+        found = {
+            role: adapter.encode(batches(MIXED), prompt_type=role, **arguments) for role in (PromptType.query, PromptType.document, None)
+        }
+    assert own.seen == []
+    np.testing.assert_allclose(found[PromptType.query], encoder(tiny_policy).encode(MIXED), atol=1e-5)
+    for role in (PromptType.document, None):
+        np.testing.assert_allclose(found[role], encoder(tiny_policy, rationale=False).encode(MIXED), atol=1e-5)
+    scores = {side: run_tasks(encoder(tiny_policy, rationale=side), tasks, tmp_path, "tiny").tasks for side in ("query", "none", "both")}
+    assert scores["query"]["DocstringClustering"] == scores["none"]["DocstringClustering"] != scores["both"]["DocstringClustering"]
+    assert scores["query"]["DocstringRetrieval"] not in (scores["none"]["DocstringRetrieval"], scores["both"]["DocstringRetrieval"])
+
+
+def test_stop_before_a_task(tiny_policy, tasks):
+    answers = iter([False, True])
+    with pytest.raises(EvaluationStoppedError, match=f"stopped before {tasks[1].metadata.name}, 2 of 2"):
+        run_tasks(encoder(tiny_policy, rationale=False), tasks[:2], None, "tiny", stop=lambda: next(answers))
+
+
 @pytest.mark.parametrize("pooling", ["mean", "eos", "max"])
 @pytest.mark.parametrize("layer", [-1, -2])
 def test_encode_both(tiny_policy, pooling, layer):
@@ -196,19 +223,15 @@ def test_embedded_in_bfloat16_scored_in_float32(tiny_policy, tasks, tmp_path):
     """Autocast would round MTEB's cosines too, and texts that lie close together would tie."""
     seen = {"embedded": set(), "compared": set()}
 
-    class Watched(RationaleEncoder):
-        def encode(self, *args, **kwargs):
-            seen["embedded"].add(torch.is_autocast_enabled("cpu"))
-            return super().encode(*args, **kwargs)
-
     class Compared(MTEBEncoder):
         def similarity(self, first, second):
             found = super().similarity(first, second)
             seen["compared"].add(found.dtype)
             return found
 
-    own = Watched(tiny_policy, SETTINGS, HFEngine(4), rationale=False)
-    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", dtype=torch.bfloat16):
+    own = encoder(tiny_policy, rationale=False, bf16=True)
+    tiny_policy.model.base_model.register_forward_hook(lambda *_: seen["embedded"].add(torch.is_autocast_enabled("cpu")))
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("src.evaluation.mteb_encoder.MTEBEncoder", Compared)
         scores = run_tasks(own, tasks[:1], tmp_path, "tiny")
     assert scores.failures == {}

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2Config
 
-from experiments.speed import evaluation, rollouts, scaling, step
-from experiments.speed.floor import work
+from experiments.speed import evaluation, gpu, rollouts, scaling, step
 from experiments.speed.grace_steps import Spec, run
 from experiments.speed.measuring import MIB, alternating, paired_ratio, peak, reset_peak, table
 from experiments.speed.subject import POLICY, ROOT, unending_policy
@@ -41,25 +39,6 @@ def test_peak_memory_since_reset():
         torch.ones(16 * MIB)
         growth.append(peak() - before)
     assert 60 * MIB < max(growth) < 120 * MIB
-
-
-def test_floor_counts_every_product_once():
-    c = Qwen2Config(vocab_size=11, hidden_size=8, intermediate_size=5, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    prompts, n, new, layers, heads, d = [3, 5], 2, 4, 2, 4, 2
-    matrices, head = layers * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 5), 11 * 8
-    pair = layers * heads * 4 * d  # query times key, and weight times value
-    flops = read = 0
-    for prompt in prompts:
-        flops += sum(2 * matrices + pair * (position + 1) for position in range(prompt))
-        for token in range(new):
-            flops += n * (2 * matrices + 2 * head + pair * (prompt + token + 1))
-    for token in range(new):
-        read += matrices + head
-        for prompt in prompts:
-            read += layers * 2 * 2 * d * (prompt + n * (token + 1))
-    counted = work(c, prompts, n, new)
-    assert counted.bytes == 4 * read
-    assert counted.flops == flops
 
 
 def test_no_rationale_ends_before_its_limit():
@@ -124,3 +103,20 @@ def test_without_trl_the_error_names_its_requirements(capsys, tmp_path):
     with pytest.raises(SystemExit):
         step.main(["--trl-python", str(tmp_path / "python")])
     assert "pip install -r experiments/speed/trl-requirements.txt" in capsys.readouterr().err
+
+
+def test_gpu_benchmark_of_a_small_shape(tmp_path, capsys):
+    gpu.main(["--small", "--packages", "joblib", "--output", str(tmp_path / "gpu.md")])
+    rows = [line.split(" | ") for line in (tmp_path / "gpu.md").read_text().splitlines() if "/s |" in line]
+    names = [row[0].removeprefix("| ").split(",")[0] for row in rows]
+    engines = ["rollout=hf", "transformers generate"] * 2
+    assert names == [*engines, "embedding 16 texts", "first update", "update", "update", "a step"]
+    assert all(float(row[-1].removesuffix(" |")) > 1 for row in rows)  # nothing is faster than the floor
+    assert "measured in" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_gpu_benchmark_wants_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "no GPU here: --small measures a tiny shape on the CPU" in capsys.readouterr().err

@@ -291,7 +291,6 @@ def test_out_of_memory_names_the_setting() -> None:
         ({"temperature": 0.0}, "temperature=0.0"),  # log-probs would be divided by it
         ({"context_temperature": -0.5}, "context_temperature=-0.5"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens=0"),
-        ({"encode_batch_size": 0}, "encode_batch_size=0"),
         ({"also_learn_from": ["queries"]}, r"also_learn_from=\['queries'\]: queries is not one of query, negative"),
         ({"pathwise_weight": -0.1}, r"pathwise_weight=-0\.1.*at least 0"),
         ({"pathwise_weight": math.nan}, "pathwise_weight=nan.*at least 0"),

@@ -107,6 +107,13 @@ class Ranks:
             distributed.all_gather_object(found, value)
         return found
 
+    def first(self, value: Item) -> Item:
+        """Returns rank 0's value, anything that can be pickled."""
+        found = [value]
+        if self.count > 1:
+            distributed.broadcast_object_list(found, device=self.device)
+        return found[0]
+
     def _all(self, values: Tensor) -> Tensor:
         """Returns [count, ...]."""
         sent = values.to(self.device, torch.uint8 if values.dtype == torch.bool else values.dtype).contiguous()  # gloo has no bool

@@ -12,12 +12,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from src.modules.encoder.export import load_policy
-from src.modules.encoder.settings import EncoderSettings
+from src.modules.encoder.settings import EncoderSettings, RationaleFor, rationale_for
+from src.modules.policy.batching import embed_all
 from src.modules.policy.model import Policy, evaluation_mode
 from src.modules.prompt.renderer import PromptRenderer, require_room
 from src.modules.rollouts.engine import RolloutEngine
 from src.modules.rollouts.hf import HFEngine
 from src.modules.types import without_rationales
+
+WRITTEN_AT_A_TIME = {"cpu": 64, "cuda": 1024}
+"""Texts whose rationales an engine is asked for at once; it makes batches of them by its own budget."""
 
 
 class RationaleEncoder:
@@ -29,14 +33,17 @@ class RationaleEncoder:
         policy: the model; a call does not change its modes.
         settings: prompt and pooling.
         engine: writes the rationales and limits their length. Unused without rationales.
-        rationale: False pools the prompt alone (the paper's Base).
+        rationale: the texts that rationales are written about; of others the prompt alone is pooled (`none` is the paper's Base). A text
+            whose `prompt_type` is not said has none under `query` and `document`: texts of one kind are compared with each other, so
+            they are embedded alike, and in the cheaper way.
         temperature: of the rationales; 0 is greedy.
         seed: of sampled rationales. A text draws from this seed and its content, so it gets the same rationale among any
             other texts, and after a restart.
-        batch_size: texts at a time.
+        batch_tokens: most tokens of a pass over texts, or over texts and their rationales.
+        bf16: whether arithmetic is in bfloat16 (autocast), whatever is in force around the call; None: on a GPU.
 
     Raises:
-        ValueError: a negative temperature, a batch size below one, another pooling than the policy's, lengths that its
+        ValueError: a negative temperature, a budget below one, an unknown `rationale`, another pooling than the policy's, lengths that its
             context does not hold, or a tokenizer without a chat template.
     """
 
@@ -45,10 +52,11 @@ class RationaleEncoder:
         policy: Policy,
         settings: EncoderSettings,
         engine: RolloutEngine,
-        rationale: bool = True,
+        rationale: RationaleFor | bool = True,
         temperature: float = 0.0,
         seed: int = 0,
-        batch_size: int = 64,
+        batch_tokens: int = 2**15,
+        bf16: bool | None = None,
     ) -> None:
         if temperature < 0:
             raise ValueError(f"temperature={temperature}: it is 0 (greedy) or above")
@@ -57,9 +65,9 @@ class RationaleEncoder:
                 f"the encoder's settings say pooling={settings.pooling}, layer={settings.layer}, and the policy pools by "
                 f"{policy.pooling} at layer {policy.layer}: make both the same"
             )
-        require_room(policy.context, settings.max_prompt_tokens, engine.max_new_tokens if rationale else 0)
-        self.policy, self.settings, self.engine = policy, settings, engine
-        self.rationale, self.temperature, self.seed, self.batch_size = rationale, temperature, seed, _positive(batch_size)
+        self.policy, self.settings, self.engine, self.rationale = policy, settings, engine, rationale_for(rationale)
+        require_room(policy.context, settings.max_prompt_tokens, 0 if self.rationale == "none" else engine.max_new_tokens)
+        self.temperature, self.seed, self.batch_tokens, self._bf16 = temperature, seed, _positive(batch_tokens), bf16
         self.renderers = {
             kind: PromptRenderer(
                 policy.tokenizer, settings.instruction_for(kind), settings.max_prompt_tokens, dict(settings.template_kwargs)
@@ -75,18 +83,19 @@ class RationaleEncoder:
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int = 0,
-        batch_size: int = 64,
+        batch_tokens: int = 2**15,
+        bf16: bool | None = None,
         trust_remote_code: bool = False,
     ) -> "RationaleEncoder":
         """Loads the encoder of an exported folder, of a training checkpoint (*.ckpt), or of an instruct model on the hub.
 
-        A model that was trained without rationales embeds without.
+        Rationales are written where the model's settings say: nowhere, if it was trained without.
 
         Args:
             path: of the folder or checkpoint, or the model's name.
             device: None takes a GPU if there is one.
             max_new_tokens: longest rationale; None: the setting of the training.
-            temperature, seed, batch_size: see RationaleEncoder.
+            temperature, seed, batch_tokens, bf16: see RationaleEncoder.
             trust_remote_code: lets Python files that come with a model run; an export needs none.
 
         Raises:
@@ -99,19 +108,33 @@ class RationaleEncoder:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         engine = HFEngine(settings.max_new_tokens)
-        return cls(policy.to(device), settings, engine, settings.rationale, temperature, seed, batch_size)
+        return cls(policy.to(device), settings, engine, settings.rationale, temperature, seed, batch_tokens, bf16)
 
     @property
     def dimension(self) -> int:
         """D, the size of an embedding."""
         return int(self.policy.model.config.get_text_config().hidden_size)
 
+    @property
+    def bf16(self) -> bool:
+        """Whether arithmetic is in bfloat16."""
+        return self.policy.device.type == "cuda" if self._bf16 is None else self._bf16
+
+    @property
+    def texts_at_a_time(self) -> int:
+        """Texts whose rationales are asked for at once."""
+        return WRITTEN_AT_A_TIME.get(self.policy.device.type, WRITTEN_AT_A_TIME["cpu"])
+
+    def writes(self, prompt_type: str | None) -> bool:
+        """Returns whether texts of this type are embedded with rationales."""
+        return self.rationale in ("both", prompt_type)
+
     def encode(
         self,
         texts: Iterable[str],
         prompt_type: str | None = None,
         rationale: bool | None = None,
-        batch_size: int | None = None,
+        batch_tokens: int | None = None,
         show_progress: bool = False,
     ) -> np.ndarray:
         """Embeds texts, in their order.
@@ -120,8 +143,8 @@ class RationaleEncoder:
             texts: any iterable of strings (a list, a generator, a pandas Series, a numpy array); a repeated text is embedded once.
             prompt_type: `query` or `document`. Both have the same prompt, as GRACE was trained, unless the settings have a
                 `query_instruction`.
-            rationale: whether rationales are written; None: the encoder's setting.
-            batch_size: texts at a time; None: the encoder's setting.
+            rationale: whether rationales are written; None: as the encoder's setting says for this type.
+            batch_tokens: see RationaleEncoder; None: the encoder's setting.
             show_progress: shows a bar of texts done and time left, on standard error.
 
         Returns:
@@ -129,18 +152,18 @@ class RationaleEncoder:
 
         Raises:
             TypeError: one string in place of several, or something that is no string; its place and type are named.
-            ValueError: an embedding that is not finite, an unknown prompt type, a batch size below one.
+            ValueError: an embedding that is not finite, an unknown prompt type, a budget below one.
         """
-        return self._run(texts, prompt_type, rationale, batch_size, show_progress)[0]
+        return self._run(texts, prompt_type, rationale, batch_tokens, show_progress)[0]
 
     def encode_both(
-        self, texts: Iterable[str], prompt_type: str | None = None, batch_size: int | None = None
+        self, texts: Iterable[str], prompt_type: str | None = None, batch_tokens: int | None = None
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """Returns embeddings with rationales and without, [N, D] float32 each, from one pass; see `encode`.
 
         The second are those of `encode(rationale=False)`, but for rounding; None from an engine that gives none.
         """
-        with_rationales, _, plain = self._run(texts, prompt_type, True, batch_size, False)
+        with_rationales, _, plain = self._run(texts, prompt_type, True, batch_tokens, False)
         return with_rationales, plain
 
     def explain(
@@ -148,26 +171,26 @@ class RationaleEncoder:
         texts: Iterable[str],
         prompt_type: str | None = None,
         rationale: bool | None = None,
-        batch_size: int | None = None,
+        batch_tokens: int | None = None,
         show_progress: bool = False,
     ) -> tuple[np.ndarray, list[str]]:
         """Returns embeddings, see `encode`, and the rationale of each text ("" without rationales).
 
         Rationales keep tags such as <think>, even if they are special tokens.
         """
-        embeddings, rationales, _ = self._run(texts, prompt_type, rationale, batch_size, show_progress)
+        embeddings, rationales, _ = self._run(texts, prompt_type, rationale, batch_tokens, show_progress)
         return embeddings, [str(self.policy.tokenizer.decode(ids.tolist(), skip_special_tokens=False)) for ids in rationales]
 
     def _run(
-        self, texts: Iterable[str], prompt_type: str | None, rationale: bool | None, batch_size: int | None, show_progress: bool
+        self, texts: Iterable[str], prompt_type: str | None, rationale: bool | None, batch_tokens: int | None, show_progress: bool
     ) -> tuple[np.ndarray, list[Tensor], np.ndarray | None]:
         """Returns embeddings, the rationales' ids without their end token, and the prompts' embeddings if the engine gives them."""
         texts = strings_of(texts)
         self.settings.instruction_for(prompt_type)  # checks the type
-        size = self.batch_size if batch_size is None else _positive(batch_size)
+        budget = self.batch_tokens if batch_tokens is None else _positive(batch_tokens)
         if not texts:
             return np.zeros((0, self.dimension), dtype=np.float32), [], None
-        policy, rationale = self.policy, self.rationale if rationale is None else rationale
+        policy, rationale = self.policy, self.writes(prompt_type) if rationale is None else rationale
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         distinct = list(place)
         prompts = self.renderers[prompt_type](distinct)
@@ -177,18 +200,19 @@ class RationaleEncoder:
         order = prompts.lengths.argsort(descending=True, stable=True)  # like lengths together: less padding
         holding = getattr(self.engine, "holding", None)
         with (
+            torch.autocast(policy.device.type, torch.bfloat16, enabled=self.bf16),
             evaluation_mode(policy),
             holding(policy) if rationale and holding else nullcontext(),
             tqdm(total=len(distinct), unit="text", disable=not show_progress) as bar,
         ):
-            for rows in order.split(size):
+            for rows in order.split(self.texts_at_a_time):
                 part, places = prompts.select(rows), rows.tolist()
                 if rationale:
                     seeds = torch.tensor([_seed(distinct[i], self.seed) for i in places])
                     rollouts = self.engine.generate(policy, part, n=1, temperature=self.temperature, seed=seeds)
                 else:
                     rollouts = without_rationales(part, policy.pad_id).to(policy.device)
-                pooled = policy.embed(rollouts) if rollouts.embeddings is None else rollouts.embeddings
+                pooled = embed_all(policy, rollouts, budget) if rollouts.embeddings is None else rollouts.embeddings
                 embeddings[places] = pooled.float().cpu().numpy()
                 if plain is None or rollouts.prompt_embeddings is None:
                     plain = None
@@ -229,7 +253,7 @@ def _seed(text: str, seed: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _positive(batch_size: int) -> int:
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: it must be at least 1")
-    return batch_size
+def _positive(batch_tokens: int) -> int:
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens={batch_tokens}: it must be at least 1")
+    return batch_tokens

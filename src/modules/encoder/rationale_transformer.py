@@ -2,7 +2,8 @@
 
 An export copies this file, and those that it imports relatively, beside the weights; it needs nothing else of the project.
 It adds the exact prompt to the library's modules: a chat whose frame is tokenised apart from the text, and whose beginning the
-library's Pooling leaves out. Texts are embedded without rationales, or with greedy ones: `encode(texts, rationale=True)`.
+library's Pooling leaves out. Texts are embedded without rationales, or with greedy ones: `encode(texts, rationale=True)`. An export
+whose settings have rationale=query (or document) has `encode_query` (or `encode_document`) write them.
 """
 
 import json
@@ -28,13 +29,13 @@ class RationaleTransformer(InputModule):
         tokenizer: its tokenizer, with a chat template.
         settings: of grace.json.
         encoder: the model that embeds, if it is another.
-        rationale: whether rationales are written by default.
+        rationale: whether rationales are written by default; None: for the side that the settings name, if they name one.
     """
 
     config_file_name = "grace.json"
     save_in_root = True
     tokenizer: PreTrainedTokenizerBase
-    forward_kwargs = {"rationale"}  # noqa: RUF012  # as the base class has it
+    forward_kwargs = {"rationale", "task"}  # noqa: RUF012  # as the base class has it
 
     def __init__(
         self,
@@ -42,7 +43,7 @@ class RationaleTransformer(InputModule):
         tokenizer: PreTrainedTokenizerBase,
         settings: Mapping[str, Any],
         encoder: PreTrainedModel | None = None,
-        rationale: bool = False,
+        rationale: bool | None = None,
     ) -> None:
         super().__init__()
         self.model, self.encoder, self.tokenizer = model, encoder, tokenizer
@@ -79,9 +80,13 @@ class RationaleTransformer(InputModule):
         ids, mask = self._padded(list(prompts.ids))
         return {"input_ids": ids, "attention_mask": mask, "prompt_length": int(prompts.text_starts[0])}
 
-    def forward(self, features: dict[str, Any], rationale: bool | None = None, **kwargs: Any) -> dict[str, Any]:
-        """Adds `token_embeddings`, [N, T, D]; with rationales, ids and attention mask are those of prompt and rationale."""
-        if self.rationale if rationale is None else rationale:
+    def forward(self, features: dict[str, Any], rationale: bool | None = None, task: str | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Adds `token_embeddings`, [N, T, D]; with rationales, ids and attention mask are those of prompt and rationale.
+
+        `task` is the library's name for the side: `query`, `document` or None.
+        """
+        asked = self.rationale if rationale is None else rationale
+        if task is not None and task == self.settings.get("rationale") if asked is None else asked:
             features["input_ids"], features["attention_mask"] = self._with_rationales(features["input_ids"], features["attention_mask"])
         backbone = (self.model if self.encoder is None else self.encoder).base_model
         layer = self.settings.get("layer", -1)

@@ -4,12 +4,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from transformers.utils.hub import cached_file
 
 from src.modules.policy.pooling import PoolingName, check_pooling
 from src.modules.prompt.renderer import GRACE_INSTRUCTION
+
+RationaleFor = Literal["both", "query", "document", "none"]
+"""The texts that rationales are written about."""
 
 SETTINGS_FILE = "grace.json"
 """The file's name in an exported folder."""
@@ -27,10 +30,11 @@ class EncoderSettings:
         layer: whose states: -1, the last layer's, or -2, those of the one before.
         template_kwargs: passed to the chat template.
         query_instruction: the system message for queries; None: the same as for documents.
-        rationale: whether embeddings are made with rationales, as they were trained.
+        rationale: the texts that are embedded with rationales: `both` queries and documents, one of them, or `none`; True is both, and
+            False none.
 
     Raises:
-        ValueError: a length below one, or a pooling or a layer that does not exist.
+        ValueError: a length below one, or a pooling, a layer or a value of `rationale` that does not exist.
     """
 
     instruction: str | None = GRACE_INSTRUCTION
@@ -40,7 +44,7 @@ class EncoderSettings:
     layer: int = -1
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     query_instruction: str | None = None
-    rationale: bool = True
+    rationale: RationaleFor = "both"
 
     def __post_init__(self) -> None:
         if self.instruction is None:  # as YAML says it
@@ -49,6 +53,7 @@ class EncoderSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"encoder settings: {name}={getattr(self, name)}, it must be at least 1")
         check_pooling(self.pooling, self.layer, "encoder settings")
+        object.__setattr__(self, "rationale", rationale_for(self.rationale))
 
     def instruction_for(self, prompt_type: str | None) -> str:
         """Returns the system message for a `query`, a `document`, or (None) any text; raises ValueError for another type."""
@@ -89,3 +94,12 @@ class EncoderSettings:
         if not isinstance(values, dict):
             raise ValueError(f"{file} is not a JSON object of settings")
         return cls.from_dict(values, str(file))
+
+
+def rationale_for(value: RationaleFor | bool) -> RationaleFor:
+    """Returns the value of `rationale`, in which True is `both` and False `none`; raises ValueError for another one."""
+    if isinstance(value, bool):
+        return "both" if value else "none"
+    if value not in get_args(RationaleFor):
+        raise ValueError(f"rationale={value!r}: it is both, query, document or none")
+    return value

@@ -66,6 +66,8 @@ class Work:
         token_credit: whether embeddings after every token are kept.
         checkpointing: whether activations inside a layer are recomputed.
         copies: of the weights beside the policy (a reference, a frozen encoder).
+        reference: whether a reference scores the rationales.
+        pathwise: whether queries and negatives take part in the update.
     """
 
     nodes: int
@@ -84,6 +86,8 @@ class Work:
     token_credit: bool
     checkpointing: bool
     copies: int
+    reference: bool = False
+    pathwise: bool = False
 
     @property
     def ranks(self) -> int:

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from src.modules.plan.memory import Row, Shape, Work, always, find_config, shape_of, while_sampling, while_updating
+from src.modules.plan.speed import CARDS, batch_phases, find_card
 
 _GIB = 2**30
 
@@ -53,6 +54,8 @@ def _work(cfg: DictConfig) -> Work:
         half=str(cfg.trainer.precision) in ("bf16", "bf16-mixed"),
         token_credit=cfg.algorithm.gae_lambda is not None,
         checkpointing=cfg.policy.gradient_checkpointing,
+        reference=cfg.algorithm.kl_coef > 0,
+        pathwise=cfg.module.pathwise_weight > 0,
         copies=int(cfg.algorithm.kl_coef > 0 and cfg.policy.lora is None) + int(cfg.policy.encoder == "frozen"),
     )
 
@@ -121,7 +124,42 @@ def text(cfg: DictConfig) -> str:
     if not work.engine_tokens:
         share = cfg.rollout.gpu_memory_utilization
         lines += [f"  vLLM takes rollout.gpu_memory_utilization={share} of the device in addition while it writes"]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_time(cfg, work, shape)])
+
+
+def _time(cfg: DictConfig, work: Work, shape: Shape) -> list[str]:
+    """Returns the floor of a batch's time on the card, and of the run's."""
+    try:
+        card = find_card(OmegaConf.select(cfg, "plan.card", default=None))
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+    if card is None:
+        return [f"time of a rollout batch: not known for this machine; plan.card names a card to plan for ({', '.join(CARDS)})"]
+    prompts, context = ([work.prompt] * sum(texts for texts, n in work.calls() if (n == work.rollouts) == many) for many in (True, False))
+    lengths = (prompts, work.rollouts, context, work.rationale, work.half)
+    phases = batch_phases(
+        shape, *lengths, updates=work.updates, checkpointing=work.checkpointing, reference=work.reference, pathwise=work.pathwise
+    )
+    seconds = [phase.seconds(card, work.half) for phase in phases]
+    lines = [
+        f"time of a rollout batch on each {card.name}, seconds (a floor: all arithmetic and reading at the card's full rates, at "
+        f"{work.prompt} + {work.rationale} tokens a text)"
+    ]
+    for phase, taken in zip(phases, seconds, strict=True):
+        lines += [f"  {taken:8.2f}  {phase.what:28s} {phase.flops / 1e12:,.1f} TFLOP, {phase.bytes / 1e9:,.0f} GB"]
+    known = _batches(cfg, work)
+    batches, hint = known or 1000, "" if known else "; trainer.limit_train_batches sets their number"
+    hours = f"{batches:,} batches take at least {batches * sum(seconds) / 3600:,.2f} hours"
+    return [*lines, f"  {sum(seconds):8.2f}  together; {hours}, without evaluation{hint}"]
+
+
+def _batches(cfg: DictConfig, work: Work) -> int | None:
+    """Returns the rollout batches of the run; None if only the data knows."""
+    steps, of_an_epoch = cfg.trainer.max_steps, cfg.trainer.limit_train_batches
+    limits = [-(-steps // work.updates)] if steps > 0 else []
+    if isinstance(of_an_epoch, int) and cfg.trainer.max_epochs:
+        limits.append(of_an_epoch * cfg.trainer.max_epochs)
+    return min(limits, default=None)
 
 
 def _sum(rows: list[Row]) -> float:

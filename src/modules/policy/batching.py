@@ -6,6 +6,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from src.modules.policy.model import Policy
 from src.modules.types import Rollouts
 
 
@@ -50,3 +51,11 @@ def padded_batches(lengths: Tensor, tokens: int, extra: int = 0) -> Iterator[Ten
         count = max(1, tokens // (int(lengths[order[start]]) + extra))
         yield order[start : start + count]
         start += count
+
+
+def embed_all(policy: Policy, rollouts: Rollouts, tokens: int) -> Tensor:
+    """Returns [N, D] float32 embeddings, not normalised, of rollouts with a prompt each, in passes of at most `tokens` tokens."""
+    embeddings, order = [], rollouts.lengths.argsort(descending=True, stable=True).cpu()  # packed: no padding
+    for rows in packed_batches(rollouts, order, 1, tokens):
+        embeddings.append(policy.embed(rollouts[rows.to(rollouts.lengths.device)], groups=torch.arange(len(rows))))
+    return torch.cat(embeddings)[order.argsort().to(policy.device)]

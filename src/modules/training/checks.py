@@ -19,7 +19,7 @@ def check_settings(h: Mapping[str, Any], frozen_encoder: bool, algorithm: Algori
         )
     _require_roles("also_learn_from", h["also_learn_from"], CONTEXT_ROLES)
     _require_roles("pathwise_roles", h["pathwise_roles"], ROLES)
-    for name, least in (("micro_batch_tokens", 1), ("encode_batch_size", 1), ("gradient_parts_every_n_rollout_batches", 0)):
+    for name, least in (("micro_batch_tokens", 1), ("gradient_parts_every_n_rollout_batches", 0)):
         if h[name] < least:
             raise ValueError(f"module.{name}={h[name]}: it must be at least {least}")
     score_function, pathwise = h["score_function_weight"], h["pathwise_weight"]

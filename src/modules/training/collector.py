@@ -11,7 +11,7 @@ from src.modules.distributed.ranks import Ranks
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.credit import from_tokens
 from src.modules.objectives.roles import ids_of, same_texts, texts_of
-from src.modules.policy.batching import packed_batches
+from src.modules.policy.batching import embed_all, packed_batches
 from src.modules.policy.model import Policy
 from src.modules.policy.pooling import pool, pool_prefixes
 from src.modules.policy.reference import Reference
@@ -33,8 +33,8 @@ class Collector:
     Attributes:
         policy, engine, renderer, reference, algorithm: of the module; no reference if the algorithm has none.
         ranks: the processes that collect together, each its share of the instances.
-        num_generations, temperature, context_temperature, also_learn_from, micro_batch_tokens, encode_batch_size, seed, distill_weight: see
-            GRACE; with a weight above 0 texts are embedded without rationales as well.
+        num_generations, temperature, context_temperature, also_learn_from, micro_batch_tokens, seed, distill_weight: see GRACE; with a
+            weight above 0 texts are embedded without rationales as well.
     """
 
     policy: Policy
@@ -48,7 +48,6 @@ class Collector:
     context_temperature: float
     also_learn_from: Sequence[Role]
     micro_batch_tokens: int
-    encode_batch_size: int
     seed: int
     distill_weight: float = 0.0
 
@@ -88,7 +87,7 @@ class Collector:
             encoded = {role: self._encode(rollouts) for role, rollouts in sampled.items()}
             first = {role: vectors.unflatten(0, (-1, self.num_generations))[:, 0] for role, (vectors, _, _) in encoded.items()}
             if context is not None:
-                vectors = unit_vectors(self.policy, context, self.encode_batch_size)
+                vectors = unit_vectors(self.policy, context, self.micro_batch_tokens)
                 first |= zip(context_roles, vectors.split([len(part) for part in texts]), strict=True)
             plain = self._plain(sampled, context, context_roles, len(own)) if self.distill_weight else {}
         roles = {role: self._gather(own, role, part, *encoded[role], greedy.get(role), seconds) for role, part in sampled.items()}
@@ -122,7 +121,7 @@ class Collector:
         found: dict[Role, PlainTexts] = {}
         for role, rollouts in first.items():
             texts = rollouts.prompts_alone()
-            vectors = unit_vectors(self.policy, texts, self.encode_batch_size)
+            vectors = unit_vectors(self.policy, texts, self.micro_batch_tokens)
             found[role] = PlainTexts(texts.tokens_alone(), self.ranks.gather(vectors, instances))
         return found
 
@@ -211,7 +210,7 @@ class Collector:
         )
 
     def _greedy(self, rollouts: Rollouts, instances: int) -> GreedyRollouts:
-        vectors = unit_vectors(self.policy, rollouts, self.encode_batch_size)
+        vectors = unit_vectors(self.policy, rollouts, self.micro_batch_tokens)
         parts = (vectors, rollouts.rationale_lengths, rollouts.finished)
         return GreedyRollouts(*(self.ranks.gather(part.unsqueeze(1), instances) for part in parts))
 
@@ -221,13 +220,9 @@ class Collector:
         return len(found.unique()) / found.numel()
 
 
-def unit_vectors(policy: Policy, rollouts: Rollouts, batch_size: int) -> Tensor:
-    """Returns [N, D] unit vectors of texts with one rollout each, from the engine, or else from batches of like lengths."""
-    if rollouts.embeddings is not None:
-        return normalize(rollouts.embeddings, dim=-1)
-    order = rollouts.lengths.argsort()
-    parts = [policy.embed(rollouts[rows]) for rows in order.split(batch_size)]
-    return normalize(torch.cat(parts)[order.argsort()], dim=-1)
+def unit_vectors(policy: Policy, rollouts: Rollouts, tokens: int) -> Tensor:
+    """Returns [N, D] unit vectors of texts with one rollout each, from the engine, or else from passes of at most `tokens` tokens."""
+    return normalize(embed_all(policy, rollouts, tokens) if rollouts.embeddings is None else rollouts.embeddings, dim=-1)
 
 
 def negatives_per_instance(batch: Sequence[Triplet]) -> int:

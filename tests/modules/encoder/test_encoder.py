@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from src.modules.encoder.encoder import RationaleEncoder
+from src.modules.encoder.encoder import WRITTEN_AT_A_TIME, RationaleEncoder
 from src.modules.encoder.export import export
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
@@ -54,11 +54,13 @@ def one_by_one(policy: Policy, texts: Sequence[str], rationale: bool) -> np.ndar
 
 
 @pytest.mark.parametrize("rationale", [False, True])
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_batches_give_what_single_texts_give(tiny_policy: Policy, rationale: bool, batch_size: int) -> None:
-    embeddings = encoder(tiny_policy, rationale=rationale, batch_size=batch_size).encode(TEXTS)
+@pytest.mark.parametrize("batch_tokens", [1, 100, 2**15])
+@pytest.mark.parametrize("kind", ["live", "frozen"])
+def test_budgets_give_what_single_texts_give(tiny_policy: Policy, rationale: bool, batch_tokens: int, kind: Any) -> None:
+    policy = Policy(tiny_policy.model, tiny_policy.tokenizer, kind)
+    embeddings = encoder(policy, rationale=rationale, batch_tokens=batch_tokens).encode(TEXTS)
     assert embeddings.dtype == np.float32
-    np.testing.assert_allclose(embeddings, one_by_one(tiny_policy, TEXTS, rationale), atol=1e-5)
+    np.testing.assert_allclose(embeddings, one_by_one(tiny_policy, TEXTS, rationale), atol=2e-6)
 
 
 def test_repeated_text_is_embedded_once(tiny_policy: Policy) -> None:
@@ -70,11 +72,36 @@ def test_repeated_text_is_embedded_once(tiny_policy: Policy) -> None:
     assert not np.array_equal(embeddings[0], embeddings[1])
 
 
-def test_batches_hold_texts_of_like_lengths(tiny_policy: Policy) -> None:
+def test_engine_gets_texts_of_like_lengths(tiny_policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Recording()
-    RationaleEncoder(tiny_policy, SETTINGS, engine, batch_size=2).encode(TEXTS)
+    monkeypatch.setitem(WRITTEN_AT_A_TIME, "cpu", 3)
+    RationaleEncoder(tiny_policy, SETTINGS, engine).encode(TEXTS)
+    assert [len(prompts) for prompts in engine.prompts] == [3, 1]
     lengths = torch.cat([prompts.lengths for prompts in engine.prompts]).tolist()
     assert lengths == sorted(lengths, reverse=True)
+
+
+def test_rationales_of_one_side(tiny_policy: Policy) -> None:
+    with_rationales, without = encoder(tiny_policy).encode(TEXTS), encoder(tiny_policy, rationale=False).encode(TEXTS)
+    assert np.abs(with_rationales - without).max() > 1e-3
+    for rationale in ("query", "document"):
+        own = encoder(tiny_policy, rationale=rationale)
+        for prompt_type in ("query", "document", None):  # texts of no side are embedded alike, and in the cheaper way
+            expected = with_rationales if prompt_type == rationale else without
+            np.testing.assert_array_equal(own.encode(TEXTS, prompt_type), expected)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("around", [True, False])
+def test_precision_is_the_encoders_own(tiny_policy: Policy, bf16: bool, around: bool) -> None:
+    seen, single = [], encoder(tiny_policy, rationale=False)
+    tiny_policy.model.base_model.layers[0].register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16, enabled=around):
+        vectors = encoder(tiny_policy, rationale=False, bf16=bf16).encode(TEXTS)
+    assert set(seen) == {bf16}
+    assert not single.bf16  # None: on a GPU alone
+    expected = single.encode(TEXTS)
+    assert np.abs(vectors - expected).max() <= (0.05 * np.abs(expected).max() if bf16 else 1e-6)
 
 
 def test_sampling_follows_the_seed(tiny_policy: Policy) -> None:
@@ -133,8 +160,8 @@ def test_arguments_of_a_call_override_the_encoders(tiny_policy: Policy) -> None:
     np.testing.assert_array_equal(plain.encode(TEXTS, rationale=True), writing.encode(TEXTS))
     assert plain.explain(TEXTS, rationale=True)[1] == writing.explain(TEXTS)[1]
     engine = Recording()
-    RationaleEncoder(tiny_policy, SETTINGS, engine).encode(TEXTS, batch_size=1)
-    assert [len(prompts) for prompts in engine.prompts] == [1] * len(TEXTS)
+    RationaleEncoder(tiny_policy, SETTINGS, engine).encode(TEXTS, rationale=False, batch_tokens=1)
+    assert engine.prompts == []
 
 
 def test_query_instruction(tiny_policy: Policy) -> None:
@@ -172,9 +199,10 @@ def test_progress_bar(tiny_policy: Policy, capsys: pytest.CaptureFixture[str]) -
     [
         ({}, {"texts": "a graph"}, "texts is one string"),
         ({}, {"texts": TEXTS, "prompt_type": "passage"}, "prompt_type='passage'"),
-        ({}, {"texts": TEXTS, "batch_size": 0}, "batch_size=0"),
+        ({}, {"texts": TEXTS, "batch_tokens": 0}, "batch_tokens=0"),
         ({"temperature": -1.0}, {"texts": TEXTS}, "temperature=-1.0"),
-        ({"batch_size": 0}, {"texts": TEXTS}, "batch_size=0"),
+        ({"batch_tokens": 0}, {"texts": TEXTS}, "batch_tokens=0"),
+        ({"rationale": "queries"}, {"texts": TEXTS}, "rationale='queries': it is both, query, document or none"),
     ],
 )
 def test_bad_arguments(tiny_policy: Policy, options: dict[str, Any], call: dict[str, Any], message: str) -> None:

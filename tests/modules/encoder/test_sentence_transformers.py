@@ -96,6 +96,17 @@ def test_rationales_by_default(folder: Path, encoder: RationaleEncoder) -> None:
     np.testing.assert_allclose(writing.encode(TEXTS), encoder.encode(TEXTS), atol=1e-5, rtol=0)
 
 
+def test_rationales_of_queries(tiny_policy_folder: Path, encoder: RationaleEncoder, tmp_path: Path) -> None:
+    own = load(export(Policy.load(str(tiny_policy_folder)), replace(SETTINGS, rationale="query"), tmp_path / "export"))
+    ours = RationaleEncoder.from_pretrained(tmp_path / "export", device="cpu")
+    assert ours.rationale == "query"
+    found = {"query": own.encode_query(TEXTS), "document": own.encode_document(TEXTS), None: own.encode(TEXTS)}
+    for role, vectors in found.items():
+        expected = encoder.encode(TEXTS, role, rationale=role == "query")
+        np.testing.assert_allclose(vectors, expected, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(ours.encode(TEXTS, role), expected, atol=1e-5, rtol=0)
+
+
 def test_queries_and_documents_have_their_instructions(model: SentenceTransformer, encoder: RationaleEncoder) -> None:
     roles = {"query": model.encode_query(TEXTS), "document": model.encode_document(TEXTS)}
     for role, vectors in roles.items():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from src.modules.encoder.encoder import RationaleEncoder
+from src.modules.encoder.encoder import WRITTEN_AT_A_TIME, RationaleEncoder
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.lora import add_lora, without_lora
 from src.modules.policy.model import Policy
@@ -51,11 +51,12 @@ def test_encoder_pushes_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_engine, "push", lambda llm, model: pushes.append(model) or push(llm, model))
     settings = EncoderSettings(instruction="Name the terms.", max_prompt_tokens=128, max_new_tokens=16)
     texts = [text for text in TEXTS if text]
-    vectors = RationaleEncoder(policy, settings, engine(), batch_size=2).encode(texts)
+    monkeypatch.setitem(WRITTEN_AT_A_TIME, "cpu", 2)
+    vectors = RationaleEncoder(policy, settings, engine()).encode(texts)
     assert len(pushes) == 1
     np.testing.assert_allclose(vectors, RationaleEncoder(policy, settings, HFEngine(16)).encode(texts), atol=1e-4)
     step(policy)
-    RationaleEncoder(policy, settings, engine(), batch_size=2).encode(texts)
+    RationaleEncoder(policy, settings, engine()).encode(texts)
     assert len(pushes) == 2
     assert_greedy_as_hf(policy)  # and outside of it, at every call
     assert len(pushes) == 3
