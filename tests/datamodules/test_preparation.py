@@ -15,7 +15,8 @@ from src.datamodules import preparation
 from src.datamodules.files import DataFile
 from src.datamodules.preparation import MALFORMED, SHOWN, Report, in_batches, load_report, prepare, scan
 from src.datamodules.prompt_limit import PromptLimit
-from src.datamodules.reading import BadRecord, Chunk, SentenceReader, TripletReader, json_rows
+from src.datamodules.reading import SentenceReader, TripletReader
+from src.datamodules.rows import BadRecord, Chunk, json_rows
 from src.modules.prompt.renderer import PromptRenderer
 from src.records import Triplet
 from tests.builders import SENTENCES, small_tokenizer
