@@ -52,8 +52,8 @@ def find_files(path: str | Sequence[str], patterns: Sequence[str], revision: str
     """Returns the files that `path` stands for, those of a folder sorted by name.
 
     Args:
-        path: a file; a pattern of files, with * or **; a folder, searched with its subfolders; the name of a data set on the hub, or a folder,
-            file or pattern of one (hf://datasets/<owner>/<name>[@<revision>]/<folder>), downloaded once; or a list of these.
+        path: a file; a pattern of files, with * or **; a folder, searched with its subfolders; the name of a data set on the hub, or a
+            folder, file or pattern of one (hf://datasets/<owner>/<name>[@<revision>]/<folder>), downloaded once; or a list of these.
         patterns: names to take from a folder or data set, such as *.jsonl. Of one with files for training, those that are named for
             validation or test are left out.
         revision: of a data set on the hub.
@@ -122,7 +122,9 @@ def _of_training(names: list[str], patterns: Sequence[str]) -> list[str]:
         return names
     left_out = [name for name in names if _OTHER_SPLIT.search(name) and not _TRAIN.search(name)]
     if left_out:
-        log.warning("%s are not trained on, as their names say validation or test: name them in datamodule.files to read them", _few(left_out))
+        log.warning(
+            "%s are not trained on, as their names say validation or test: name them in datamodule.files to read them", _few(left_out)
+        )
     return [name for name in names if name not in left_out]
 
 
@@ -180,7 +182,7 @@ def _download(path: str, patterns: Sequence[str], revision: str | None) -> tuple
         return Path(snapshot_download(name, repo_type="dataset", revision=match["revision"] or revision, allow_patterns=wanted)), inner
     except OSError as error:  # all that the hub's client raises for what is absent or out of reach
         reason = str(error).strip().splitlines()[0]
-        part = f" --include '{inner}' --include '{inner}/*'" if inner else ""
+        part = f" --include '{inner}*'" if inner else ""
         raise FileNotFoundError(
             f"no data at {path!r}: no such file or folder, and none from the hub ({reason}); where the hub is in reach, "
             f"`hf download {name} --repo-type dataset{part} --local-dir {name.split('/')[1]}`, copy that folder here, and "

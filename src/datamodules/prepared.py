@@ -109,7 +109,7 @@ class TripletBatches(IterableDataset[list[Triplet]]):
 
 
 class PreparedDataModule(L.LightningDataModule):
-    """Shuffled batches of the records of files. An epoch is one pass.
+    """Shuffled batches of the records of files. An epoch is one pass. Once data is looked at, `read_as` says which columns are read.
 
     Args:
         path, files, revision: see `find_files`.
@@ -158,6 +158,7 @@ class PreparedDataModule(L.LightningDataModule):
         self.batch_size, self.group_by_source, self.val_fraction, self.seed = batch_size, group_by_source, val_fraction, seed
         self._prepared: PreparedTriplets | None = None
         self.report = Report()
+        self.read_as = ""
 
     def prepare_data(self) -> None:
         """Finds, checks and filters the records, unless that was done before, and sets `report`.
@@ -167,13 +168,13 @@ class PreparedDataModule(L.LightningDataModule):
             ValueError: records are malformed and `on_bad_record` is stop, or there is none to train on.
         """
         found, limit = find_files(self.path, self.files, self.revision), self.limit()
-        for line in dict.fromkeys(self.reader.describe(file) for file in found):
-            log.info("columns: %s", line)
+        self.read_as = " | ".join(dict.fromkeys(self.reader.describe(file) for file in found))
+        log.info("read as %s", self.read_as)
         folder = prepare(found, self.reader, limit, self.cache_dir, self.num_proc)
         self.report = report = load_report(folder)
         counts = (
-            f"{', '.join(self.path)}: {report.records:,} records, of which {report.kept:,} can be used, {report.too_long:,} have a text whose prompt "
-            f"is longer than module.max_prompt_tokens={limit.max_prompt_tokens}, and {report.bad:,} are malformed"
+            f"{', '.join(self.path)}: {report.records:,} records, of which {report.kept:,} can be used, {report.too_long:,} have a text "
+            f"whose prompt is longer than module.max_prompt_tokens={limit.max_prompt_tokens}, and {report.bad:,} are malformed"
         )
         if report.bad and self.on_bad_record == "stop":
             raise ValueError(f"{counts}:\n{report.bad_lines()}\ncorrect them, or leave them out with datamodule.on_bad_record=skip")
@@ -215,6 +216,7 @@ class PreparedDataModule(L.LightningDataModule):
             FileNotFoundError, ValueError: there is no such data, or a file lacks a column.
         """
         files = find_files(self.path, self.files, self.revision)
+        self.read_as = self.reader.describe(files[0])
         return list(islice((record for file in files for record in self.reader.read(Chunk(file))), count))
 
     def fixed_triplets(self, count: int) -> list[Triplet]:

@@ -30,8 +30,8 @@ class Reader(Protocol):
 class TripletReader:
     """Reads parquet, CSV, TSV or JSON lines with a query, a positive, negatives and optionally a source.
 
-    Texts stand in columns that `columns` names or `columns.RECOGNISED` knows. A negative may be a list, and in several columns; of a list of
-    positives the first is used. A record without a source gets the stem of its file. Blank lines are skipped.
+    Texts stand in columns that `columns` names or `columns.RECOGNISED` knows. A negative may be a list, and in several columns; of a list
+    of positives the first is used. A record without a source gets the stem of its file. Blank lines are skipped.
 
     Attributes:
         negatives: M, the number of a record's negatives that are used, the first ones; 0 makes them optional.

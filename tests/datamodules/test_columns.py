@@ -85,7 +85,10 @@ def test_formats_hold_the_same_records(tmp_path, name):
     assert [t.source for t in found] == ["data", "data"]
     lines = [2, 4] if "csv" in name else [1, 2]  # of a CSV file the line where the row begins
     assert [t.id for t in found] == [f"{name}:{line}" for line in lines]
-    assert reader.describe(DataFile(tmp_path / name, name)) == "query=anchor, positive=pos, negative=['neg1', 'neg2'] (names of sentence-transformers)"
+    assert (
+        reader.describe(DataFile(tmp_path / name, name))
+        == "query=anchor, positive=pos, negative=['neg1', 'neg2'] (names of sentence-transformers)"
+    )
 
 
 def test_tsv_has_no_quotes(tmp_path):
@@ -142,7 +145,9 @@ def test_sentences_of_tables(tmp_path, name):
     if name.endswith("parquet"):
         pq.write_table(pa.Table.from_pylist(rows), path)
     else:
-        write(path, *(rows if not between else [between.join(row).encode() for row in ({k: k for k in rows[0]}, *(r.values() for r in rows))]))
+        write(
+            path, *(rows if not between else [between.join(row).encode() for row in ({k: k for k in rows[0]}, *(r.values() for r in rows))])
+        )
     assert [t.query for t in read(SentenceReader({"text": "body"}), path)] == ["text 0", "text 1", "text 2"]
     if name == "data.jsonl":
         assert all("without the field 'text'; it has id, body" in str(bad) for bad in read(SentenceReader(), path))

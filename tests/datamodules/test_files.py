@@ -161,7 +161,7 @@ def test_part_of_a_hub_data_set(tmp_path, monkeypatch):
 
 
 def test_what_to_download_is_said():
-    with pytest.raises(FileNotFoundError, match=r"`hf download a/b --repo-type dataset --include 'c' --include 'c/\*' --local-dir b`, copy"):
+    with pytest.raises(FileNotFoundError, match=r"`hf download a/b --repo-type dataset --include 'c\*' --local-dir b`, copy"):
         names_in("hf://datasets/a/b/c")
 
 

@@ -121,7 +121,7 @@ def test_batches_are_bounded():
 
 
 def test_missing_tokenizer(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer at '.*policy\.path"):
+    with pytest.raises(FileNotFoundError, match=r"no policy at '.*policy\.path"):
         PromptLimit.load(str(tmp_path / "none"), "Name the terms.", 60)
 
 
