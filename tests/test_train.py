@@ -102,5 +102,5 @@ def test_optimized_metric_is_returned(compose, tmp_path):
 def test_missing_policy_is_one_line(compose):
     cfg = compose("logger=none", "callbacks=minimal", "trainer.accelerator=cpu")
     cfg.policy.path = "/no/such/folder"
-    with pytest.raises(SystemExit, match="^train.py: no policy at '/no/such/folder'"):
+    with pytest.raises(SystemExit, match=r"^train\.py: no policy at '/no/such/folder'"):
         train(cfg)

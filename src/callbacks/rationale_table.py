@@ -1,7 +1,6 @@
 """Rationales of the same held-out texts over training, with their rewards."""
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import lightning as L
 import torch
 
 from src.callbacks.monitoring import MonitoringCallback, embed_triplets, fixed_triplets, is_due, sample, undisturbed, unit_vectors
+from src.modules.encoder.card import fenced
 from src.modules.grace import GRACE
 from src.modules.objectives.roles import texts_of
 from src.modules.types import Rollouts
@@ -128,14 +128,8 @@ def before_and_after(before: list[Rationale], after: list[Rationale], steps: int
     """Returns Markdown: each text with its rationale at the start and after `steps` rollout batches."""
     lines = [f"# Rationales before training and after {steps} rollout batches", ""]
     for i, (old, new) in enumerate(zip(before, after, strict=True), start=1):
-        lines += [f"## {i}", "", *_fenced(old.text), ""]
+        lines += [f"## {i}", "", fenced(old.text), ""]
         for title, row in (("before", old), ("after", new)):
             end = "" if row.finished else ", cut at the limit"
-            lines += [f"**{title}** ({row.length} tokens{end}):", "", *_fenced(row.rationale), ""]
+            lines += [f"**{title}** ({row.length} tokens{end}):", "", fenced(row.rationale), ""]
     return "\n".join(lines)
-
-
-def _fenced(text: str) -> list[str]:
-    """Returns a Markdown code block whose fence is longer than any in the text."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return [f"{fence}text", text.strip(), fence]

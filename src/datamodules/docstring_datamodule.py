@@ -94,6 +94,11 @@ class DocstringDataModule(L.LightningDataModule):
         self.batch_size = modules_per_batch * docstrings_per_module
         self.negatives, self.max_text_chars, self.seed = negatives, max_text_chars, seed
 
+    @property
+    def description(self) -> str:
+        """The data in words, for the model card."""
+        return f"summaries and bodies of the docstrings of {', '.join(self.train_packages)}"
+
     def prepare_data(self) -> None:
         for packages in (self.train_packages, self.val_packages):
             collect(packages, self.cache_dir)

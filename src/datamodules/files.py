@@ -171,12 +171,20 @@ def inside(folder: Path | str, name: str) -> Path:
     return path
 
 
+def hub_name(path: str) -> str | None:
+    """Returns the data set of the hub that a path stands for, owner/name; None of anything else."""
+    match = _HUB_PATH.fullmatch(path)
+    if match is None or (match["inner"] and not match["hub"]) or Path(path).exists():
+        return None
+    return match["name"]
+
+
 def _download(path: str, patterns: Sequence[str], revision: str | None) -> tuple[Path, str]:
     """Returns the folder of a data set of the hub, and the folder, file or pattern inside that `path` names ("" for all of it)."""
-    match = _HUB_PATH.fullmatch(path)
-    if match is None or (match["inner"] and not match["hub"]):  # a path, and no name on the hub
+    name, match = hub_name(path), _HUB_PATH.fullmatch(path)
+    if name is None or match is None:
         raise FileNotFoundError(f"no data at {path!r}: no such file or folder; give datamodule.path=<local file or folder>")
-    name, inner = match["name"], (match["inner"] or "").rstrip("/")
+    inner = (match["inner"] or "").rstrip("/")
     wanted = [inner, *(f"{inner}/{pattern}" for pattern in patterns)] if inner else list(patterns)
     try:
         return Path(snapshot_download(name, repo_type="dataset", revision=match["revision"] or revision, allow_patterns=wanted)), inner

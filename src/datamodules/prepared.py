@@ -14,7 +14,7 @@ from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset
 
-from src.datamodules.files import find_files
+from src.datamodules.files import find_files, hub_name
 from src.datamodules.preparation import Report, load_report, prepare
 from src.datamodules.prompt_limit import PromptLimit
 from src.datamodules.reading import Reader
@@ -208,6 +208,16 @@ class PreparedDataModule(L.LightningDataModule):
                 *(len(small), self.batch_size, f"{sum(small):,}"),
             )
         return stream_loader(TripletBatches(self.prepared, groups, self.batch_size, self.seed, lambda: batches_done(self.trainer)))
+
+    @property
+    def hub_names(self) -> list[str]:
+        """The names of its data sets on the hub."""
+        return [name for path in self.path if (name := hub_name(path))]
+
+    @property
+    def description(self) -> str:
+        """The data in words, for the model card: of a local path its last name alone."""
+        return f"{self.report.kept:,} records of {', '.join(path if hub_name(path) else Path(path).name for path in self.path)}"
 
     def preview(self, count: int) -> list[Triplet | BadRecord]:
         """Returns the first records as they are read, malformed ones as such, without preparing the data.

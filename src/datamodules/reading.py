@@ -61,7 +61,7 @@ class TripletReader:
         return in_words(self._roles(first_names(file)))
 
     def _roles(self, names: Sequence[str]) -> Roles:
-        return roles_of(tuple(names), self.columns, (*self.needed, "source"))  # type: ignore[arg-type]  # plain since __post_init__
+        return roles_of(tuple(names), self.columns, (*self.needed, "source"))
 
     def _missing(self, names: Sequence[str], roles: Roles) -> str:
         given, missing = dict(self.columns), [role for role in self.needed if role not in roles]
@@ -127,7 +127,7 @@ class SentenceReader:
         return f"text={self._column(first_names(file), table=True)}"
 
     def _column(self, names: Sequence[str], table: bool) -> str:
-        roles = roles_of(tuple(names), self.columns, ("text",))  # type: ignore[arg-type]
+        roles = roles_of(tuple(names), self.columns, ("text",))
         if not roles and not self.columns and table and len(names) == 1:
             return names[0]
         if not roles:

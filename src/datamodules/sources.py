@@ -56,6 +56,6 @@ def _find_data(cfg: DictConfig) -> str | None:
         find_files(path if isinstance(path, str) else list(path), data.files, data.get("revision"))
     except FileNotFoundError as error:
         return str(error)
-    if path in _DEFAULT_DATA:
+    if isinstance(path, str) and path in _DEFAULT_DATA:
         log.info(_DEFAULT_DATA[path])
     return None

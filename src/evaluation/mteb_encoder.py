@@ -4,15 +4,17 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.types import Licenses
 
 from src.evaluation.embedding_cache import EmbeddingCache
 from src.evaluation.fingerprint import mode, revision
+from src.modules.encoder.card import license_of
 from src.modules.encoder.encoder import RationaleEncoder
 from src.utils.timing import clock
 
@@ -141,6 +143,7 @@ def describe(encoder: RationaleEncoder, name: str) -> ModelMeta:
             "memory_usage_mb": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20,
             "embed_dim": encoder.dimension,
             "max_tokens": encoder.settings.max_prompt_tokens,
+            "license": found if (found := license_of(encoder.policy.path)) in get_args(Licenses) else None,
             "similarity_fn_name": ScoringFunction.COSINE,
             "framework": ["PyTorch", "Transformers"],
             "use_instructions": encoder.settings.query_instruction is not None,  # otherwise one for all texts

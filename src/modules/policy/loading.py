@@ -78,7 +78,8 @@ def find_model(path: str, revision: str | None = None) -> None:
     try:
         if not _is_hub_name(path):
             raise OSError("no such folder")
-        snapshot_download(path, revision=revision, allow_patterns=["config.json"])  # transformers would retry for half a minute
+        # transformers would retry for half a minute; the card is there for its licence
+        snapshot_download(path, revision=revision, allow_patterns=["config.json", "README.md"])
     except OSError as error:
         raise not_found(path, error) from error
 
