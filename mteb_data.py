@@ -1,4 +1,4 @@
-"""Downloads MTEB's data sets for machines without a network: `python mteb_data.py benchmark=mteb_eng_v1 data_dir=/data/mteb`."""
+"""Downloads MTEB's data sets for machines without a network: `python mteb_data.py benchmark=mteb_eng_v2 data_dir=/data/mteb`."""
 
 import os
 import sys

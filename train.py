@@ -12,6 +12,8 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig
 
+from src.datamodules.preview import show_records
+from src.datamodules.sources import require_sources
 from src.modules.plan.plan import PlanError, show
 from src.utils.preemption import BeginNextEpoch, StopOnSignal, preemptible
 from src.utils.renamed_settings import check_arguments, check_config
@@ -62,14 +64,20 @@ def train(cfg: DictConfig) -> float | None:
     """Runs `fit` in the run's folder, or prints the plan of a dry run.
 
     Raises:
-        SystemExit: a signal stopped the run after saving a checkpoint, or there is no plan of such a config.
+        SystemExit: a signal stopped the run after saving a checkpoint, there is no plan of such a config, or model or data are out of
+            reach.
     """
     if cfg.dry_run:
         try:
             show(cfg)
+            show_records(cfg)
         except (PlanError, FileNotFoundError) as error:
             raise SystemExit(f"train.py: {error}") from error
         return None
+    try:
+        require_sources(cfg)
+    except FileNotFoundError as error:
+        raise SystemExit(f"train.py: {error}") from error
     folder = Path(cfg.paths.output_dir)
     with reserve_folder(folder), preemptible():
         return fit(cfg, starting_point(cfg.ckpt_path, folder))

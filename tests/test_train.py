@@ -5,7 +5,6 @@ import sys
 import pytest
 import torch
 import yaml
-from hydra.errors import InstantiationException
 from mlflow.tracking import MlflowClient
 
 from src.modules.policy.model import Policy
@@ -119,5 +118,5 @@ def test_optimized_metric_is_returned(compose, tmp_path):
 def test_missing_policy_is_one_line(compose):
     cfg = compose("logger=none", "callbacks=minimal", "trainer.accelerator=cpu")
     cfg.policy.path = "/no/such/folder"
-    with pytest.raises(InstantiationException, match="no policy at '/no/such/folder'"):
+    with pytest.raises(SystemExit, match=r"^train\.py: no policy at '/no/such/folder'"):
         train(cfg)

@@ -74,6 +74,7 @@ class FinalReport(MonitoringCallback[PolicyModule]):
         self.embeddings_dir, self.embeddings_gib = embeddings_dir, embeddings_gib
         self.rationales, self.temperature, self.examples = rationales, temperature, examples
         self.rows: dict[str, dict[str, float]] = {}
+        self.scores: dict[str, EvaluationScores] = {}  # of the rows of this process, for the model card
         self._tasks: list[Any] = []
         self._groups: dict[str, list[str]] = {}  # names of a group's tasks
         self._scored_on: dict[str, str] | None = None  # revisions of the data by task, once the starting policy is scored
@@ -120,7 +121,7 @@ class FinalReport(MonitoringCallback[PolicyModule]):
                 f"held-out tasks fail for {row}: {named(scores.failures)}; take them out of callbacks.final_report.tasks or provide what "
                 "is missing"
             )
-        self.rows[row] = columns_of(scores, self._groups)
+        self.rows[row], self.scores[row] = columns_of(scores, self._groups), scores
         metrics = {f"test/{slug}/{task}": score for task, score in (scores.tasks | {"average": scores.average}).items()}
         if len(self._groups) > 1:
             metrics |= {f"test/{slug}/{group}/average": fmean(scores.tasks[t] for t in tasks) for group, tasks in self._groups.items()}
@@ -151,6 +152,11 @@ class FinalReport(MonitoringCallback[PolicyModule]):
             places.append(("checkpoints, for ckpt_path=", str(trainer.checkpoint_callback.dirpath)))
         for what, where in [*places, *(("MLflow run (make ui)", logger.run_id) for logger in mlflow_loggers(trainer))]:
             console.print(f"{what:34s} {where}", soft_wrap=True, highlight=False, markup=False)
+
+    @property
+    def tasks(self) -> list[Any]:
+        """MTEB's task objects, once training has started."""
+        return self._tasks
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": {row: scores for row, scores in self.rows.items() if row in (BASE, REASONING)}, "on": self._scored_on}

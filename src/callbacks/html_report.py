@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from src.callbacks.heat_strip import legend, scale_of, strip
 from src.callbacks.monitoring import MonitoringCallback
 from src.callbacks.rationale_table import Rationale
 from src.modules.policy_module import PolicyModule
@@ -53,7 +54,7 @@ CURVES = {
 SETTINGS = ("policy.path", "reward._target_", "algorithm.advantage._target_", "module.num_generations", "module.learning_rate", "seed")
 """Parameters that are shown first."""
 
-_NOT_REWARDS = ("step", "text", "rationale", "length", "finished")
+_NOT_REWARDS = ("step", "text", "rationale", "length", "finished", "pieces", "similarities")
 
 Table = list[dict[str, Any]]
 """Rows."""
@@ -127,7 +128,8 @@ def read_run(client: MlflowClient, run_id: str) -> RunData:
         for row in table:
             written = (row["text"], row["rationale"], int(row["length"]), bool(row["finished"]))
             rewards = {name: float(row[name]) for name in row if name not in _NOT_REWARDS}
-            rationales.setdefault(row["text"], []).append((step, Rationale(*written, rewards)))
+            explained = (row.get("pieces") or [], row.get("similarities") or [])
+            rationales.setdefault(row["text"], []).append((step, Rationale(*written, rewards, *explained)))
     similarities: dict[int, dict[str, list[float]]] = {}
     for step, table in _tables(client, run_id, "similarities", r"step_(\d+)\.json$").items():
         for row in table:
@@ -159,12 +161,20 @@ def _tables(client: MlflowClient, run_id: str, folder: str, name: str) -> dict[i
 
 
 def render(run: RunData) -> str:
-    """Returns the page: figures, scores, and the rationales of every text by step with their rewards; all text is escaped."""
+    """Returns the page: figures, scores, and the rationales of every text by step with their rewards; all text is escaped.
+
+    The first and the last rationale of a text are heat strips.
+    """
+    ends = {text: {rows[0][0], rows[-1][0]} for text, rows in run.rationales.items()}
+    shown = {(text, step): row for text, rows in run.rationales.items() for step, row in rows if row.pieces and step in ends[text]}
+    scale = scale_of(row.similarities for row in shown.values())
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("html_report.html.jinja").render(
         run=run,
         figures=figures(run),
+        strips={place: strip(row.pieces, row.similarities, scale) for place, row in shown.items()},
+        legend=legend(scale) if scale else [],
         terms=list(dict.fromkeys(name for rows in run.rationales.values() for _, row in rows for name in row.rewards)),
         settings=[(name, run.params[name]) for name in SETTINGS if name in run.params],
         commit=run.tags.get("git.commit", ""),

@@ -1,24 +1,31 @@
 """Rationales of the same held-out texts over training, with their rewards."""
 
 import logging
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import PreTrainedTokenizerBase
 
-from src.callbacks.monitoring import MonitoringCallback, embed_triplets, fixed_triplets, is_due, sample, undisturbed, unit_vectors
+from src.callbacks.monitoring import MonitoringCallback, embed_triplets, fixed_triplets, is_due, undisturbed, unit_vectors
+from src.modules.encoder.card import fenced
 from src.modules.grace import GRACE
 from src.modules.objectives.roles import texts_of
-from src.modules.types import Rollouts
+from src.modules.types import Embeddings, Rollouts
 from src.records import Triplet
 from src.utils.atomic import write_atomic
 from src.utils.tracking import log_table, log_text
 
 log = logging.getLogger(__name__)
+
+
+_PIECES = ("pieces", "similarities")
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,8 @@ class Rationale:
         length: tokens.
         finished: whether it ended before the length limit.
         rewards: reward terms before weighting, and their weighted `total`; empty where there are none.
+        pieces: the rationale cut at its tokens, those of one character together; empty where the engine gives no embeddings of prefixes.
+        similarities: cosines to the text's query after the prompt, and after each piece.
     """
 
     text: str
@@ -38,10 +47,12 @@ class Rationale:
     length: int
     finished: bool
     rewards: dict[str, float] = field(default_factory=dict)
+    pieces: list[str] = field(default_factory=list)
+    similarities: list[float] = field(default_factory=list)
 
 
 class RationaleTable(MonitoringCallback[GRACE]):
-    """Logs rationales/step_<n>.json (step, text, rationale, length, finished, reward terms) and, at the end, a page of before and after.
+    """Logs rationales/step_<n>.json (the fields of Rationale, a column for each reward term) and, at the end, a page of before and after.
 
     Args:
         path: file of the page (Markdown), besides MLflow.
@@ -87,7 +98,7 @@ class RationaleTable(MonitoringCallback[GRACE]):
         """Samples and logs one table."""
         step = self._written_at = module.rollout_batches
         rows = sample_rationales(module, self._triplets, self.temperature, self.seed)
-        columns = {name: [getattr(row, name) for row in rows] for name in ("text", "rationale", "length", "finished")}
+        columns = {name: [getattr(row, name) for row in rows] for name in ("text", "rationale", "length", "finished", *_PIECES)}
         rewards = {name: [row.rewards[name] for row in rows] for name in rows[0].rewards}
         log_table(trainer, {"step": [step] * len(rows), **columns, **rewards}, f"rationales/step_{step}.json")
         return rows
@@ -107,35 +118,66 @@ def sample_rationales(module: GRACE, triplets: Sequence[Triplet], temperature: f
 
     The triplets are the batch in which rewards compare texts; a single one has no rewards.
     """
-    texts = texts_of(triplets, "positive")
+    prompts = module.renderer(texts := texts_of(triplets, "positive"))
     with undisturbed(module):
-        rollouts = sample(module, texts, temperature, seed)
-        rewards = _rewards(module, triplets, rollouts, seed) if len(triplets) > 1 else [{}]
-    decoded = [str(module.policy.tokenizer.decode(ids, skip_special_tokens=False)) for ids in rollouts.rationales()]
-    rows = zip(texts, decoded, rollouts.rationale_lengths.tolist(), rollouts.finished.tolist(), rewards, strict=True)
-    return [Rationale(*row) for row in rows]
+        rollouts = module.engine.generate(module.policy, prompts, n=1, temperature=temperature, seed=seed, prefixes=True)
+        batch = embed_triplets(module, triplets, module.hparams["num_generations"], seed)
+        rewards = _rewards(module, batch, rollouts) if len(triplets) > 1 else [{}]
+    ids, tokenizer = rollouts.rationales(), module.policy.tokenizer
+    decoded = [str(tokenizer.decode(row, skip_special_tokens=False)) for row in ids]
+    explained = _explained(tokenizer, ids, decoded, rollouts.prefix_embeddings, batch.query)
+    rows = zip(texts, decoded, rollouts.rationale_lengths.tolist(), rollouts.finished.tolist(), rewards, explained, strict=True)
+    return [Rationale(*row, *pieces) for *row, pieces in rows]
 
 
-def _rewards(module: GRACE, triplets: Sequence[Triplet], rollouts: Rollouts, seed: int) -> list[dict[str, float]]:
-    batch = embed_triplets(module, triplets, module.hparams["num_generations"], seed)
+def _rewards(module: GRACE, batch: Embeddings, rollouts: Rollouts) -> list[dict[str, float]]:
     together = torch.cat([batch.positive, unit_vectors(module, rollouts).unsqueeze(1)], dim=1)
     reward = module.reward(replace(batch, positive=together))
     columns = {**reward.terms, "total": reward.total}
-    return [{name: float(values[i, -1]) for name, values in columns.items()} for i in range(len(triplets))]
+    return [{name: float(values[i, -1]) for name, values in columns.items()} for i in range(len(rollouts))]
+
+
+def _explained(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[Tensor], decoded: Sequence[str], prefixes: Tensor | None, queries: Tensor
+) -> Iterator[tuple[list[str], list[float]]]:
+    """Yields pieces and similarities of each rationale, see Rationale.
+
+    Args:
+        ids: N tensors of int64, [R_i].
+        decoded: their texts.
+        prefixes: [N, R + 1, D] embeddings after 0 .. R tokens; None: not known.
+        queries: [N, D] unit vectors.
+    """
+    for i, row in enumerate(ids):
+        if prefixes is None:
+            yield [], []
+            continue
+        cosines = (normalize(prefixes[i].float(), dim=-1) @ queries[i].to(prefixes.device)).tolist()
+        pieces, ends = _pieces(tokenizer, row.tolist(), decoded[i])
+        yield pieces, [cosines[end] for end in (0, *ends)]
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int], decoded: str) -> tuple[list[str], list[int]]:
+    """Returns the text in pieces, and after how many tokens each ends; in one piece if the tokenizer does not decode a token at a time."""
+    if not tokenizer.is_fast:
+        return ([decoded], [len(ids)]) if ids else ([], [])
+    stream, pieces, ends = DecodeStream(skip_special_tokens=False), list[str](), list[int]()
+    for count, token in enumerate(ids, start=1):
+        if piece := stream.step(tokenizer.backend_tokenizer, token):
+            pieces.append(piece)
+            ends.append(count)
+    if (rest := decoded[len("".join(pieces)) :]) and (not ends or ends[-1] < len(ids)):  # a character that was cut
+        pieces.append(rest)
+        ends.append(len(ids))
+    return pieces, ends
 
 
 def before_and_after(before: list[Rationale], after: list[Rationale], steps: int) -> str:
     """Returns Markdown: each text with its rationale at the start and after `steps` rollout batches."""
     lines = [f"# Rationales before training and after {steps} rollout batches", ""]
     for i, (old, new) in enumerate(zip(before, after, strict=True), start=1):
-        lines += [f"## {i}", "", *_fenced(old.text), ""]
+        lines += [f"## {i}", "", fenced(old.text), ""]
         for title, row in (("before", old), ("after", new)):
             end = "" if row.finished else ", cut at the limit"
-            lines += [f"**{title}** ({row.length} tokens{end}):", "", *_fenced(row.rationale), ""]
+            lines += [f"**{title}** ({row.length} tokens{end}):", "", fenced(row.rationale), ""]
     return "\n".join(lines)
-
-
-def _fenced(text: str) -> list[str]:
-    """Returns a Markdown code block whose fence is longer than any in the text."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return [f"{fence}text", text.strip(), fence]

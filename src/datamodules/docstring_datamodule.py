@@ -8,7 +8,7 @@ from itertools import islice
 import lightning as L
 from torch.utils.data import DataLoader, IterableDataset
 
-from src.datamodules.docstrings import Docstring, collect, cut_between_words
+from src.datamodules.docstrings import Docstring, collect, cut_between_words, read_package
 from src.datamodules.streams import batches_done, grouped_batches, require_one_batch, stream_loader
 from src.records import Triplet
 
@@ -94,6 +94,11 @@ class DocstringDataModule(L.LightningDataModule):
         self.batch_size = modules_per_batch * docstrings_per_module
         self.negatives, self.max_text_chars, self.seed = negatives, max_text_chars, seed
 
+    @property
+    def description(self) -> str:
+        """The data in words, for the model card."""
+        return f"summaries and bodies of the docstrings of {', '.join(self.train_packages)}"
+
     def prepare_data(self) -> None:
         for packages in (self.train_packages, self.val_packages):
             collect(packages, self.cache_dir)
@@ -105,6 +110,16 @@ class DocstringDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[list[Triplet]]:
         triplets, shape = self.triplets(self.train_packages, self.seed), (self.modules_per_batch, self.docstrings_per_module)
         return stream_loader(TripletStream(triplets, *shape, self.seed, lambda: batches_done(self.trainer)))
+
+    def preview(self, count: int) -> list[Triplet]:
+        """Returns the first triplets of the first packages that have some, parsed anew and not cached."""
+        found: list[Triplet] = []
+        for package in self.train_packages:
+            docstrings = read_package(package, self.max_text_chars)
+            found += make_triplets(docstrings, self.negatives, self.max_text_chars, random.Random(self.seed))
+            if len(found) >= count:
+                break
+        return found[:count]
 
     def fixed_triplets(self, count: int) -> list[Triplet]:
         """Returns the same validation triplets at every call."""

@@ -1,17 +1,23 @@
-"""Finds the files of a data set: a file, a folder, or a data set on the hub."""
+"""Finds the files of a data set: a file, a pattern, a folder, a data set on the hub, or several of these."""
 
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from glob import has_magic
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import snapshot_download
 
 log = logging.getLogger(__name__)
 
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_HUB = "hf://datasets/"
+_HUB_PATH = re.compile(r"(?P<hub>hf://datasets/)?(?P<name>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[^/]+))?(?:/(?P<inner>.+))?")
+_TRAIN = re.compile(r"(?:^|[^a-z])train(?:[^a-z]|$)", re.IGNORECASE)
+_OTHER_SPLIT = re.compile(r"(?:^|[^a-z])(?:test|dev|val|valid|validation|eval)(?:[^a-z]|$)", re.IGNORECASE)
 _SHARD = re.compile(r"[-_./]?\d+-of-\d+$")  # of train-00000-of-00005
 _HIDDEN = re.compile(r"(^|/)\.")
 _UNREADABLE = (".zst", ".bz2", ".xz", ".zip")
@@ -31,18 +37,25 @@ class DataFile:
     name: str
 
     @property
+    def format(self) -> str:
+        """The suffix without its dot, of a .gz file the one before: jsonl, csv, tsv, parquet, ..."""
+        return PurePosixPath(self.name.removesuffix(".gz")).suffix.removeprefix(".").lower()
+
+    @property
     def stem(self) -> str:
         """The name without suffixes and without a shard number (train-00000-of-00005)."""
         stem = _without_suffix(self.name.removesuffix(".gz"))
         return _SHARD.sub("", stem) or stem
 
 
-def find_files(path: str, patterns: Sequence[str], revision: str | None = None) -> list[DataFile]:
-    """Returns the files that `path` stands for, sorted by name.
+def find_files(path: str | Sequence[str], patterns: Sequence[str], revision: str | None = None) -> list[DataFile]:
+    """Returns the files that `path` stands for, those of a folder sorted by name.
 
     Args:
-        path: a file; a folder, searched with its subfolders; or the name of a data set on the hub, downloaded once.
-        patterns: names to take from a folder or data set, such as *.jsonl. A file given as `path` need not match.
+        path: a file; a pattern of files, with * or **; a folder, searched with its subfolders; the name of a data set on the hub, or a
+            folder, file or pattern of one (hf://datasets/<owner>/<name>[@<revision>]/<folder>), downloaded once; or a list of these.
+        patterns: names to take from a folder or data set, such as *.jsonl. Of one with files for training, those that are named for
+            validation or test are left out.
         revision: of a data set on the hub.
 
     Raises:
@@ -50,6 +63,14 @@ def find_files(path: str, patterns: Sequence[str], revision: str | None = None) 
         ValueError: the folder has links to data outside of it; or a compressed file that no pattern names; or a file both
             compressed and not.
     """
+    found = [file for one in ([path] if isinstance(path, str) else path) for file in _files_of(str(one), patterns, revision)]
+    names = Counter(file.name for file in found)
+    distinct = {file.path: file if names[file.name] == 1 else replace(file, name=file.path.as_posix()) for file in found}
+    return list(distinct.values())
+
+
+def _files_of(path: str, patterns: Sequence[str], revision: str | None) -> list[DataFile]:
+    """Returns the files of one path, see `find_files`."""
     local = Path(path).expanduser()
     if local.is_file():
         if local.suffix in _UNREADABLE:
@@ -57,9 +78,24 @@ def find_files(path: str, patterns: Sequence[str], revision: str | None = None) 
         return [DataFile(local, local.name)]
     if local.is_dir():
         _refuse_outer_links(local, patterns)
-    root = local if local.is_dir() else _download(path, patterns, revision)
+        return _in_folder(local, path, patterns, is_local=True)
+    if has_magic(path) and not path.startswith(_HUB):
+        fixed = list(takewhile(lambda part: not has_magic(part), local.parts[:-1]))
+        root, rest = Path(*fixed), str(Path(*local.parts[len(fixed) :]))
+        names = sorted(file.relative_to(root).as_posix() for file in root.glob(rest) if file.is_file())
+        if not names:
+            raise FileNotFoundError(f"no file matches datamodule.path={path!r}")
+        return [DataFile(inside(root, name), name) for name in names]
+    snapshot, inner = _download(path, patterns, revision)
+    if (snapshot / inner).is_dir():
+        return _in_folder(snapshot / inner, path, patterns, is_local=False)
+    return _in_folder(snapshot, path, [inner], is_local=False)
+
+
+def _in_folder(root: Path, path: str, patterns: Sequence[str], is_local: bool) -> list[DataFile]:
+    """Returns the files of a folder that match; `path` is what the user calls it."""
     names = _matching(root, patterns)
-    others = sorted(set(_matching(root, ["*"])) - set(names)) if local.is_dir() else []  # of a download, only matching files matter
+    others = sorted(set(_matching(root, ["*"])) - set(names)) if is_local else []  # of a download, only matching files matter
     unread = [n for n in others if n.endswith(_COMPRESSED) and _fits(_without_suffix(n), patterns) and _without_suffix(n) not in names]
     if unread:
         raise ValueError(
@@ -77,7 +113,19 @@ def find_files(path: str, patterns: Sequence[str], revision: str | None = None) 
         )
     if json_files:
         log.warning("%s are not read: if they hold one record a line, add them to datamodule.files", _few(json_files))
-    return [DataFile(inside(root, name), name) for name in names]
+    return [DataFile(inside(root, name), name) for name in _of_training(names, patterns)]
+
+
+def _of_training(names: list[str], patterns: Sequence[str]) -> list[str]:
+    """Leaves out files of other splits, if there are files of the training split and no pattern asks for others."""
+    if not any(_TRAIN.search(name) for name in names) or any(_OTHER_SPLIT.search(pattern) for pattern in patterns):
+        return names
+    left_out = [name for name in names if _OTHER_SPLIT.search(name) and not _TRAIN.search(name)]
+    if left_out:
+        log.warning(
+            "%s are not trained on, as their names say validation or test: name them in datamodule.files to read them", _few(left_out)
+        )
+    return [name for name in names if name not in left_out]
 
 
 def _without_suffix(name: str) -> str:
@@ -123,12 +171,28 @@ def inside(folder: Path | str, name: str) -> Path:
     return path
 
 
-def _download(name: str, patterns: Sequence[str], revision: str | None) -> Path:
-    advice = "give datamodule.path=<local file or folder>"
-    if not _HUB_NAME.fullmatch(name):
-        raise FileNotFoundError(f"no data at {name!r}: no such file or folder; {advice}")
+def hub_name(path: str) -> str | None:
+    """Returns the data set of the hub that a path stands for, owner/name; None of anything else."""
+    match = _HUB_PATH.fullmatch(path)
+    if match is None or (match["inner"] and not match["hub"]) or Path(path).exists():
+        return None
+    return match["name"]
+
+
+def _download(path: str, patterns: Sequence[str], revision: str | None) -> tuple[Path, str]:
+    """Returns the folder of a data set of the hub, and the folder, file or pattern inside that `path` names ("" for all of it)."""
+    name, match = hub_name(path), _HUB_PATH.fullmatch(path)
+    if name is None or match is None:
+        raise FileNotFoundError(f"no data at {path!r}: no such file or folder; give datamodule.path=<local file or folder>")
+    inner = (match["inner"] or "").rstrip("/")
+    wanted = [inner, *(f"{inner}/{pattern}" for pattern in patterns)] if inner else list(patterns)
     try:
-        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, repo_type="dataset", revision=match["revision"] or revision, allow_patterns=wanted)), inner
     except OSError as error:  # all that the hub's client raises for what is absent or out of reach
         reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"no data at {name!r}: no such file or folder, and none from the hub ({reason}); {advice}") from error
+        part = f" --include '{inner}*'" if inner else ""
+        raise FileNotFoundError(
+            f"no data at {path!r}: no such file or folder, and none from the hub ({reason}); where the hub is in reach, "
+            f"`hf download {name} --repo-type dataset{part} --local-dir {name.split('/')[1]}`, copy that folder here, and "
+            "give datamodule.path=<local file or folder>"
+        ) from error

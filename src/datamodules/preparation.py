@@ -20,7 +20,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn
 
 from src.datamodules.files import DataFile
 from src.datamodules.prompt_limit import PromptLimit
-from src.datamodules.reading import BadRecord, Chunk, Reader, open_parquet
+from src.datamodules.reading import Reader
+from src.datamodules.rows import BadRecord, Chunk, open_parquet
 from src.records import Triplet
 from src.utils.atomic import make_folder_once
 
@@ -118,7 +119,7 @@ def load_report(folder: Path) -> Report:
 def scan(file: DataFile) -> tuple[str, list[Chunk]]:
     """Returns the digest of a file's content, and its chunks: cut at line ends about every 8 MiB, or between row groups.
 
-    A .gz can only be read from its beginning, so it is one chunk.
+    A .gz, CSV or TSV can only be read from its beginning, which says how the rest is compressed or what its columns are: it is one chunk.
     """
     digest = hashlib.sha256()
     chunks: list[Chunk] = []
@@ -134,9 +135,9 @@ def scan(file: DataFile) -> tuple[str, list[Chunk]]:
             position += len(block)
     if start < position:
         chunks.append(Chunk(file, start, position, first, position - start))
-    if file.path.suffix == ".parquet":
+    if file.format == "parquet":
         chunks = _row_groups(file)
-    elif file.path.suffix == ".gz":
+    elif file.path.suffix == ".gz" or file.format in ("csv", "tsv"):
         chunks = [Chunk(file, size=position)]
     return digest.hexdigest(), chunks
 

@@ -1,10 +1,11 @@
 """Serves prepared triplets: mapped from disk into memory, in shuffled batches that can start anywhere."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -13,10 +14,11 @@ from datasets import Dataset, concatenate_datasets
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset
 
-from src.datamodules.files import find_files
+from src.datamodules.files import find_files, hub_name
 from src.datamodules.preparation import Report, load_report, prepare
 from src.datamodules.prompt_limit import PromptLimit
 from src.datamodules.reading import Reader
+from src.datamodules.rows import BadRecord, Chunk
 from src.datamodules.streams import batches_done, stream_loader
 from src.records import Triplet
 
@@ -107,11 +109,11 @@ class TripletBatches(IterableDataset[list[Triplet]]):
 
 
 class PreparedDataModule(L.LightningDataModule):
-    """Shuffled batches of the records of files. An epoch is one pass.
+    """Shuffled batches of the records of files. An epoch is one pass. Once data is looked at, `read_as` says which columns are read.
 
     Args:
         path, files, revision: see `find_files`.
-        reader: of the files' format.
+        reader: (columns=...) -> what makes triplets of the files' rows.
         limit: makes the limit on the length of every text; called when the data is prepared.
         cache_dir: for prepared data.
         batch_size: B.
@@ -119,6 +121,7 @@ class PreparedDataModule(L.LightningDataModule):
         val_fraction: share of the records that is held out, at least one record, chosen by `seed`.
         on_bad_record: `stop` the run if records are malformed, after all were found, or `skip` them.
         num_proc: processes that prepare; None for one a core.
+        columns: names of columns by role; those of null are recognised. See `given_columns`.
         seed: of the order and of what is held out.
 
     Raises:
@@ -127,9 +130,9 @@ class PreparedDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        path: str,
+        path: str | Sequence[str],
         files: Sequence[str],
-        reader: Reader,
+        reader: Callable[..., Reader],
         limit: Callable[[], PromptLimit],
         cache_dir: str,
         batch_size: int = 32,
@@ -138,6 +141,7 @@ class PreparedDataModule(L.LightningDataModule):
         on_bad_record: Literal["stop", "skip"] = "stop",
         num_proc: int | None = None,
         revision: str | None = None,
+        columns: Mapping[str, Any] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -148,11 +152,13 @@ class PreparedDataModule(L.LightningDataModule):
         for name, value in (("batch_size", batch_size), ("num_proc", num_proc)):
             if value is not None and value < 1:
                 raise ValueError(f"datamodule.{name}={value}: it must be at least 1")
-        self.path, self.files, self.revision, self.reader, self.limit = str(path), list(files), revision, reader, limit
+        self.path = [str(one) for one in ([path] if isinstance(path, str) else path)]
+        self.files, self.revision, self.reader, self.limit = list(files), revision, reader(columns=dict(columns or {})), limit
         self.cache_dir, self.num_proc, self.on_bad_record = cache_dir, num_proc, on_bad_record
         self.batch_size, self.group_by_source, self.val_fraction, self.seed = batch_size, group_by_source, val_fraction, seed
         self._prepared: PreparedTriplets | None = None
         self.report = Report()
+        self.read_as = ""
 
     def prepare_data(self) -> None:
         """Finds, checks and filters the records, unless that was done before, and sets `report`.
@@ -162,11 +168,13 @@ class PreparedDataModule(L.LightningDataModule):
             ValueError: records are malformed and `on_bad_record` is stop, or there is none to train on.
         """
         found, limit = find_files(self.path, self.files, self.revision), self.limit()
+        self.read_as = " | ".join(dict.fromkeys(self.reader.describe(file) for file in found))
+        log.info("read as %s", self.read_as)
         folder = prepare(found, self.reader, limit, self.cache_dir, self.num_proc)
         self.report = report = load_report(folder)
         counts = (
-            f"{self.path}: {report.records:,} records, of which {report.kept:,} can be used, {report.too_long:,} have a text whose prompt "
-            f"is longer than module.max_prompt_tokens={limit.max_prompt_tokens}, and {report.bad:,} are malformed"
+            f"{', '.join(self.path)}: {report.records:,} records, of which {report.kept:,} can be used, {report.too_long:,} have a text "
+            f"whose prompt is longer than module.max_prompt_tokens={limit.max_prompt_tokens}, and {report.bad:,} are malformed"
         )
         if report.bad and self.on_bad_record == "stop":
             raise ValueError(f"{counts}:\n{report.bad_lines()}\ncorrect them, or leave them out with datamodule.on_bad_record=skip")
@@ -200,6 +208,26 @@ class PreparedDataModule(L.LightningDataModule):
                 *(len(small), self.batch_size, f"{sum(small):,}"),
             )
         return stream_loader(TripletBatches(self.prepared, groups, self.batch_size, self.seed, lambda: batches_done(self.trainer)))
+
+    @property
+    def hub_names(self) -> list[str]:
+        """The names of its data sets on the hub."""
+        return [name for path in self.path if (name := hub_name(path))]
+
+    @property
+    def description(self) -> str:
+        """The data in words, for the model card: of a local path its last name alone."""
+        return f"{self.report.kept:,} records of {', '.join(path if hub_name(path) else Path(path).name for path in self.path)}"
+
+    def preview(self, count: int) -> list[Triplet | BadRecord]:
+        """Returns the first records as they are read, malformed ones as such, without preparing the data.
+
+        Raises:
+            FileNotFoundError, ValueError: there is no such data, or a file lacks a column.
+        """
+        files = find_files(self.path, self.files, self.revision)
+        self.read_as = self.reader.describe(files[0])
+        return list(islice((record for file in files for record in self.reader.read(Chunk(file))), count))
 
     def fixed_triplets(self, count: int) -> list[Triplet]:
         """Returns the same held-out records at every call; fewer than `count` if fewer are held out."""

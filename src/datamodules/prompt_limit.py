@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from src.modules.policy.loading import load_tokenizer
+from src.modules.policy.loading import load_tokenizer, not_found
 from src.modules.prompt.renderer import PromptRenderer
 from src.records import Triplet
 
@@ -52,10 +52,7 @@ class PromptLimit:
         try:
             tokenizer = load_tokenizer(path, revision, trust_remote_code)
         except OSError as error:
-            raise FileNotFoundError(
-                f"no tokenizer at {path!r}: set policy.path to a local folder with a model and its tokenizer, or to a hub name on a "
-                f"machine that reaches the hub ({str(error).splitlines()[0]})"
-            ) from error
+            raise not_found(path, error) from error
         return cls(tokenizer, instruction, max_prompt_tokens, template_kwargs)
 
     @property

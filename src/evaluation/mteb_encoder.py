@@ -4,16 +4,18 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.types import Licenses
 
 from src.evaluation.embedding_cache import EmbeddingCache
 from src.evaluation.fingerprint import mode, revision, weights_digest
 from src.evaluation.shared import embed
 from src.modules.distributed.ranks import ALONE, Ranks
+from src.modules.encoder.card import license_of
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.settings import RationaleFor
 from src.utils.timing import clock
@@ -143,6 +145,7 @@ def describe(encoder: RationaleEncoder, name: str, weights: str | None = None) -
             "memory_usage_mb": sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20,
             "embed_dim": encoder.dimension,
             "max_tokens": encoder.settings.max_prompt_tokens,
+            "license": found if (found := license_of(encoder.policy.path)) in get_args(Licenses) else None,
             "similarity_fn_name": ScoringFunction.COSINE,
             "framework": ["PyTorch", "Transformers"],
             "use_instructions": encoder.settings.query_instruction is not None,  # otherwise one for all texts

@@ -24,6 +24,7 @@ RENAMED: dict[str, str] = {
     "module.pathwise_reward.hard": "module.pathwise_reward.hard_reduction",
     "datamodule.groups": "datamodule.modules_per_batch",
     "datamodule.per_group": "datamodule.docstrings_per_module",
+    "datamodule.reader.field": "datamodule.columns.text",
     "callbacks.reward_diagnostics": "callbacks.metrics",
     "callbacks.contrastive_diagnostics": "callbacks.metrics",
     "callbacks.throughput": "callbacks.metrics",

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from src.callbacks.monitoring import as_policy_module, embed_triplets, fixed_triplets, last_report, undisturbed
-from src.callbacks.rationale_table import Rationale, RationaleTable, sample_rationales
+from src.callbacks.rationale_table import Rationale, RationaleTable, _pieces, sample_rationales
 from src.callbacks.similarities import SimilarityHistograms, similarities
 from src.callbacks.starting_policy_kl import StartingPolicyKL, token_logprobs
 from src.modules.objectives import rewards
 from src.modules.objectives.rewards import Embeddings
+from src.modules.types import join
 from tests.callbacks.conftest import artifacts, fit, make_module, steps, triplets
 
 
@@ -24,8 +25,9 @@ def test_rationale_table(module, mlflow_logger, tmp_path):
     mlflow.set_tracking_uri(mlflow_logger._tracking_uri)
     table, last = (json.loads(mlflow.artifacts.load_text(f"runs:/{mlflow_logger.run_id}/rationales/step_{n}.json")) for n in (2, 3))
     terms = ["positive", "negative", "consistency", "hard", "total"]
-    assert table["columns"] == ["step", "text", "rationale", "length", "finished", *terms]
-    assert [list(row.rewards.values()) for row in callback.after] == [pytest.approx(row[5:]) for row in last["data"]]
+    assert table["columns"] == ["step", "text", "rationale", "length", "finished", "pieces", "similarities", *terms]
+    assert [list(row.rewards.values()) for row in callback.after] == [pytest.approx(row[7:]) for row in last["data"]]
+    assert [row.pieces for row in callback.after] == [row[5] for row in last["data"]]
     texts = [row.text for row in callback.before]
     assert [row[1] for row in table["data"]] == texts == [row.text for row in callback.after]
     markdown = (tmp_path / "rationales.md").read_text()
@@ -44,6 +46,39 @@ def test_rewards_are_those_of_one_more_rollout(tiny_policy):
     assert [row.rewards["total"] for row in rows] == pytest.approx(expected.total[:, -1].tolist(), abs=1e-4)
     assert [row.rewards["to_query"] for row in rows] == pytest.approx(expected.terms["to_query"][:, -1].tolist(), abs=1e-4)
     assert [row.rationale for row in rows] == module.encoder().explain([t.positive for t in batch])[1] or not all(r.finished for r in rows)
+
+
+def test_similarity_by_prefix(tiny_policy):
+    """Each piece's similarity is that of the rationale cut there, embedded anew; the pieces make the whole."""
+    module, batch = make_module(tiny_policy), triplets(3)
+    rows = sample_rationales(module, batch, temperature=1.0, seed=1)
+    with torch.no_grad():
+        queries = embed_triplets(module, batch, n=3, seed=1).query
+        for row, query in zip(rows, queries, strict=True):
+            assert "".join(row.pieces) == row.rationale
+            prompts = module.renderer([row.text])
+            rollouts = module.engine.generate(module.policy, module.renderer([r.text for r in rows]), n=1, temperature=1.0, seed=1)
+            ids = rollouts.rationales()[rows.index(row)]
+            ends = [0]
+            for piece in row.pieces:  # the fewest tokens that decode to the text so far
+                so_far = module.policy.tokenizer.decode(ids[: ends[-1]]) + piece
+                ends.append(next(n for n in range(ends[-1] + 1, len(ids) + 1) if module.policy.tokenizer.decode(ids[:n]) == so_far))
+            for end, similarity in zip(ends, row.similarities, strict=True):
+                cut = join(prompts, [ids[:end]], torch.tensor([False]), module.policy.pad_id)
+                vector = torch.nn.functional.normalize(module.policy.embed(cut)[0], dim=0)
+                assert similarity == pytest.approx(float(vector @ query), abs=1e-4)
+
+
+def test_pieces_keep_characters_whole(tiny_policy):
+    tokenizer = tiny_policy.tokenizer
+    ids = tokenizer("é 日本 graph", add_special_tokens=False)["input_ids"]
+    pieces, ends = _pieces(tokenizer, ids, tokenizer.decode(ids))
+    assert "".join(pieces) == "é 日本 graph"
+    assert "日" in pieces
+    assert ends[-1] == len(ids) > len(pieces) == len(ends)
+    cut = tokenizer("日", add_special_tokens=False)["input_ids"][:-1]  # the length limit may fall within a character
+    assert _pieces(tokenizer, cut, tokenizer.decode(cut)) == (["\ufffd"], [len(cut)])
+    assert _pieces(tokenizer, [], "") == ([], [])
 
 
 def test_single_record_has_no_rewards(module, tmp_path, caplog):

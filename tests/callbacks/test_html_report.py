@@ -1,10 +1,13 @@
 """The HTML report of a real run in a real MLflow store, as a browser shows it."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
+from src.callbacks.heat_strip import legend, scale_of, strip
 from src.callbacks.html_report import HTMLReport, main, read_run, render
 from src.callbacks.metrics import MetricsMonitor
 from src.callbacks.rationale_table import RationaleTable
@@ -86,6 +89,30 @@ def test_browser_shows_it_without_scripts(run, tmp_path):
         assert page.locator("text=<b>bold</b>").is_visible()
         page.set_viewport_size({"width": 390, "height": 800})  # on a phone tables scroll, not the page
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_first_and_last_rationale_are_heat_strips(run):
+    client, run_id, _ = run
+    data = read_run(client, run_id)
+    text, rows = next(iter(data.rationales.items()))
+    page = render(replace(data, rationales={text: [row for row in rows if row[0] in (0, 2, 3)]}))
+    assert page.count('<div class="heat">') == 2
+    for step in (0, 1):
+        assert page.count('title="') == sum(len(row.pieces) for _, row in (rows[0], rows[2]))
+        assert f"Similarity to the query: {[rows[0], rows[2]][step][1].similarities[0]:.3f} after the text" in page
+    assert page.count("<pre>") == 1
+
+
+def test_heat_strip_is_the_gain_of_each_piece():
+    similarities = [0.5, 0.6, 0.55, 0.55]
+    scale = scale_of([similarities])
+    assert scale == pytest.approx(np.quantile([0.1, 0.05, 0.0], 0.95))
+    shown = strip(["graph", " and", " <b>"], similarities, 0.1)
+    assert [piece.shade for piece in shown.pieces] == ["p4", "n2", ""]
+    assert [piece.title for piece in shown.pieces] == ["+0.1000, now 0.600", "-0.0500, now 0.550", "+0.0000, now 0.550"]
+    assert shown.summary == "Similarity to the query: 0.500 after the text, 0.550 after the rationale; most by “graph” +0.100."
+    assert [label for _, label in legend(0.1)][::7] == ["≤ -0.1000", "≥ +0.1000"]
+    assert [piece.shade for piece in strip(["a"], [0.5, 0.5], 0.0).pieces] == [""]
 
 
 def test_empty_run_has_a_page(tracking_uri, tmp_path):

@@ -9,7 +9,8 @@ from src.datamodules.files import DataFile
 from src.datamodules.preparation import scan
 from src.datamodules.prepared import PreparedTriplets
 from src.datamodules.prompt_limit import PromptLimit
-from src.datamodules.reading import BadRecord, Reader
+from src.datamodules.reading import Reader
+from src.datamodules.rows import BadRecord
 from src.records import Triplet
 from tests.builders import small_tokenizer
 

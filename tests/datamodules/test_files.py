@@ -142,3 +142,48 @@ def test_hub_data_set_is_a_folder(tmp_path, monkeypatch):
     (found,) = find_files("someone/texts", ["text.txt"], revision="abc")
     assert found.path == tmp_path / "text.txt"
     assert asked == {"name": "someone/texts", "repo_type": "dataset", "revision": "abc", "allow_patterns": ["text.txt"]}
+
+
+def test_part_of_a_hub_data_set(tmp_path, monkeypatch):
+    asked = {}
+
+    def download(name, **settings):
+        asked.update(settings, name=name)
+        return folder_of(tmp_path, "triplet/train-00000-of-00001.parquet", "triplet/test-00000-of-00001.parquet", "pair/train.parquet")
+
+    monkeypatch.setattr("src.datamodules.files.snapshot_download", download)
+    (found,) = find_files("hf://datasets/someone/texts@v2/triplet", ["*.parquet"])
+    assert found.path == tmp_path / "triplet" / "train-00000-of-00001.parquet"
+    assert (asked["name"], asked["revision"], asked["allow_patterns"]) == ("someone/texts", "v2", ["triplet", "triplet/*.parquet"])
+    (found,) = find_files("hf://datasets/someone/texts/pair/train.parquet", ["*.jsonl"])
+    assert (found.name, asked["revision"]) == ("pair/train.parquet", None)
+    assert names_in("hf://datasets/someone/texts/triplet/t*.parquet") == ["triplet/train-00000-of-00001.parquet"]
+
+
+def test_what_to_download_is_said():
+    with pytest.raises(FileNotFoundError, match=r"`hf download a/b --repo-type dataset --include 'c\*' --local-dir b`, copy"):
+        names_in("hf://datasets/a/b/c")
+
+
+# ---- patterns, lists, splits
+
+
+def test_patterns_and_lists(tmp_path):
+    folder_of(tmp_path, "a/x.jsonl", "a/deep/y.jsonl", "b/x.jsonl", "b/notes.txt")
+    assert names_in(tmp_path / "*" / "*.jsonl") == ["a/x.jsonl", "b/x.jsonl"]
+    assert names_in(tmp_path / "**" / "*.jsonl") == ["a/deep/y.jsonl", "a/x.jsonl", "b/x.jsonl"]
+    both = find_files([str(tmp_path / "a" / "x.jsonl"), str(tmp_path / "b" / "x.jsonl"), str(tmp_path / "a" / "*.jsonl")], ["*.jsonl"])
+    assert [file.name for file in both] == [f"{tmp_path}/a/x.jsonl", f"{tmp_path}/b/x.jsonl"]  # told apart, and each once
+    with pytest.raises(FileNotFoundError, match=r"no file matches datamodule\.path='.*/\*\.csv'"):
+        names_in(tmp_path / "*.csv")
+    (tmp_path / "a" / "key.jsonl").symlink_to(tmp_path / "b" / "notes.txt")
+    with pytest.raises(ValueError, match="leads out of"):
+        names_in(tmp_path / "a" / "*.jsonl")
+
+
+def test_other_splits_are_left_out(tmp_path, caplog):
+    names = ["nli/dev.jsonl", "nli/train.jsonl", "test-0.jsonl", "trainer_notes.jsonl"]
+    assert names_in(folder_of(tmp_path / "splits", *names)) == ["nli/train.jsonl", "trainer_notes.jsonl"]
+    assert "nli/dev.jsonl, test-0.jsonl are not trained on" in caplog.text
+    assert names_in(tmp_path / "splits", "*.jsonl", "dev.jsonl") == names  # asked for
+    assert names_in(folder_of(tmp_path / "none", "test.jsonl", "latest.jsonl")) == ["latest.jsonl", "test.jsonl"]

@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from src.datamodules import preparation
 from src.datamodules.files import DataFile
 from src.datamodules.preparation import load_report, prepare
-from src.datamodules.reading import BadRecord, SentenceReader, TripletReader
+from src.datamodules.reading import SentenceReader, TripletReader
+from src.datamodules.rows import BadRecord
 from src.evaluation.benchmarks import named_tasks
 from src.evaluation.tasks.mteb_mirror import copy_folder
 from src.evaluation.tasks.own_tasks import read_description

@@ -15,7 +15,8 @@ from src.datamodules import preparation
 from src.datamodules.files import DataFile
 from src.datamodules.preparation import MALFORMED, SHOWN, Report, in_batches, load_report, prepare, scan
 from src.datamodules.prompt_limit import PromptLimit
-from src.datamodules.reading import BadRecord, Chunk, SentenceReader, TripletReader, json_rows
+from src.datamodules.reading import SentenceReader, TripletReader
+from src.datamodules.rows import BadRecord, Chunk, json_rows
 from src.modules.prompt.renderer import PromptRenderer
 from src.records import Triplet
 from tests.builders import SENTENCES, small_tokenizer
@@ -120,7 +121,7 @@ def test_batches_are_bounded():
 
 
 def test_missing_tokenizer(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer at '.*policy\.path"):
+    with pytest.raises(FileNotFoundError, match=r"no policy at '.*policy\.path"):
         PromptLimit.load(str(tmp_path / "none"), "Name the terms.", 60)
 
 

@@ -94,7 +94,7 @@ def test_no_group_fills_a_batch(tmp_path):
 
 def data(path: Path, **settings: Any) -> PreparedDataModule:
     settings = {"batch_size": 6, "cache_dir": str(path.parent / "cache"), **settings}
-    return PreparedDataModule(str(path), ["*.jsonl"], TripletReader(), lambda: limit(60), **settings)
+    return PreparedDataModule(str(path), ["*.jsonl"], TripletReader, lambda: limit(60), **settings)
 
 
 def test_pass_is_an_epoch_without_held_out(tmp_path):

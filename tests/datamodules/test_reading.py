@@ -9,7 +9,8 @@ import pytest
 
 from src.datamodules.files import DataFile
 from src.datamodules.preparation import scan
-from src.datamodules.reading import BadRecord, SentenceReader, TripletReader
+from src.datamodules.reading import SentenceReader, TripletReader
+from src.datamodules.rows import BadRecord
 from src.records import Triplet
 from tests.datamodules.builders import read, write
 
@@ -75,7 +76,8 @@ def test_bom_crlf_and_no_last_newline(tmp_path):
         ({}, "no field query, positive, negative"),
         ({**GOOD, "query": 3}, "query must be text, not a number"),
         ({**GOOD, "positive": None}, "positive must be text, not null"),
-        ({**GOOD, "positive": ["a"]}, "positive must be text, not a list"),
+        ({**GOOD, "positive": [["a"]]}, "positive must be text, not a list"),
+        ({**GOOD, "positive": []}, "positive has 0 texts"),
         ({**GOOD, "negative": {"text": "a"}}, "negative must be text, not an object"),
         ({**GOOD, "negative": [3]}, "negative must be text, not a number"),
         ({**GOOD, "negative": []}, "negative has 0 texts, datamodule.reader.negatives=1"),
@@ -193,5 +195,5 @@ def test_a_negative_that_equals_the_positive_is_no_negative(tmp_path, negative, 
 def test_sentences_of_json_lines(tmp_path, line, expected):
     (record,) = read(SentenceReader(), write(tmp_path / "data.txt", line))
     assert expected in (record.reason if isinstance(record, BadRecord) else [record.query])
-    (record,) = read(SentenceReader(field="title"), write(tmp_path / "data.txt", {"title": "t"}))
+    (record,) = read(SentenceReader({"text": "title"}), write(tmp_path / "data.txt", {"title": "t"}))
     assert record.positive == "t"

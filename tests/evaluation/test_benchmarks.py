@@ -13,6 +13,7 @@ def names(*wanted: str, data_dir: Path | None = None) -> list[str]:
 def test_benchmarks_by_name():
     assert len(names("mteb_eng_v1")) == 56
     assert names("mteb_eng_v1") == names("MTEB(eng, v1)")
+    assert [len(names(name)) for name in ("mteb_eng_v2", "nanobeir", "bright")] == [41, 13, 1]  # as docs/evaluation.md has them
     assert len(names("mteb_eng_v2")) == 41
     assert names("mteb_eng_v2", "BIOSSES") == names("mteb_eng_v2")  # which has it
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import AliasChoices, BeforeValidator, Field, FiniteFloat, ValidationError, ValidationInfo, create_model
 
 from src.datamodules.files import DataFile
-from src.datamodules.reading import BadRecord, Chunk, checked_text, json_rows, tsv_rows
+from src.datamodules.rows import BadRecord, Chunk, checked_text, json_rows, tsv_rows
 from src.evaluation.tasks.made_tasks import Row, Set, search_set
 
 Columns = Sequence[str] | Mapping[str, str] | None

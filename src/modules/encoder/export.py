@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.initialization import no_init_weights
 
+from src.modules.encoder.card import TrainingFacts, write_card
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.loading import load_tokenizer
 from src.modules.policy.lora import add_lora, merged
@@ -27,16 +29,23 @@ _MODULE = "rationale_transformer"
 _MODES = {"mean": "mean", "max": "max", "eos": "lasttoken"}  # sentence-transformers' names of the poolings
 
 
-def export(policy: Policy, settings: EncoderSettings, folder: Path | str, dtype: torch.dtype = torch.float32) -> Path:
+def export(
+    policy: Policy,
+    settings: EncoderSettings,
+    folder: Path | str,
+    dtype: torch.dtype = torch.float32,
+    facts: TrainingFacts = TrainingFacts(),  # noqa: B008  # frozen
+) -> Path:
     """Writes a folder for `AutoModelForCausalLM.from_pretrained`, `AutoTokenizer.from_pretrained`, `SentenceTransformer` and
     `RationaleEncoder.from_pretrained`, and returns it.
 
-    LoRA adapters are merged into the weights. It also holds grace.json (prompt and pooling) and, for a policy with a frozen
-    encoder, `encoder/`, a model of the same kind. It is written under another name and renamed, so it is never incomplete;
+    LoRA adapters are merged into the weights. It also holds grace.json (prompt and pooling), a model card and, for a policy with a
+    frozen encoder, `encoder/`, a model of the same kind. It is written under another name and renamed, so it is never incomplete;
     a folder in its place is replaced.
 
     Args:
         dtype: of the weights on disk; the policy itself does not change. Float16 halves the folder.
+        facts: of the training, for the card.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +56,9 @@ def export(policy: Policy, settings: EncoderSettings, folder: Path | str, dtype:
     _save_model(model, partial, dtype)
     policy.tokenizer.save_pretrained(partial)
     settings.save(partial)
-    _save_sentence_transformers_files(partial, settings, int(model.config.get_text_config().hidden_size))
+    dimension = int(model.config.get_text_config().hidden_size)
+    _save_sentence_transformers_files(partial, settings, dimension)
+    write_card(partial, policy.path, dimension, settings, facts)
     if policy.frozen_encoder is not None:
         # saved with an output layer: a bare encoder would load with a random one and a warning about it
         encoder = copy.deepcopy(model)
@@ -86,6 +97,8 @@ def _save_sentence_transformers_files(folder: Path, settings: EncoderSettings, d
     ]
     config = {
         "model_type": "SentenceTransformer",
+        "__version__": {name.replace("-", "_"): metadata.version(name) for name in ("sentence-transformers", "transformers")}
+        | {"pytorch": torch.__version__},
         "requirements": {"sentence-transformers": ">=6"},
         "prompts": {side: settings.instruction_for(side) for side in ("query", "document")},  # else the document's
         "default_prompt_name": None,

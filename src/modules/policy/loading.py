@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -63,6 +64,40 @@ def load_model(
         kept = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model.generation_config = GenerationConfig(**kept)
     return model
+
+
+def find_model(path: str, revision: str | None = None) -> None:
+    """Looks for a model in a folder or, by its config alone, on the hub.
+
+    Raises:
+        FileNotFoundError: there is none, or the folder is no model's (see `require_files`).
+    """
+    folder = local_path(path)
+    require_files(folder)
+    if Path(folder).is_dir():
+        return
+    try:
+        if not _is_hub_name(path):
+            raise OSError("no such folder")
+        # transformers would retry for half a minute; the card is there for its licence
+        snapshot_download(path, revision=revision, allow_patterns=["config.json", "README.md"])
+    except OSError as error:
+        raise not_found(path, error) from error
+
+
+def _is_hub_name(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith((".", "/", "~"))
+
+
+def not_found(path: str, error: OSError) -> FileNotFoundError:
+    """Returns an error of one line: why there is no model at `path`, what to download, and where to put it."""
+    reason = str(error).splitlines()[0]
+    if not _is_hub_name(path):
+        return FileNotFoundError(f"no policy at {path!r}: give policy.path a folder with config.json, weights and tokenizer ({reason})")
+    return FileNotFoundError(
+        f"no policy at {path!r}: no such folder, and none from the hub ({reason}); where the hub is in reach, "
+        f"`hf download {path} --local-dir {path.split('/')[1]}`, copy that folder here, and give policy.path=<the folder>"
+    )
 
 
 def require_files(path: str) -> None:

