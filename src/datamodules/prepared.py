@@ -19,6 +19,7 @@ from src.datamodules.prompt_limit import PromptLimit
 from src.datamodules.reading import Reader
 from src.datamodules.streams import batches_done, stream_loader
 from src.records import Triplet
+from src.utils.data_contents import DataContents
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +162,8 @@ class PreparedDataModule(L.LightningDataModule):
             FileNotFoundError: there is no such data, or no tokenizer.
             ValueError: records are malformed and `on_bad_record` is stop, or there is none to train on.
         """
+        if self._prepared is not None:
+            return
         found, limit = find_files(self.path, self.files, self.revision), self.limit()
         folder = prepare(found, self.reader, limit, self.cache_dir, self.num_proc)
         self.report = report = load_report(folder)
@@ -184,6 +187,11 @@ class PreparedDataModule(L.LightningDataModule):
             self.prepare_data()  # Lightning calls it in one process of a machine; the others find what that one made
         assert self._prepared is not None
         return self._prepared
+
+    def contents(self) -> DataContents:
+        """Returns what the files hold, whether or not it can be used."""
+        rows, source = self.prepared, ", ".join([self.path] if isinstance(self.path, str) else self.path)
+        return DataContents(Path(source).name or source, source, self.report.digest, self.report.records, len(rows))
 
     def split(self) -> tuple[Places, Places]:
         """Returns the indices of the records to train on, and of those held out."""

@@ -17,6 +17,7 @@ import mlflow
 import pytest
 from matplotlib.figure import Figure
 from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 
 from src.utils.outbox import Outbox
 from src.utils.run_logger import RunLogger
@@ -65,7 +66,7 @@ def test_resumed_run_logs_everything_once(logger):
     assert (first.run_id, status(second)) == (run_id, "RUNNING")
     assert [(p.step, p.value) for p in client.get_metric_history(run_id, "loss")] == [(n, float(n)) for n in (1, 2, 3, 4)]
     assert [p.value for p in client.get_metric_history(run_id, "mteb/seconds")] == pytest.approx([0.1, 0.2, 0.3, 0.7])
-    assert client.get_run(run_id).data.params == {"rate": "1", "nested/a": "x" * 250, "new": "3"}
+    assert client.get_run(run_id).data.params == {"rate": "1", "nested/a": "x" * 300, "new": "3"}
     assert len(mlflow.artifacts.load_dict(f"runs:/{run_id}/rationales/step_3.json")["data"]) == 1
     second.finalize("success")
     assert status(second) == "FINISHED"
@@ -93,6 +94,38 @@ def test_table_sent_twice_is_one_mlflow_table(logger):
     assert ours_text == theirs
     tables = json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])  # read by MLflow's UI
     assert tables == [{"path": path, "type": "table"} for path in ("rationales/step_3.json", "theirs.json")]
+
+
+@pytest.mark.parametrize("length", [251, 6000, 6001, 100_000])
+def test_long_parameter_is_whole_or_visibly_cut(logger, length):
+    ours, text = logger(), "a" * length
+    ours.log_hyperparams({"instruction": text})
+    kept = ours.experiment.get_run(ours.run_id).data.params["instruction"]
+    if length <= 6000:
+        assert kept == text
+    else:
+        assert len(kept) == 6000
+        assert kept.endswith(f"a … [cut, of {length} characters; the whole is in config.yaml]")
+
+
+NAMES = [
+    "eval/task/检索",
+    "eval/task/検索",
+    "eval/task/Größe",
+    "eval/task/Gro\u0308ße",
+    "eval/task/हिन्दी",
+    "eval/task/a:b",
+    "eval/task/a;b",
+    "a" * 400,
+]
+
+
+def test_names_of_any_script_are_taken_and_differ(logger):
+    ours = logger()
+    ours.log_metrics({name: float(i) for i, name in enumerate(NAMES)}, 1)
+    found = ours.experiment.get_run(ours.run_id).data.metrics
+    assert sorted(found.values()) == list(range(len(NAMES)))
+    assert {name: found[name] for name in NAMES[:3]} == {name: float(i) for i, name in enumerate(NAMES[:3])}
 
 
 def test_artifact_location_is_of_local_stores_only(logger):
@@ -154,6 +187,56 @@ def test_unknown_run_is_one_line(logger, tmp_path):
     (tmp_path / "run" / "run.json").write_text('{"run_id": "0123456789abcdef0123456789abcdef", "experiment_id": "1"}')
     with pytest.raises(RuntimeError, match=r"no run 0123456789abcdef.* remove .*/run/run\.json"):
         logger().log_metrics({"loss": 1.0}, 1)
+
+
+def test_deleted_experiment_names_three_ways_out(logger, tmp_path):
+    first = logger(folder=None)
+    client, experiment = first.experiment, str(first.experiment_id)
+    client.delete_experiment(experiment)
+    with pytest.raises(
+        RuntimeError, match=rf"was deleted.* experiments restore -x {experiment}\), .*mlflow gc .* {experiment}\)"
+    ) as caught:
+        logger(folder=None).log_metrics({"loss": 1.0}, 1)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("project=")
+    client.restore_experiment(experiment)
+    logger(folder=None).log_metrics({"loss": 1.0}, 1)
+
+
+def test_deleted_run_is_one_line(logger):
+    first = logger()
+    first.log_metrics({"loss": 1.0}, 1)
+    first.experiment.delete_run(first.run_id)
+    with pytest.raises(
+        RuntimeError, match=rf"{first.run_id}.* was deleted .* runs restore --run-id {first.run_id}\), or remove .*run.json"
+    ):
+        logger().log_metrics({"loss": 1.0}, 2)
+
+
+def test_moved_folder_takes_its_artifacts_along(tmp_path, caplog):
+    def log_in(folder: Path) -> RunLogger:
+        ours = RunLogger("a", tracking_uri=f"sqlite:///{folder}/mlflow.db", artifact_location=f"file://{folder}/artifacts")
+        ours.log_text("a report", f"{folder.name}.md")
+        return ours
+
+    old, new = tmp_path / "old place", tmp_path / "new"
+    old.mkdir()
+    first = log_in(old)
+    old.rename(new)
+    with caplog.at_level(logging.WARNING, logger="src.utils.mlflow_store"):
+        log_in(new)
+        log_in(new)
+    assert not old.exists()
+    assert [record.message for record in caplog.records if record.name == "src.utils.mlflow_store"] == [
+        f"MLflow looked for artifacts in file://{old}/artifacts, which is gone: this store's are in file://{new}/artifacts from now on"
+    ]
+    client = MlflowClient(f"sqlite:///{new}/mlflow.db")
+    uri = client.get_run(first.run_id).info.artifact_uri
+    assert mlflow.artifacts.load_text(f"{uri}/old place.md") == "a report"
+    shutil.copytree(new, tmp_path / "copy")  # whose artifacts would go to the original
+    with caplog.at_level(logging.WARNING, logger="src.utils.mlflow_store"):
+        log_in(tmp_path / "copy")
+    assert f"go to file://{new}/artifacts, as when it was begun, and not to file://{tmp_path}/copy/artifacts" in caplog.text
 
 
 def test_missing_server_is_one_line(logger):

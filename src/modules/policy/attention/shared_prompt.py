@@ -49,10 +49,20 @@ def checkpoint_contexts(model: PreTrainedModel) -> Callable[[], tuple[AbstractCo
     return lambda: (nullcontext(), attention_set_to(model, config._attn_implementation))
 
 
-def require_supported(kwargs: Mapping[str, Any]) -> None:
-    """Raises ValueError if a layer asks its attention for a sliding window, sinks or a soft cap, which are not computed here."""
-    unread = [name for name in ("sliding_window", "s_aux", "softcap") if kwargs.get(name) is not None]
-    if unread:
+def require_supported(kwargs: Mapping[str, Any], longest: int) -> None:
+    """Raises ValueError if a layer asks its attention for sinks, a soft cap or a window below `longest` tokens: none is computed here.
+
+    Args:
+        kwargs: what the layer passes to its attention.
+        longest: tokens of the longest prompt with its rationale.
+    """
+    window = kwargs.get("sliding_window")
+    if window is not None and window < longest:
+        raise ValueError(
+            f"a layer of the model sees the last {window} tokens (its sliding_window), and a prompt with its rationale has up to {longest}"
+            f": keep module.max_prompt_tokens and rollout.max_new_tokens within {window} together"
+        )
+    if unread := [name for name in ("s_aux", "softcap") if kwargs.get(name) is not None]:
         raise ValueError(
             f"the model's attention has {', '.join(unread)}, which rollouts that share a prompt do not support; use a model without"
         )
@@ -175,9 +185,9 @@ def packed_attention(
     """Attention in the form that transformers calls: [1, heads, L, d] queries -> [1, L, heads, d].
 
     Prompt and rationales of each group have a call each: one masked call for all would compute every pair of tokens in the
-    row, and on a CPU took twice as long. Raises ValueError for a sliding window, sinks or a soft cap.
+    row, and on a CPU took twice as long. Raises ValueError as `require_supported`.
     """
-    require_supported(kwargs)
+    require_supported(kwargs, max(group.prompt + len(group.visible) for group in packed.groups))
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation has made float32 of these two
     sizes = [size for group in packed.groups for size in (group.prompt, group.rationales)]
     parts = list(zip(*(states[0].transpose(0, 1).split(sizes) for states in (query, key, value)), strict=True))
