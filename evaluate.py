@@ -9,6 +9,10 @@ from pathlib import Path
 os.environ.setdefault("PROJECT_ROOT", str(Path(__file__).resolve().parent))  # configs/paths reads it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # MTEB's data loaders fork
 
+from src.utils.ready import require_ready
+
+require_ready("evaluate.py")
+
 import hydra
 import lightning as L
 import torch
@@ -19,6 +23,7 @@ from src.evaluation.comparison import TRAINED, comparison_table, contenders, how
 from src.evaluation.run_tasks import EvaluationScores, run_tasks
 from src.evaluation.setup import keep_scores, load_policies, load_tasks, make_encoder, report_abilities
 from src.modules.policy.packaged import SMOLLM2
+from src.utils.plain_errors import plain_errors
 from src.utils.renamed_settings import check_arguments, check_config
 from src.utils.secrets import keep_secrets
 from src.utils.timing import clock
@@ -59,7 +64,7 @@ def evaluate(cfg: DictConfig) -> dict[str, EvaluationScores]:
         unavailable |= {task: scored.failures[task] for task in scored.without_data}
         scores[row.name] = scored
     console.print(comparison_table(scores, f"Main scores in %: {cfg.benchmark}"))
-    keep_scores(cfg, rows, scores)
+    keep_scores(cfg, rows, scores, tasks)
     if cfg.abilities.tasks:
         report_abilities(cfg, policies, base, console)
     lines = [f"{row.name}: {row.path}" for row in rows]
@@ -83,6 +88,7 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    keep_secrets(sys.argv)
-    check_arguments(sys.argv)
-    main()
+    with plain_errors("evaluate.py"):
+        keep_secrets(sys.argv)
+        check_arguments(sys.argv)
+        main()

@@ -6,6 +6,10 @@ from pathlib import Path
 
 os.environ.setdefault("PROJECT_ROOT", str(Path(__file__).resolve().parent))  # configs/paths reads it
 
+from src.utils.ready import require_ready
+
+require_ready("train.py")
+
 import hydra
 import lightning as L
 from hydra.utils import instantiate
@@ -13,6 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig, OmegaConf
 
 from src.modules.plan.plan import PlanError, show
+from src.utils.plain_errors import plain_errors
 from src.utils.preemption import BeginNextEpoch, StopOnSignal, preemptible
 from src.utils.renamed_settings import check_arguments, check_config
 from src.utils.run_folder import list_run, register_resolver, reserve_folder, starting_point
@@ -91,6 +96,7 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    keep_secrets(sys.argv)
-    check_arguments(sys.argv)
-    main()
+    with plain_errors("train.py"):
+        keep_secrets(sys.argv)
+        check_arguments(sys.argv)
+        main()

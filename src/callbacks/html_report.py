@@ -207,11 +207,16 @@ def _data_address(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
+def default_store() -> str:
+    """Returns where runs are logged by default, as configs/paths says."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(__file__).resolve().parents[2]}/mlflow.db"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, and writes report.html to a folder and to MLflow."""
     parser = argparse.ArgumentParser("html_report", description="Writes the HTML report of a run, finished or not.")
     parser.add_argument("run_id", help="as `make ui` shows it")
-    parser.add_argument("--tracking-uri", default=f"sqlite:///{Path(__file__).resolve().parents[2]}/mlflow.db")
+    parser.add_argument("--tracking-uri", default=default_store())
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="where report.html goes, besides MLflow")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -13,7 +13,7 @@ import torch
 from src.callbacks.monitoring import MonitoringCallback, is_due, undisturbed
 from src.evaluation.run_tasks import EvaluationScores, run_tasks
 from src.modules.policy_module import PolicyModule
-from src.utils.tracking import log_metrics
+from src.utils.tracking import log_metrics, log_tasks
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class MTEBEvaluation(MonitoringCallback[PolicyModule]):
             return
         with undisturbed(module):
             self._tasks = self.make_tasks()
+        log_tasks(trainer, self._tasks)
         if self._scored_at >= 0:
             self._publish(trainer)  # the last score of the run that is resumed
         elif failures := self.evaluate(trainer, module).failures:

@@ -24,8 +24,10 @@ from src.modules.encoder.export import load_policy
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
 from src.utils.atomic import write_atomic
-from src.utils.outbox import retryable
+from src.utils.outbox import store_errors
 from src.utils.run_info import log_run_info
+from src.utils.run_logger import RunLogger
+from src.utils.tracking import task_contents
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +104,7 @@ def load_tasks(cfg: DictConfig) -> list[Any]:
     return tasks + named_tasks([name for name in names if name not in (*offline, "everyday")], cfg.data_dir)
 
 
-def keep_scores(cfg: DictConfig, rows: Sequence[Contender], scores: Mapping[str, EvaluationScores]) -> None:
+def keep_scores(cfg: DictConfig, rows: Sequence[Contender], scores: Mapping[str, EvaluationScores], tasks: Sequence[Any]) -> None:
     """Writes the scores of all rows to scores.json in the output folder, and logs an MLflow run of each: config, tasks, averages.
 
     A store that cannot be had loses nothing: a warning says where the scores are and how they get there later.
@@ -113,17 +115,19 @@ def keep_scores(cfg: DictConfig, rows: Sequence[Contender], scores: Mapping[str,
         return
     try:
         for row in rows:
-            _log_scores(cfg, row, scores[row.name])
-    except (*retryable(), RuntimeError) as error:
+            _log_scores(cfg, row, scores[row.name], tasks)
+    except store_errors() as error:
         log.warning("%s: the scores are not in MLflow but in %s; the same command sends them, and computes none again", error, file)
 
 
-def _log_scores(cfg: DictConfig, row: Contender, scores: EvaluationScores) -> None:
+def _log_scores(cfg: DictConfig, row: Contender, scores: EvaluationScores, tasks: Sequence[Any]) -> None:
     logger = instantiate(cfg.logger, run_name=f"{cfg.name}: {row.name}", folder=None)  # always a new run
     own = cfg.copy()
     own.model, own.rationale = row.path, row.rationale
     log_run_info([logger], own, root=Path(cfg.paths.root), what=f"Scores of {row.name}: `{row.path}`")
     logger.log_metrics(scores.flat("eval/"))
+    for task in tasks if isinstance(logger, RunLogger) else ():
+        logger.log_data(task_contents(task), "evaluation")
     if hasattr(logger.experiment, "log_dict"):
         logger.experiment.log_dict(logger.run_id, asdict(scores), "scores.json")
     logger.finalize("success" if not scores.failures else "failed")
@@ -145,5 +149,5 @@ def report_abilities(cfg: DictConfig, policies: Policies, base: str, console: Co
                 log_run_info([logger], cfg, root=Path(cfg.paths.root), what=f"General abilities of {name} beside {Path(base).name}")
                 logger.log_metrics(ability_metrics(changes))
                 logger.finalize("success")
-            except (*retryable(), RuntimeError) as error:
+            except store_errors() as error:
                 log.warning("%s: the abilities are not in MLflow but in %s", error, file)

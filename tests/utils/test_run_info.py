@@ -4,12 +4,16 @@ import logging
 import subprocess
 
 import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from src.callbacks.html_report import default_store
+from src.utils.data_contents import DataContents
 from src.utils.renamed_settings import RENAMED
-from src.utils.run_info import git_state, hardware, log_run_info, package_versions
+from src.utils.run_info import description, git_state, hardware, log_run_info, package_versions
 from src.utils.run_logger import flatten
 from src.utils.run_settings import (
     FILE,
@@ -21,6 +25,7 @@ from src.utils.run_settings import (
     settings_of,
     write_settings,
 )
+from tests.conftest import ROOT
 
 
 def test_flatten():
@@ -55,6 +60,27 @@ def test_versions_and_hardware():
 def test_missing_setting_is_an_error(tmp_path):
     with pytest.raises(MissingMandatoryValue, match="name"):
         log_run_info([], OmegaConf.create({"name": "???"}), tmp_path)
+
+
+def test_description_says_what_it_is(compose):
+    cfg = compose()
+    note = description(cfg, DataContents("texts.txt", "/data/texts.txt", "", 1250), "GRACE of `a/policy`")
+    assert note.splitlines() == [
+        "GRACE of `a/policy`  ",
+        "Data: texts.txt, 1,250 records (/data/texts.txt)  ",
+        f"Folder: `{cfg.paths.output_dir}`",
+    ]
+
+
+@pytest.mark.parametrize("uri", ["http://host:5000", None])
+def test_store_is_that_of_the_environment_where_no_setting_is_given(monkeypatch, uri):
+    own = f"sqlite:///{ROOT}/mlflow.db"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        assert hydra_compose("train").logger.tracking_uri == default_store() == (uri or own)
+        assert hydra_compose("train", ["paths.tracking_uri=sqlite:///mine.db"]).logger.tracking_uri == "sqlite:///mine.db"
 
 
 # ---- settings

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from src.utils.data_contents import DataContents
 from src.utils.outbox import Outbox
 from src.utils.run_logger import RunLogger
 from tests.programs import free_port
@@ -126,6 +127,45 @@ def test_names_of_any_script_are_taken_and_differ(logger):
     found = ours.experiment.get_run(ours.run_id).data.metrics
     assert sorted(found.values()) == list(range(len(NAMES)))
     assert {name: found[name] for name in NAMES[:3]} == {name: float(i) for i, name in enumerate(NAMES[:3])}
+
+
+def test_data_is_linked_once(logger):
+    ours, data = logger(), DataContents("texts.txt", "/data/texts.txt", "0123456789abcdef", 250, 240)
+    for _ in range(2):
+        ours.log_data(data, "training")
+    ours.log_data(DataContents("STS", "mteb/sts", "a" * 40), "evaluation")
+    training, evaluation = sorted(
+        ours.experiment.get_run(ours.run_id).inputs.dataset_inputs, key=lambda found: found.dataset.name, reverse=True
+    )
+    assert (training.dataset.digest, json.loads(training.dataset.profile)) == ("0123456789abcdef", {"records": 250, "usable": 240})
+    assert json.loads(training.dataset.source) == {"uri": "/data/texts.txt"}
+    assert [found.tags[0].value for found in (training, evaluation)] == ["training", "evaluation"]
+
+
+def test_machine_is_watched_unless_switched_off(logger):
+    first = logger(system_metrics=0.1)
+    first.watch_machine()
+    time.sleep(3)
+    first.log_metrics({"loss": 1.0}, 1)
+    first.finalize("success")
+    watched = steps(first, "system/cpu_utilization_percentage")
+    assert watched
+    second = logger(system_metrics=0.1)
+    second.log_metrics({"loss": 1.0}, 2)  # which is not taken for one of before, however many looks there were
+    second.watch_machine()
+    time.sleep(3)
+    second.finalize("success")
+    assert steps(second) == [1, 2]
+    again = steps(second, "system/cpu_utilization_percentage")
+    assert len(again) == len(set(again)) > len(watched)
+    off = logger(folder=None, system_metrics=None)
+    off.watch_machine()
+    assert off._monitor is None
+
+
+def test_experiment_has_a_description(logger):
+    ours = logger()
+    assert "mteb/average" in ours.experiment.get_experiment(ours.experiment_id).tags["mlflow.note.content"]
 
 
 def test_artifact_location_is_of_local_stores_only(logger):

@@ -1,5 +1,7 @@
 """Checks a backbone: it must attend by transformers' attention interface, at the positions it is given."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def require_readable(policy: Policy, longest: int = 0) -> None:
     Raises ValueError if they differ, or if the backbone cannot be called so: training would compute wrong gradients. And if a layer sees
     fewer than `longest` tokens, those of the longest prompt with its rationale.
     """
-    windows = [layer.sliding_window for layer in policy.model.modules() if hasattr(layer, "sliding_window")]
+    windows: list[Any] = [layer.sliding_window for layer in policy.model.modules() if hasattr(layer, "sliding_window")]
     for window in windows or [getattr(policy.model.config.get_text_config(), "sliding_window", None)]:  # Mistral's layers ask the config
         require_supported({"sliding_window": window}, longest)
     name = type(policy.model).__name__
