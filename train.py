@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig, OmegaConf
 
+from src.callbacks.logged_models import LogModels
 from src.modules.plan.plan import PlanError, show
 from src.utils.plain_errors import plain_errors
 from src.utils.preemption import BeginNextEpoch, StopOnSignal, preemptible
@@ -34,7 +35,7 @@ register_resolver()  # hydra.run.dir uses it
 def setup(cfg: DictConfig) -> L.Trainer:
     """Returns the trainer of a config, with its loggers and callbacks."""
     quiet_lightning()
-    callbacks = [*instantiate_all(cfg.get("callbacks"), "callbacks"), StopOnSignal(), BeginNextEpoch()]
+    callbacks = [*instantiate_all(cfg.get("callbacks"), "callbacks"), StopOnSignal(), BeginNextEpoch(), LogModels()]
     saves = any(isinstance(callback, Checkpoint) for callback in callbacks)  # Lightning would add its own
     loggers = instantiate_all(cfg.get("logger"), "logger") or False
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, enable_checkpointing=saves)

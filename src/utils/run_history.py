@@ -1,11 +1,12 @@
 """What MLflow holds of a resumed run, so that nothing is sent twice; and the calls that replace what a run logged before."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_LOGGED_ARTIFACTS
 from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE, MAX_DATASET_NAME_SIZE
@@ -70,6 +71,20 @@ def log_data(client: MlflowClient, run_id: str, context: str, name: str, source:
     known = {"source_type": "local", "source": json.dumps({"uri": source}), "profile": json.dumps({k: v for k, v in counts.items() if v})}
     data = Dataset(name[:MAX_DATASET_NAME_SIZE], (digest or "unknown")[:MAX_DATASET_DIGEST_SIZE], **known)
     client.log_inputs(run_id, [DatasetInput(data, [InputTag(MLFLOW_DATASET_CONTEXT, context)])])
+
+
+def log_model(client: MlflowClient, run_id: str, name: str, path: str, step: int) -> None:
+    """Links a model to a run: its place, and the scores of the run (mteb/..., test/...) that were measured at its step."""
+    run = client.get_run(run_id)
+    full = re.sub(r"[^\w-]+", "-", f"{run.info.run_name}-{name}")
+    model = client.create_logged_model(run.info.experiment_id, full, run_id, tags={"path": path}, model_type="encoder").model_id
+    client.finalize_logged_model(model, LoggedModelStatus.READY)
+    client.log_outputs(run_id, [LoggedModelOutput(model, step)])
+    scores = [key for key in run.data.metrics if key.startswith(("mteb/", "test/")) and not key.startswith("test/base")]
+    points = [point for key in scores for point in client.get_metric_history(run_id, key) if point.step == step]
+    linked = [Metric(point.key, point.value, point.timestamp, point.step, model_id=model) for point in points]  # equal points are one
+    if linked:
+        client.log_batch(run_id, metrics=linked)
 
 
 def replace_table(client: MlflowClient, run_id: str, data: Mapping[str, Sequence[Any]], artifact_file: str) -> None:

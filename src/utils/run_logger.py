@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import time
@@ -26,12 +26,14 @@ from src.utils.atomic import write_atomic
 from src.utils.data_contents import DataContents
 from src.utils.mlflow_store import experiment_id, follow_move, metric_name, param_value
 from src.utils.outbox import NO_ANSWER, Message, Outbox, first_line, is_refusal, retryable, summary
-from src.utils.run_history import History, log_data, replace_table
+from src.utils.run_history import History, log_data, log_model, replace_table
 from src.utils.secrets import redact
 
 log = logging.getLogger(__name__)
 
 RUN, UNSENT, UNSENT_FILES = "run.json", "unsent.jsonl", "unsent_files.jsonl"
+
+_OWN_CALLS: dict[str, Callable[..., None]] = {"log_table": replace_table, "log_data": log_data, "log_model": log_model}
 
 # The run waits for each call, and what cannot be sent is kept: MLflow's own minutes of retries would only cost time.
 _FEW_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
@@ -163,6 +165,11 @@ class RunLogger(MLFlowLogger):
         self._send({"call": "log_data", "context": context, **asdict(data)})
 
     @rank_zero_only
+    def log_model(self, name: str, path: str, step: int) -> None:
+        """Links a model to the run, with the scores that were logged at that step."""
+        self._send({"call": "log_model", "name": name, "path": path, "step": step})
+
+    @rank_zero_only
     def watch_machine(self) -> None:
         """Logs CPU, memory, disk, network and GPUs as system/..., until `finalize`."""
         if self._system_metrics is not None:
@@ -275,10 +282,8 @@ class RunLogger(MLFlowLogger):
         call = arguments.pop("call")
         if call == "log_batch":
             self._history.log_batch(client, run_id, **arguments)
-        elif call == "log_table":
-            replace_table(client, run_id, **arguments)
-        elif call == "log_data":
-            log_data(client, run_id, **arguments)
+        elif call in _OWN_CALLS:
+            _OWN_CALLS[call](client, run_id, **arguments)
         elif call == "log_artifact" and not Path(arguments["local_path"]).exists():
             log.warning("%s was removed before MLflow accepted it: it is dropped", arguments["local_path"])
         else:

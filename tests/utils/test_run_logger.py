@@ -142,6 +142,20 @@ def test_data_is_linked_once(logger):
     assert [found.tags[0].value for found in (training, evaluation)] == ["training", "evaluation"]
 
 
+def test_model_has_the_scores_of_its_step(logger):
+    ours = logger(run_name="a run: 1")
+    for step in (4, 8):
+        ours.log_metrics({"mteb/average": step / 10, "test/base/average": 0.1, "update/loss": 1.0}, step)
+    ours.log_metrics({"test/grace/average": 0.7}, 8)
+    for name, step in (("best", 4), ("export", 8)):
+        ours.log_model(name, f"/runs/{name}", step)
+    best, export = sorted(ours.experiment.search_logged_models([ours.experiment_id]), key=lambda model: model.name)
+    assert (best.name, best.tags["path"], best.source_run_id) == ("a-run-1-best", "/runs/best", ours.run_id)
+    assert {point.key: point.value for point in best.metrics} == {"mteb/average": 0.4}
+    assert {point.key: point.value for point in export.metrics} == {"mteb/average": 0.8, "test/grace/average": 0.7}
+    assert steps(ours, "mteb/average") == [4, 8]
+
+
 def test_machine_is_watched_unless_switched_off(logger):
     first = logger(system_metrics=0.1)
     first.watch_machine()
