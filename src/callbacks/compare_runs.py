@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from src.callbacks.html_report import RunData, default_store, read_run
+from src.callbacks.html_report import RunData, read_run
+from src.utils.mlflow_store import default_store
 from src.utils.run_history import MACHINE
 from src.utils.run_logger import RUN
 from src.utils.secrets import redact

@@ -27,6 +27,7 @@ from src.callbacks.monitoring import MonitoringCallback
 from src.callbacks.rationale_table import Rationale
 from src.modules.policy_module import PolicyModule
 from src.utils.atomic import write_atomic
+from src.utils.mlflow_store import default_store
 from src.utils.plots import Curve, Similarities, TermHistory, curves_figure, reward_terms_figure, similarities_figure
 from src.utils.secrets import redact
 from src.utils.tracking import mlflow_loggers
@@ -205,11 +206,6 @@ def _data_address(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def default_store() -> str:
-    """Returns where runs are logged by default, as configs/paths says."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(__file__).resolve().parents[2]}/mlflow.db"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ Compare trained runs by `test/<method>/average` (held-out tasks, at the end) and
 `reward/total/mean`, `reward/<term>/within_group_std` (what moves the policy gradient), `rollout/rationale_length` and `update/grad_norm`.
 `rationales/` in a run's artifacts has what was written, step by step; `report.html` has all of it on a page. `python -m
 src.callbacks.compare_runs RUN RUN` prints what differs between two runs."""
+
+
+def default_store() -> str:
+    """Returns where runs are logged by default, as configs/paths says."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(__file__).resolve().parents[2]}/mlflow.db"
 
 
 def metric_name(name: str) -> str:

@@ -10,8 +10,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from src.callbacks.html_report import default_store
 from src.utils.data_contents import DataContents
+from src.utils.mlflow_store import default_store
 from src.utils.renamed_settings import RENAMED
 from src.utils.run_info import description, git_state, hardware, log_run_info, package_versions
 from src.utils.run_logger import flatten
