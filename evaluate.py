@@ -9,15 +9,20 @@ from pathlib import Path
 os.environ.setdefault("PROJECT_ROOT", str(Path(__file__).resolve().parent))  # configs/paths reads it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # MTEB's data loaders fork
 
+from src.utils.ready import require_ready
+
+require_ready("evaluate.py")
+
 import hydra
 import lightning as L
 from omegaconf import DictConfig
 from rich.console import Console
 
-from src.evaluation.comparison import comparison_table, contenders, latest_export, start_of_export
+from src.evaluation.comparison import TRAINED, comparison_table, contenders, how_it_was_found, latest_export, start_of_export
 from src.evaluation.run_tasks import EvaluationScores, run_tasks
-from src.evaluation.setup import load_policies, load_tasks, log_scores, make_encoder, report_abilities
+from src.evaluation.setup import keep_scores, load_policies, load_tasks, make_encoder, report_abilities
 from src.modules.policy.packaged import SMOLLM2
+from src.utils.plain_errors import plain_errors
 from src.utils.renamed_settings import check_arguments, check_config
 from src.utils.secrets import keep_secrets
 from src.utils.timing import clock
@@ -34,6 +39,8 @@ def evaluate(cfg: DictConfig) -> dict[str, EvaluationScores]:
     console, began = Console(), time.monotonic()
     L.seed_everything(cfg.seed, verbose=False)
     trained = latest_export(cfg.paths.output_root) if cfg.model is None else None
+    if trained is not None:
+        log.info("%s: %s", TRAINED, how_it_was_found(trained, cfg.paths.output_root))
     base = str(cfg.base or (trained and start_of_export(trained)) or SMOLLM2)
     try:
         rows = contenders(cfg.model, cfg.rationale, base, cfg.paths.output_root, cfg.model_name)
@@ -54,8 +61,8 @@ def evaluate(cfg: DictConfig) -> dict[str, EvaluationScores]:
         scored = run_tasks(encoder, tasks, results, row.model_name, unavailable=unavailable, announce=True, **options)
         unavailable |= {task: scored.failures[task] for task in scored.without_data}
         scores[row.name] = scored
-        log_scores(cfg, row, scored)
     console.print(comparison_table(scores, f"Main scores in %: {cfg.benchmark}"))
+    keep_scores(cfg, rows, scores, tasks)
     if cfg.abilities.tasks:
         report_abilities(cfg, policies, base, console)
     lines = [f"{row.name}: {row.path}" for row in rows]
@@ -79,6 +86,7 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    keep_secrets(sys.argv)
-    check_arguments(sys.argv)
-    main()
+    with plain_errors("evaluate.py"):
+        keep_secrets(sys.argv)
+        check_arguments(sys.argv)
+        main()

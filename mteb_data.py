@@ -6,11 +6,16 @@ from pathlib import Path
 
 os.environ.setdefault("PROJECT_ROOT", str(Path(__file__).resolve().parent))  # configs/paths reads it
 
+from src.utils.ready import require_ready
+
+require_ready("mteb_data.py")
+
 import hydra
 from omegaconf import DictConfig
 
 from src.evaluation.benchmarks import named_tasks
 from src.evaluation.tasks.mteb_mirror import download
+from src.utils.plain_errors import plain_errors
 from src.utils.secrets import keep_secrets
 
 
@@ -28,5 +33,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    keep_secrets(sys.argv)
-    main()
+    with plain_errors("mteb_data.py"):
+        keep_secrets(sys.argv)
+        main()

@@ -6,22 +6,29 @@ from pathlib import Path
 
 os.environ.setdefault("PROJECT_ROOT", str(Path(__file__).resolve().parent))  # configs/paths reads it
 
+from src.utils.ready import require_ready
+
+require_ready("train.py")
+
 import hydra
 import lightning as L
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Checkpoint
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from src.callbacks.logged_models import LogModels
 from src.datamodules.preview import show_records
 from src.datamodules.sources import require_sources
 from src.modules.plan.plan import PlanError, show
+from src.utils.plain_errors import plain_errors
 from src.utils.preemption import BeginNextEpoch, StopOnSignal, preemptible
 from src.utils.renamed_settings import check_arguments, check_config
-from src.utils.run_folder import register_resolver, reserve_folder, starting_point
+from src.utils.run_folder import list_run, register_resolver, reserve_folder, starting_point
 from src.utils.run_info import log_run_info
-from src.utils.run_settings import settings_changed, settings_of, write_settings
+from src.utils.run_settings import data_settings, require_same_data, settings_changed, settings_of, write_settings
 from src.utils.secrets import keep_secrets
 from src.utils.sweeps import run_point
+from src.utils.tracking import mlflow_loggers
 from src.utils.trainer import instantiate_all, prepare_processes, quiet_lightning
 
 register_resolver()  # hydra.run.dir uses it
@@ -30,7 +37,7 @@ register_resolver()  # hydra.run.dir uses it
 def setup(cfg: DictConfig) -> L.Trainer:
     """Returns the trainer of a config, with its loggers and callbacks."""
     quiet_lightning()
-    callbacks = [*instantiate_all(cfg.get("callbacks"), "callbacks"), StopOnSignal(), BeginNextEpoch()]
+    callbacks = [*instantiate_all(cfg.get("callbacks"), "callbacks"), StopOnSignal(), BeginNextEpoch(), LogModels()]
     saves = any(isinstance(callback, Checkpoint) for callback in callbacks)  # Lightning would add its own
     loggers = instantiate_all(cfg.get("logger"), "logger") or False
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers, enable_checkpointing=saves)
@@ -48,9 +55,16 @@ def fit(cfg: DictConfig, checkpoint: str | None) -> float | None:
     L.seed_everything(cfg.seed, workers=True)
     datamodule, module = instantiate(cfg.datamodule), instantiate(cfg.module)
     if trainer.is_global_zero:
-        folder, settings = Path(cfg.paths.output_dir), settings_of(cfg)
-        log_run_info(trainer.loggers, cfg, Path(cfg.paths.root), new_run=settings_changed(settings, folder, checkpoint))
+        data = datamodule.contents() if hasattr(datamodule, "contents") else None
+        folder, settings = Path(cfg.paths.output_dir), settings_of(cfg) | data_settings(data)
+        require_same_data(settings, checkpoint, cfg.allow_changed_data)
+        new_run = settings_changed(settings, folder, checkpoint)
+        what = f"{getattr(module, 'title', type(module).__name__)} of `{OmegaConf.select(cfg, 'policy.path')}`"
+        log_run_info(trainer.loggers, cfg, Path(cfg.paths.root), new_run, data, what)
+        for logger in mlflow_loggers(trainer):
+            logger.watch_machine()
         write_settings(folder, settings)
+        list_run(folder, Path(cfg.paths.output_root))
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)  # a checkpoint runs no code
     name, metrics = cfg.optimized_metric, trainer.callback_metrics
     if name is None:
@@ -91,6 +105,7 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    keep_secrets(sys.argv)
-    check_arguments(sys.argv)
-    main()
+    with plain_errors("train.py"):
+        keep_secrets(sys.argv)
+        check_arguments(sys.argv)
+        main()

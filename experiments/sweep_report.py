@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from mlflow.tracking import MlflowClient
 
+from src.utils.mlflow_store import default_store
 from src.utils.sweeps import ERROR, KEYS, REPORT, SWEEP, outcomes, rounded, search, short
 
 log = logging.getLogger(__name__)
@@ -260,7 +261,7 @@ def main() -> None:
     parser.add_argument("--curves", nargs="+", default=[], help="metrics to draw over rollout batches")
     parser.add_argument("--output", type=Path, default=Path("outputs/sweep_report"))
     parser.add_argument("--project", default="grace")
-    parser.add_argument("--tracking-uri", default=f"sqlite:///{ROOT / 'mlflow.db'}")
+    parser.add_argument("--tracking-uri", default=default_store())
     arguments = parser.parse_args()
     client = MlflowClient(arguments.tracking_uri)
     try:

@@ -15,7 +15,7 @@ from src.evaluation.setup import load_tasks, make_encoder
 from src.modules.encoder.export import load_policy
 from src.modules.rollouts.hf import HFEngine
 from tests.own_files import write_own_tasks
-from tests.programs import Program, Programs
+from tests.programs import Program, Programs, free_port
 from tests.runs import mlflow_runs
 
 PATIENCE = 600
@@ -44,6 +44,27 @@ def test_base_and_trained_policy_side_by_side(compose, tiny_policy_folder, tmp_p
         data = runs[f"evaluate: {row}"]
         assert data.metrics == pytest.approx(found.flat("eval/"))
         assert data.params["rationale"] == ("none" if row == "Base" else "both")
+
+
+@pytest.mark.parametrize("store", ["absent", "deleted"])
+def test_store_that_cannot_be_had_loses_nothing(compose, tiny_policy_folder, tmp_path, tracking_uri, capsys, caplog, store):
+    uri = tracking_uri if store == "deleted" else f"http://127.0.0.1:{free_port()}"
+    places = ["benchmark=[MySTS]", f"data_dir={write_own_tasks(tmp_path / 'data')}", f"project={tmp_path.name}"]
+    cfg = compose(*places, f"model={tiny_policy_folder}", "rationale=false", config_name="evaluate")
+    cfg.paths.tracking_uri = uri
+    if store == "deleted":
+        client = MlflowClient(uri)
+        client.delete_experiment(client.create_experiment(tmp_path.name))
+    (scores,) = evaluate.evaluate(cfg).values()
+    assert f"{100 * scores.average:.2f}" in capsys.readouterr().out
+    file = Path(cfg.paths.output_dir, "scores.json")
+    assert [found["tasks"] for found in json.loads(file.read_text()).values()] == [scores.tasks]
+    (said,) = [record.message for record in caplog.records if "not in MLflow" in record.message]
+    assert f"but in {file}; the same command sends them" in said
+    cfg.paths.tracking_uri, cfg.project = tracking_uri, f"{tmp_path.name}_again"
+    evaluate.evaluate(cfg)
+    (run,) = mlflow_runs(MlflowClient(tracking_uri), cfg.project)
+    assert run.data.metrics == pytest.approx(scores.flat("eval/"), abs=1e-5)  # as result files round them
 
 
 def test_everyday_english(compose, tiny_policy_folder):

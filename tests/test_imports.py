@@ -19,7 +19,7 @@ LEVELS = [
     {"src.modules.training"},
     {"src.modules.policy_module"},
     {"src.modules.grace", "src.modules.contrastive"},
-    {"src.evaluation"},
+    {"src.evaluation", "src.doctor"},
     {"src.callbacks"},
 ]
 """Rooms from the lowest to the highest; those of one level do not know each other."""

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from src.utils.checkpoint_io import read_checkpoint
 from src.utils.preemption import TRY_AGAIN
+from src.utils.run_history import MACHINE
 from tests.programs import Programs
 from tests.runs import Runs, batches_saved, callback, mlflow_runs, steps
 
@@ -82,7 +83,7 @@ def status(uri: str, folder: Path) -> str:
 
 def history(client: MlflowClient, run: Run) -> dict[str, list[tuple[int, float | None]]]:
     """Steps and values of every metric; no values of the machine."""
-    points = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
+    points = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics if not key.startswith(MACHINE)}
     return {key: sorted((p.step, None if key.startswith(OF_THE_MACHINE) else p.value) for p in found) for key, found in points.items()}
 
 
@@ -157,7 +158,9 @@ def test_killed_at_the_end(runs, own, reference, tmp_path, tracking_uri, every):
     assert_alike(reference, tmp_path, tracking_uri)
 
 
-@pytest.mark.parametrize(("number", "batch"), [(signal.SIGUSR1, 4), (signal.SIGTERM, 3)], ids=["mid_epoch", "last_of_an_epoch"])
+@pytest.mark.parametrize(
+    ("number", "batch"), [(signal.SIGUSR1, 4), (signal.SIGTERM, 3), (signal.SIGINT, 2)], ids=["mid_epoch", "last_of_an_epoch", "ctrl_c"]
+)
 def test_signalled(runs, own, reference, tmp_path, tracking_uri, number, batch):
     stop = callback("KillAt", batch=batch, seconds=0, signal_number=int(number))
     assert runs.run(tmp_path, *own, SAVE_NEVER, stop) == TRY_AGAIN
@@ -239,3 +242,31 @@ def test_new_settings_start_another_mlflow_run(runs, own, tmp_path, tracking_uri
     assert steps(client, second) == [4, 5, 6, 7, 8]
     assert steps(client, first)[:5] == [1, 2, 3, 4, 5]
     assert "goes on with other settings than it began with: reward._target_=src.modules.objectives.rewards.paper" in runs.log.read_text()
+
+
+def test_data_that_changed_is_refused_or_named(runs, small, tmp_path, tracking_uri):
+    file = tmp_path / "texts.txt"
+    file.write_text("".join(f"A sentence about the number {i}.\n" for i in range(40)))
+    own = [
+        *small,
+        "datamodule=wiki1m",
+        f"datamodule.path={file}",
+        "datamodule.files=null",
+        "datamodule.batch_size=4",
+        "reward=unsupervised",
+    ]
+    own = [override for override in own if not override.startswith(("datamodule.modules", "datamodule.docstrings", "reward=doc"))]
+    own += [f"project={tmp_path.name}", "trainer.limit_train_batches=2"]
+    runs.succeed(tmp_path / "run", *own, "trainer.max_epochs=1")
+    file.write_text(file.read_text() + "".join(f"Another sentence about {i}.\n" for i in range(10)))
+    again = [*own, "trainer.max_epochs=2", "ckpt_path=last"]
+    assert runs.run(tmp_path / "run", *again) == 1
+    said = runs.log.read_text().strip().splitlines()[-1]
+    assert "data.digest=" in said
+    assert "data.records=50 in place of 40): put it back, start a new run, or go on" in said
+    assert said.endswith("by allow_changed_data=true")
+    runs.succeed(tmp_path / "run", *again, "allow_changed_data=true")
+    client = MlflowClient(tracking_uri)
+    second, first = mlflow_runs(client, tmp_path.name)
+    assert second.data.tags["resumed_from"] == first.info.run_id
+    assert "goes on with other settings than it began with: data.digest=" in runs.log.read_text()

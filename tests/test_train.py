@@ -33,6 +33,11 @@ def test_train_end_to_end(run_train, places, tracking_uri, tmp_path):
     for metric in each_batch:
         assert steps(client, run, metric) == [1, 2], metric
     assert {"mteb/average", "test/base/average", "test/base_reasoning/average", "test/grace/DocstringRetrieval"} <= set(run.data.metrics)
+    assert {"DocstringRetrieval", "docstrings"} <= {found.dataset.name for found in run.inputs.dataset_inputs}
+    (export,) = client.search_logged_models([run.info.experiment_id], "name LIKE '%export'")
+    assert (export.tags["path"], export.source_run_id) == (f"{tmp_path}/out/export", run.info.run_id)
+    assert {"mteb/average", "test/grace/average"} <= {point.key for point in export.metrics}
+    assert run.data.tags["mlflow.note.content"].startswith("GRACE of `")
     artifacts = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert "figures/reward_terms.png" in {file.path for file in client.list_artifacts(run.info.run_id, "figures")}
     assert {"config.yaml", "figures", "rationales", "report", "report.html", "report.md", "similarities"} <= artifacts

@@ -28,6 +28,7 @@ from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import PromptRenderer, Prompts
 from src.modules.rollouts.hf import HFEngine
 from src.modules.types import Rollouts, without_rationales
+from src.utils.mlflow_store import default_store
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAD = ["longest rationale, tokens", "its mean", "writing, ms a text", "encoding, ms a text", "average, %"]
@@ -129,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="texts at a time, where times are measured")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--project", default="grace")
-    parser.add_argument("--tracking-uri", default=f"sqlite:///{ROOT / 'mlflow.db'}")
+    parser.add_argument("--tracking-uri", default=default_store())
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "paper_tables")
     a = parser.parse_args(arguments)
     policy, settings = load_policy(a.model)

@@ -17,6 +17,7 @@ from mlflow.tracking import MlflowClient
 
 from experiments.paper_tables.publishing import publish
 from experiments.paper_tables.tables import AVERAGE, NOT_MEASURED, Row, as_csv, figure, markdown
+from src.utils.mlflow_store import default_store
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -129,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("models", nargs="?", type=Path, default=HERE / "models.yaml", help="which model is which row")
     parser.add_argument("--benchmark", default="mteb_eng_v1", help="as evaluate.py was given it")
     parser.add_argument("--project", default="grace")
-    parser.add_argument("--tracking-uri", default=f"sqlite:///{ROOT / 'mlflow.db'}")
+    parser.add_argument("--tracking-uri", default=default_store())
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "paper_tables")
     a = parser.parse_args(arguments)
     mlflow.set_tracking_uri(a.tracking_uri)

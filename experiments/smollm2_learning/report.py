@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt
 import mlflow
 import pandas as pd
 
+from src.utils.mlflow_store import default_store
+
 HERE = Path(__file__).parent
 ARMS = {
     "protected": "GRACE, both parts, KL to the start",
@@ -162,7 +164,7 @@ def draw(runs: pd.DataFrame, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--project", default="smollm2_learning")
-    parser.add_argument("--tracking-uri", default=f"sqlite:///{HERE.parents[1] / 'mlflow.db'}")
+    parser.add_argument("--tracking-uri", default=default_store())
     parser.add_argument("--output", type=Path, default=HERE)
     arguments = parser.parse_args()
     mlflow.set_tracking_uri(arguments.tracking_uri)

@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt
 import mlflow
 import pandas as pd
 
+from src.utils.mlflow_store import default_store
+
 HERE = Path(__file__).parent
 SCORES = {"DocstringRetrieval": "retrieval nDCG@10", "average": "average of 5 tasks"}
 DIAGNOSTICS = {
@@ -116,7 +118,7 @@ def curves(runs: pd.DataFrame, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--project", default="tiny_learning")
-    parser.add_argument("--tracking-uri", default=f"sqlite:///{HERE.parents[1] / 'mlflow.db'}")
+    parser.add_argument("--tracking-uri", default=default_store())
     parser.add_argument("--unfinished", action="store_true", help="runs that were cut off, too")
     parser.add_argument("--output", type=Path, default=HERE)
     arguments = parser.parse_args()

@@ -19,6 +19,7 @@ from src.evaluation.tasks.offline_tasks import offline_tasks
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.export import load_policy
 from src.modules.rollouts.hf import HFEngine
+from src.utils.mlflow_store import default_store
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -68,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--policy", default=str(HERE / "weights"))
     parser.add_argument("--run-name", default="cold_start")
-    parser.add_argument("--tracking-uri", default=f"sqlite:///{ROOT / 'mlflow.db'}")
+    parser.add_argument("--tracking-uri", default=default_store())
     parser.add_argument("--output", type=Path, default=HERE)
     arguments = parser.parse_args()
     packages = OmegaConf.load(ROOT / "configs" / "packages" / "docstrings.yaml")

@@ -21,7 +21,7 @@ from src.evaluation.run_tasks import EvaluationScores
 from src.modules.policy_module import PolicyModule
 from src.utils.atomic import write_atomic
 from src.utils.plots import scores_figure
-from src.utils.tracking import log_metrics, log_table, log_text, mlflow_loggers
+from src.utils.tracking import log_metrics, log_table, log_tasks, log_text, mlflow_loggers
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ class FinalReport(MonitoringCallback[PolicyModule]):
         with undisturbed(module):
             made = {group: make() for group, make in self.make_tasks.items()}
         self._tasks = [task for tasks in made.values() for task in tasks]
+        log_tasks(trainer, self._tasks)
         self._groups = {group: [task.metadata.name for task in tasks] for group, tasks in made.items()}
         data = {f"{group}: {t.metadata.name}": str(t.metadata.dataset["revision"]) for group, tasks in made.items() for t in tasks}
         if self._scored_on is None:

@@ -28,6 +28,7 @@ from src.callbacks.monitoring import MonitoringCallback
 from src.callbacks.rationale_table import Rationale
 from src.modules.policy_module import PolicyModule
 from src.utils.atomic import write_atomic
+from src.utils.mlflow_store import default_store
 from src.utils.plots import Curve, Similarities, TermHistory, curves_figure, reward_terms_figure, similarities_figure
 from src.utils.secrets import redact
 from src.utils.tracking import mlflow_loggers
@@ -221,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, and writes report.html to a folder and to MLflow."""
     parser = argparse.ArgumentParser("html_report", description="Writes the HTML report of a run, finished or not.")
     parser.add_argument("run_id", help="as `make ui` shows it")
-    parser.add_argument("--tracking-uri", default=f"sqlite:///{Path(__file__).resolve().parents[2]}/mlflow.db")
+    parser.add_argument("--tracking-uri", default=default_store())
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="where report.html goes, besides MLflow")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

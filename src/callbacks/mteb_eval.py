@@ -16,7 +16,7 @@ from src.evaluation.run_tasks import EvaluationScores, EvaluationStoppedError, r
 from src.modules.encoder.settings import RationaleFor
 from src.modules.policy_module import PolicyModule
 from src.utils.preemption import stop_requested
-from src.utils.tracking import log_metrics
+from src.utils.tracking import log_metrics, log_tasks
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class MTEBEvaluation(MonitoringCallback[PolicyModule]):
             return
         with undisturbed(module):
             self._tasks = self.make_tasks()
+        log_tasks(trainer, self._tasks)
         if self._scored_at >= 0:
             self._publish(trainer)  # the last score of the run that is resumed
             if self._scored_at != module.rollout_batches:

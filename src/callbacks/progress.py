@@ -4,6 +4,7 @@ import logging
 import math
 import sys
 import time
+from datetime import datetime, timedelta
 from typing import Any
 
 import lightning as L
@@ -105,7 +106,13 @@ class TimeEstimate(L.Callback):
             return
         operations = self._operations(pl_module, batches, size, getattr(data, "negatives", 0))
         seconds = operations / (_REACHED * matrix_speed(str(trainer.precision) != "32-true")) + _OTHERWISE
-        log.info("%s; about %d minutes, evaluation included", run, max(1, math.ceil(seconds / 60)))
+        minutes = max(1, math.ceil(seconds / 60))
+        log.info(
+            "%s; about %d minutes, evaluation included: until %s",
+            run,
+            minutes,
+            (datetime.now() + timedelta(minutes=minutes)).strftime("%H:%M"),
+        )
 
     def _operations(self, module: PolicyModule, batches: int, instances: int, negatives: int) -> float:
         parameters = sum(p.numel() for p in module.policy.model.parameters())

@@ -1,5 +1,7 @@
 """Triplets from the docstrings of installed packages: the data of the default experiment."""
 
+import hashlib
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,9 +10,10 @@ from itertools import islice
 import lightning as L
 from torch.utils.data import DataLoader, IterableDataset
 
-from src.datamodules.docstrings import Docstring, collect, cut_between_words, read_package
+from src.datamodules.docstrings import Docstring, collect, cut_between_words, package_version, read_package
 from src.datamodules.streams import batches_done, grouped_batches, require_one_batch, stream_loader
 from src.records import Triplet
+from src.utils.data_contents import DataContents
 
 
 def make_triplets(docstrings: Sequence[Docstring], negatives: int, max_text_chars: int, rng: random.Random) -> list[Triplet]:
@@ -102,6 +105,14 @@ class DocstringDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         for packages in (self.train_packages, self.val_packages):
             collect(packages, self.cache_dir)
+
+    def contents(self) -> DataContents:
+        """Returns what the docstrings of the training packages are."""
+        docs = collect(self.train_packages, self.cache_dir)
+        digest = hashlib.sha256(json.dumps([(doc.id, doc.summary, doc.body) for doc in docs]).encode()).hexdigest()[:16]
+        versions = ", ".join(f"{package} {package_version(package)}" for package in self.train_packages)
+        usable = len(self.triplets(self.train_packages, self.seed))
+        return DataContents("docstrings", f"docstrings of {versions}", digest, len(docs), usable)
 
     def triplets(self, packages: Sequence[str], seed: int) -> list[Triplet]:
         """Returns all triplets of some packages; `seed` draws the negatives."""

@@ -56,6 +56,7 @@ class Report:
         bad: malformed ones.
         first_bad: the first SHOWN of them, as `file:line: reason`.
         all_bad: path of the file that lists all of them.
+        digest: of the files' content, 16 hexadecimal digits; empty in folders that earlier versions prepared.
     """
 
     records: int = 0
@@ -64,6 +65,7 @@ class Report:
     bad: int = 0
     first_bad: list[str] = field(default_factory=list)
     all_bad: str = field(default="", compare=False)
+    digest: str = field(default="", compare=False)
 
     def __add__(self, other: "Report") -> "Report":
         records, kept, too_long = self.records + other.records, self.kept + other.kept, self.too_long + other.too_long
@@ -91,6 +93,7 @@ def prepare(files: Sequence[DataFile], reader: Reader, limit: PromptLimit, cache
     scanned = [scan(file) for file in files]
     settings = [_FORMAT, repr(reader), limit.key, [(file.name, digest) for file, (digest, _) in zip(files, scanned, strict=True)]]
     folder = Path(cache_dir) / f"prepared_{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]}"
+    content = hashlib.sha256(json.dumps([digest for digest, _ in scanned]).encode()).hexdigest()[:16]
     chunks = [chunk for _, parts in scanned for chunk in parts]
     processes = max(1, min(num_proc or _cores(), len(chunks)))
 
@@ -105,7 +108,7 @@ def prepare(files: Sequence[DataFile], reader: Reader, limit: PromptLimit, cache
                 report += part
                 progress.advance(task, chunk.size)
         _join(sorted(work.glob(f"*{_BAD_SUFFIX}")), work / MALFORMED)
-        (work / _REPORT_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+        (work / _REPORT_FILE).write_text(json.dumps(asdict(report) | {"digest": content}, indent=2) + "\n", encoding="utf-8")
 
     return make_folder_once(folder, write)
 

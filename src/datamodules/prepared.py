@@ -21,6 +21,7 @@ from src.datamodules.reading import Reader
 from src.datamodules.rows import BadRecord, Chunk
 from src.datamodules.streams import batches_done, stream_loader
 from src.records import Triplet
+from src.utils.data_contents import DataContents
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +168,8 @@ class PreparedDataModule(L.LightningDataModule):
             FileNotFoundError: there is no such data, or no tokenizer.
             ValueError: records are malformed and `on_bad_record` is stop, or there is none to train on.
         """
+        if self._prepared is not None:
+            return
         found, limit = find_files(self.path, self.files, self.revision), self.limit()
         self.read_as = " | ".join(dict.fromkeys(self.reader.describe(file) for file in found))
         log.info("read as %s", self.read_as)
@@ -192,6 +195,11 @@ class PreparedDataModule(L.LightningDataModule):
             self.prepare_data()  # Lightning calls it in one process of a machine; the others find what that one made
         assert self._prepared is not None
         return self._prepared
+
+    def contents(self) -> DataContents:
+        """Returns what the files hold, whether or not it can be used."""
+        rows, source = self.prepared, ", ".join([self.path] if isinstance(self.path, str) else self.path)
+        return DataContents(Path(source).name or source, source, self.report.digest, self.report.records, len(rows))
 
     def split(self) -> tuple[Places, Places]:
         """Returns the indices of the records to train on, and of those held out."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -12,6 +13,7 @@ from src.evaluation.run_tasks import EvaluationScores
 from src.modules.encoder.export import CHECKPOINT_SUFFIX
 from src.modules.encoder.settings import RationaleFor, rationale_for
 from src.modules.policy.model import Policy
+from src.utils.run_folder import runs_elsewhere
 
 BASE, REASONING, TRAINED = "Base", "Base + reasoning", "Trained"
 
@@ -70,10 +72,25 @@ def contenders(
 
 
 def latest_export(output_root: Path | str) -> Path | None:
-    """Returns the newest exported policy of any run, <output_root>/<run>/<time>/export; None if there is none."""
-    configs = Path(output_root).glob("*/*/export/config.json")
-    newest = max(configs, key=lambda file: (file.stat().st_mtime, str(file)), default=None)
-    return newest.parent if newest else None
+    """Returns the newest exported policy of any run, wherever it lies; None if there is none. See `exports`."""
+    return next(iter(exports(output_root)), None)
+
+
+def exports(output_root: Path | str) -> list[Path]:
+    """Returns all exported policies, newest first: at any depth below `output_root`, and of the runs elsewhere that it lists."""
+    found = {file for place in (Path(output_root), *runs_elsewhere(Path(output_root))) for file in place.glob("**/export/config.json")}
+    return [file.parent for file in sorted(found, key=lambda file: (file.stat().st_mtime, str(file)), reverse=True)]
+
+
+def how_it_was_found(export: Path, output_root: Path | str) -> str:
+    """Returns one line on the newest export: where it is, when it was written, and that another can be named."""
+    others = len(exports(output_root)) - 1
+    when = datetime.fromtimestamp((export / "config.json").stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+    return (
+        f"{export}, of {when}: the newest of {others + 1} exports; model= names another"
+        if others
+        else f"{export}, of {when}: the only export"
+    )
 
 
 def model_name(path: str) -> str:

@@ -1,6 +1,8 @@
 """Policies, encoders, tasks and MLflow runs from the config of evaluate.py."""
 
 import inspect
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +24,12 @@ from src.modules.encoder.export import load_policy
 from src.modules.encoder.settings import EncoderSettings, RationaleFor
 from src.modules.policy.model import Policy
 from src.utils.atomic import write_atomic
+from src.utils.outbox import store_errors
 from src.utils.run_info import log_run_info
+from src.utils.run_logger import RunLogger
+from src.utils.tracking import task_contents
+
+log = logging.getLogger(__name__)
 
 EVERYDAY = "experiments/everyday_english/data"
 """Data of benchmark=everyday, in the project's folder."""
@@ -97,15 +104,30 @@ def load_tasks(cfg: DictConfig) -> list[Any]:
     return tasks + named_tasks([name for name in names if name not in (*offline, "everyday")], cfg.data_dir)
 
 
-def log_scores(cfg: DictConfig, row: Contender, scores: EvaluationScores) -> None:
-    """Logs an MLflow run of a row: its config, every task, every category, the average."""
+def keep_scores(cfg: DictConfig, rows: Sequence[Contender], scores: Mapping[str, EvaluationScores], tasks: Sequence[Any]) -> None:
+    """Writes the scores of all rows to scores.json in the output folder, and logs an MLflow run of each: config, tasks, averages.
+
+    A store that cannot be had loses nothing: a warning says where the scores are and how they get there later.
+    """
+    file = Path(cfg.paths.output_dir) / "scores.json"
+    write_atomic(file, json.dumps({name: asdict(found) for name, found in scores.items()}, indent=1) + "\n")
     if not cfg.get("logger"):
         return
+    try:
+        for row in rows:
+            _log_scores(cfg, row, scores[row.name], tasks)
+    except store_errors() as error:
+        log.warning("%s: the scores are not in MLflow but in %s; the same command sends them, and computes none again", error, file)
+
+
+def _log_scores(cfg: DictConfig, row: Contender, scores: EvaluationScores, tasks: Sequence[Any]) -> None:
     logger = instantiate(cfg.logger, run_name=f"{cfg.name}: {row.name}", folder=None)  # always a new run
     own = cfg.copy()
     own.model, own.rationale = row.path, row.rationale
-    log_run_info([logger], own, root=Path(cfg.paths.root))
+    log_run_info([logger], own, root=Path(cfg.paths.root), what=f"Scores of {row.name}: `{row.path}`")
     logger.log_metrics(scores.flat("eval/"))
+    for task in tasks if isinstance(logger, RunLogger) else ():
+        logger.log_data(task_contents(task), "evaluation")
     if hasattr(logger.experiment, "log_dict"):
         logger.experiment.log_dict(logger.run_id, asdict(scores), "scores.json")
     logger.finalize("success" if not scores.failures else "failed")
@@ -119,9 +141,13 @@ def report_abilities(cfg: DictConfig, policies: Policies, base: str, console: Co
         after = run_abilities(policies[path][0].to(device_of(cfg)), **cfg.abilities)
         changes = {task: compare(score, after[task], cfg.abilities_tolerance) for task, score in before.items()}
         console.print(ability_table(changes, f"General abilities of {name} beside {Path(base).name}"))
-        write_atomic(Path(cfg.paths.output_dir) / f"abilities_{name}.md", ability_markdown(changes))
+        file = Path(cfg.paths.output_dir) / f"abilities_{name}.md"
+        write_atomic(file, ability_markdown(changes))
         if cfg.get("logger"):
-            logger = instantiate(cfg.logger, run_name=f"{cfg.name}: abilities of {name}")
-            log_run_info([logger], cfg, root=Path(cfg.paths.root))
-            logger.log_metrics(ability_metrics(changes))
-            logger.finalize("success")
+            try:
+                logger = instantiate(cfg.logger, run_name=f"{cfg.name}: abilities of {name}", folder=None)
+                log_run_info([logger], cfg, root=Path(cfg.paths.root), what=f"General abilities of {name} beside {Path(base).name}")
+                logger.log_metrics(ability_metrics(changes))
+                logger.finalize("success")
+            except store_errors() as error:
+                log.warning("%s: the abilities are not in MLflow but in %s", error, file)

@@ -260,7 +260,7 @@ class GRACE(PolicyModule):
         super().setup(stage)
         for remark in self.algorithm.remarks():
             log.info(remark)
-        require_readable(self.policy)  # before its weights are sharded
+        require_readable(self.policy, self.settings.max_prompt_tokens + self.engine.max_new_tokens)  # before its weights are sharded
         if self.ranks.count > 1:  # adapters were drawn alike on all ranks; dropout must not be
             torch.manual_seed(hash((self.hparams["seed"], self.global_rank)) % 2**31)
 

@@ -90,6 +90,11 @@ def retryable() -> tuple[type[Exception], ...]:
     return (*NO_ANSWER, OSError, *(error for error in stores if error is not None))
 
 
+def store_errors() -> tuple[type[Exception], ...]:
+    """Returns all errors of a store that cannot be used: those that may pass, and an experiment or a run that was deleted in it."""
+    return (*retryable(), RuntimeError)
+
+
 def is_refusal(error: Exception) -> bool:
     """Returns whether the server rejects the content of a message, so that waiting does not help."""
     return isinstance(error, MlflowException) and error.error_code in _REFUSALS

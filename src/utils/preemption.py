@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 TRY_AGAIN = 75
 """Exit status of a run that was stopped by a signal and has saved a checkpoint (EX_TEMPFAIL of sysexits.h)."""
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _CONNECTION_LOST = re.compile(r"connection (was )?(closed|reset)|broken pipe|remote process (has )?exited|socket .*closed", re.IGNORECASE)
 
 
@@ -32,7 +32,7 @@ def restarted() -> bool:
 
 
 class _StopFlag:
-    """Replaces Lightning's signal connector: during training, SIGTERM and SIGUSR1 only set a flag.
+    """Replaces Lightning's signal connector: during training, SIGTERM, SIGUSR1 and the first Ctrl-C (SIGINT) only set a flag.
 
     Lightning's SIGTERM handler broadcasts from wherever the signal arrives, possibly inside another collective, and its SIGUSR1
     handler saves in the middle of a batch. Both are registered after the last hook before the first collective of training, so
@@ -58,7 +58,13 @@ class _StopFlag:
         """True if the run is to stop, which Lightning's loops read between batches; False after the last one, as the run ends anyway."""
         return self.agreed and not self.trainer.fit_loop.done
 
-    def _request(self, *_: Any) -> None:
+    def _request(self, number: int, *_: Any) -> None:
+        if number == signal.SIGINT:
+            if self.requested:
+                raise KeyboardInterrupt
+            log.warning(
+                "stopping after this rollout batch, with a checkpoint; Ctrl-C again stops at once and loses the batches since the last"
+            )
         self.requested = True
 
 

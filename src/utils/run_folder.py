@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 LOCK = "run.lock"
 """Locked by the process that trains in a folder. It names the process and its place in a scheduler's job, and stays after the run."""
 CHECKPOINTS, LAST = "checkpoints", "last.ckpt"
+ELSEWHERE = "runs_elsewhere.txt"
+"""In paths.output_root: the folders of runs that hydra.run.dir put elsewhere, a line each."""
 _SINCE = "since "
 
 # ---- which folder
@@ -77,7 +79,8 @@ def _has_seed(folder: Path, seed: int | None) -> bool:
     return seed is None or settings is None or settings.get("seed") == seed
 
 
-def _unresolved(overrides: Any) -> list[str]:
+def unresolved(overrides: Any) -> list[str]:
+    """Returns Hydra's overrides as they were written, secrets as interpolations."""
     found: Any = OmegaConf.to_container(overrides, resolve=False)  # secrets are interpolations
     return [str(override) for override in found]
 
@@ -87,12 +90,27 @@ def register_resolver() -> None:
 
     def answer(root: str, name: str, now: str, ckpt_path: str | None, seed: int, overrides: Any) -> str:
         try:
-            return choose_folder(root, name, now, ckpt_path, seed, _unresolved(overrides))
+            return choose_folder(root, name, now, ckpt_path, seed, unresolved(overrides))
         except FileNotFoundError as error:  # OmegaConf would make four lines of it
             raise SystemExit(f"train.py: {error}") from error
 
     OmegaConf.register_new_resolver("run_folder", answer, use_cache=True, replace=True)
     register_machine_resolvers()
+
+
+def list_run(folder: Path, output_root: Path) -> None:
+    """Adds a run's folder to the list in `output_root` of those that lie elsewhere, so that evaluate.py finds what the run exports."""
+    folder, output_root = folder.absolute(), output_root.absolute()
+    if not folder.is_relative_to(output_root) and folder not in runs_elsewhere(output_root):
+        output_root.mkdir(parents=True, exist_ok=True)
+        with open(output_root / ELSEWHERE, "a", encoding="utf-8") as file:
+            file.write(f"{folder}\n")
+
+
+def runs_elsewhere(output_root: Path) -> list[Path]:
+    """Returns the folders of runs that lie outside of `output_root`, as `list_run` noted them."""
+    file = output_root / ELSEWHERE
+    return [Path(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 # ---- which process holds it
@@ -121,7 +139,7 @@ def reserve_folder(folder: Path, overrides: Sequence[str] | None = None) -> Iter
         raise RuntimeError(f"{folder} is in use by {owner}: wait for it, or name another folder with hydra.run.dir=") from error
     try:
         if overrides is None:
-            overrides = _unresolved(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ()
+            overrides = unresolved(HydraConfig.get().overrides.task) if HydraConfig.initialized() else ()
         lines = [f"process {os.getpid()} on {socket.gethostname()}"]
         if job := place_in_job(overrides):
             same_job = job in file.read_text(encoding="utf-8").splitlines()
@@ -159,7 +177,7 @@ class ReserveFolder(Callback):
                 return
         folder = Path(config.hydra.run.dir).absolute()
         try:
-            self._held.enter_context(reserve_folder(folder, _unresolved(config.hydra.overrides.task)))
+            self._held.enter_context(reserve_folder(folder, unresolved(config.hydra.overrides.task)))
             check_unused(config.ckpt_path, folder)
         except RuntimeError as error:  # Hydra would turn it into a warning
             raise SystemExit(f"train.py: {error}") from error

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import torch
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.loggers import Logger
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from omegaconf import DictConfig, OmegaConf
 
+from src.utils.data_contents import DataContents
+from src.utils.run_folder import unresolved
 from src.utils.run_logger import RunLogger, flatten
-from src.utils.secrets import without_secrets
+from src.utils.secrets import redact, without_secrets
 
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "mteb", "mlflow", "hydra-core", "datasets", "numpy", "peft", "vllm")
 """Distributions whose versions are recorded, if installed."""
@@ -62,12 +66,27 @@ def hardware() -> dict[str, str]:
     }
 
 
-def log_run_info(loggers: Sequence[Logger], cfg: DictConfig, root: Path, new_run: bool = False) -> None:
+def description(cfg: DictConfig, data: DataContents | None, what: str) -> str:
+    """Returns a run's description for MLflow's UI (Markdown): what it is, its data, the command, its folder."""
+    lines = [what] if what else []
+    if data is not None:
+        lines.append(f"Data: {data.name}, {data.records:,} records ({data.source if len(data.source) <= 200 else data.source[:199] + '…'})")
+    if HydraConfig.initialized():
+        hydra = HydraConfig.get()
+        lines.append(f"Command: `python {hydra.job.name}.py {' '.join(unresolved(hydra.overrides.task))}`")
+    return redact("  \n".join([*lines, f"Folder: `{cfg.paths.output_dir}`"]))
+
+
+def log_run_info(
+    loggers: Sequence[Logger], cfg: DictConfig, root: Path, new_run: bool = False, data: DataContents | None = None, what: str = ""
+) -> None:
     """Logs the resolved config without secrets as hyperparameters; to MLflow also as config.yaml, and code, packages, machine as tags.
 
     A resumed MLflow run keeps its parameters and its config.yaml; the new config is logged as config_resumed.yaml.
 
     Args:
+        data: what is trained on.
+        what: the run in a few words, for its description.
         new_run: start a new MLflow run in place of the one that the folder holds.
 
     Raises:
@@ -75,10 +94,13 @@ def log_run_info(loggers: Sequence[Logger], cfg: DictConfig, root: Path, new_run
     """
     config = without_secrets(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
     params, tags = dict(flatten(config)), git_state(root) | package_versions() | hardware()
+    tags[MLFLOW_RUN_NOTE] = description(cfg, data, what)
     for logger in loggers:
         if new_run and isinstance(logger, RunLogger):
             logger.start_new_run()
         logger.log_hyperparams(params)
         if isinstance(logger, RunLogger):
             logger.log_tags(tags)
+            if data is not None:
+                logger.log_data(data, "training")
             logger.log_text(yaml.safe_dump(config, sort_keys=False), "config_resumed.yaml" if logger.resumed else "config.yaml")

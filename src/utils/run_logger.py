@@ -3,33 +3,37 @@
 import json
 import logging
 import os
-import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from time import time
 from typing import Any
 
 import mlflow
-import pandas as pd
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from matplotlib.figure import Figure
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import LifecycleStage
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
-from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
 from src.utils.atomic import write_atomic
+from src.utils.data_contents import DataContents
+from src.utils.mlflow_store import experiment_id, follow_move, metric_name, param_value
 from src.utils.outbox import NO_ANSWER, Message, Outbox, first_line, is_refusal, retryable, summary
+from src.utils.run_history import History, log_data, log_model, replace_table
 from src.utils.secrets import redact
 
 log = logging.getLogger(__name__)
 
 RUN, UNSENT, UNSENT_FILES = "run.json", "unsent.jsonl", "unsent_files.jsonl"
+
+_OWN_CALLS: dict[str, Callable[..., None]] = {"log_table": replace_table, "log_data": log_data, "log_model": log_model}
 
 # The run waits for each call, and what cannot be sent is kept: MLflow's own minutes of retries would only cost time.
 _FEW_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
@@ -49,6 +53,7 @@ class RunLogger(MLFlowLogger):
         seconds_between_tries: how long a server that did not answer is left alone.
         tracking_uri: of the store.
         artifact_location: of a local SQLite store; any other store has its own place for artifacts.
+        system_metrics: seconds between two looks at the machine, from `watch_machine` on; None: never.
         settings: of MLFlowLogger.
     """
 
@@ -60,6 +65,7 @@ class RunLogger(MLFlowLogger):
         folder: str | None = None,
         seconds_between_tries: float = 30.0,
         artifact_location: str | None = None,
+        system_metrics: float | None = 10.0,
         **settings: Any,
     ) -> None:
         for name, value in _FEW_RETRIES.items():
@@ -75,7 +81,9 @@ class RunLogger(MLFlowLogger):
         queues = () if self._folder is None else (self._folder / UNSENT, self._folder / UNSENT_FILES)
         self._outboxes = [Outbox(file, seconds_between_tries) for file in queues]  # of values and of files, or none
         self._warned: set[str] = set()
-        self._history: _History | None = None if self.resumed else _History()
+        self._system_metrics = system_metrics
+        self._monitor: SystemMetricsMonitor | None = None
+        self._history: History | None = None if self.resumed else History()
 
     @property
     @rank_zero_experiment
@@ -84,6 +92,7 @@ class RunLogger(MLFlowLogger):
 
         Raises:
             ConnectionError: no MLflow answers at the tracking URI, to start a run with.
+            RuntimeError: the experiment was deleted there.
         """
         if self._initialized:
             return self._mlflow_client
@@ -92,6 +101,7 @@ class RunLogger(MLFlowLogger):
             self._initialized = True  # the run's history is read before the first message is sent
             return self._mlflow_client
         try:
+            self._experiment_id = experiment_id(self._mlflow_client, self._experiment_name, self._artifact_location)
             client: MlflowClient = super().experiment
         except NO_ANSWER as error:
             where = redact(self._tracking_uri)
@@ -113,7 +123,7 @@ class RunLogger(MLFlowLogger):
             if file.exists():
                 file.replace(_renamed(file, old))
         self.tags = {**(self.tags or {}), "resumed_from": old}
-        self._run_id, self._history = None, _History()
+        self._run_id, self._history = None, History()
         self.resumed = self._initialized = False
 
     # ---- what is logged
@@ -122,7 +132,7 @@ class RunLogger(MLFlowLogger):
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         """Logs parameters; those that a resumed run has stay, as MLflow changes none."""
         values = vars(params) if isinstance(params, Namespace) else params
-        self._send({"call": "log_batch", "params": {name: str(value)[:250] for name, value in flatten(values, "/")}})
+        self._send({"call": "log_batch", "params": {name: param_value(value) for name, value in flatten(values, "/")}})
 
     @rank_zero_only
     def log_tags(self, tags: Mapping[str, str]) -> None:
@@ -132,7 +142,7 @@ class RunLogger(MLFlowLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         now = int(time() * 1000)
-        points = [[re.sub(r"[^a-zA-Z0-9_/. -]+", "", key), float(value), now, step or 0] for key, value in metrics.items()]
+        points = [[metric_name(key), float(value), now, step or 0] for key, value in metrics.items()]
         self._send({"call": "log_batch", "metrics": points})
 
     @rank_zero_only
@@ -144,6 +154,29 @@ class RunLogger(MLFlowLogger):
     def log_text(self, text: str, file: str) -> None:
         """Logs a text file; replaces one of that name."""
         self._send({"call": "log_text", "text": text, "artifact_file": file})
+
+    @rank_zero_only
+    def log_data(self, data: DataContents, context: str) -> None:
+        """Links a data set to the run; once, however often it is logged.
+
+        Args:
+            context: what it is used for: training or evaluation.
+        """
+        self._send({"call": "log_data", "context": context, **asdict(data)})
+
+    @rank_zero_only
+    def log_model(self, name: str, path: str, step: int) -> None:
+        """Links a model to the run, with the scores that were logged at that step."""
+        self._send({"call": "log_model", "name": name, "path": path, "step": step})
+
+    @rank_zero_only
+    def watch_machine(self) -> None:
+        """Logs CPU, memory, disk, network and GPUs as system/..., until `finalize`."""
+        if self._system_metrics is not None:
+            logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)  # a server that goes away is warned about here
+            settings: dict[str, Any] = {"sampling_interval": self._system_metrics, "tracking_uri": self._tracking_uri}
+            self._monitor = SystemMetricsMonitor(self.run_id, resume_logging=self.resumed, **settings)
+            self._monitor.start()
 
     @rank_zero_only
     def log_figure(self, figure: Figure, file: str) -> None:
@@ -161,6 +194,9 @@ class RunLogger(MLFlowLogger):
         """Sends what waits and ends the run: FINISHED, FAILED, or KILLED if a signal stopped it."""
         if not self._initialized:
             return
+        if self._monitor is not None:
+            self._monitor.finish()
+            self._monitor = None
         if isinstance(sys.exc_info()[1], SIGTERMException):
             status = "KILLED"
         waiting = self._unsent()
@@ -246,16 +282,16 @@ class RunLogger(MLFlowLogger):
         call = arguments.pop("call")
         if call == "log_batch":
             self._history.log_batch(client, run_id, **arguments)
-        elif call == "log_table":
-            _log_table(client, run_id, **arguments)
+        elif call in _OWN_CALLS:
+            _OWN_CALLS[call](client, run_id, **arguments)
         elif call == "log_artifact" and not Path(arguments["local_path"]).exists():
             log.warning("%s was removed before MLflow accepted it: it is dropped", arguments["local_path"])
         else:
             getattr(client, call)(run_id, **arguments)
 
-    def _read_history(self, client: MlflowClient, run_id: str) -> "_History":
+    def _read_history(self, client: MlflowClient, run_id: str) -> History:
         try:
-            history = _History()
+            history = History()
             history.read(client, run_id, self._outboxes[0].messages() if self._outboxes else ())
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST" or self._folder is None:
@@ -264,63 +300,16 @@ class RunLogger(MLFlowLogger):
                 f"MLflow at {redact(self._tracking_uri)} has no run {run_id}, which this folder started: set paths.tracking_uri to its "
                 f"store, or remove {self._folder / RUN} to log to a new run"
             ) from error
+        run = client.get_run(run_id).info
+        if run.lifecycle_stage == LifecycleStage.DELETED:
+            store = redact(self._tracking_uri)
+            raise RuntimeError(
+                f"the MLflow run {run_id}, which this folder started, was deleted at {store}: restore it (MLFLOW_TRACKING_URI={store!r} "
+                f"mlflow runs restore --run-id {run_id}), or remove {self._folder and self._folder / RUN} to log to a new run"
+            )
+        follow_move(client, client.get_experiment(run.experiment_id), self._artifact_location)
         client.update_run(run_id, status="RUNNING")
         return history
-
-
-class _History:
-    """The metrics that MLflow holds of a resumed run; empty for a new run, which logs nothing twice.
-
-    Attributes:
-        steps: of each metric's points.
-        params: names of the parameters.
-        last_step: after which no point can be a duplicate.
-    """
-
-    def __init__(self) -> None:
-        self.steps: dict[str, set[int]] = {}
-        self.params: set[str] = set()
-        self.last_step = -1
-
-    def read(self, client: MlflowClient, run_id: str, waiting: Iterable[Message]) -> None:
-        data = client.get_run(run_id).data
-        self.steps = {key: {point.step for point in client.get_metric_history(run_id, key)} for key in data.metrics}
-        self.params = set(data.params)
-        queued = {point[3] for message in waiting for point in message.get("metrics", ())}
-        self.last_step = max(queued.union(*self.steps.values()), default=-1)
-
-    def log_batch(
-        self,
-        client: MlflowClient,
-        run_id: str,
-        metrics: Iterable[Sequence[Any]] = (),
-        params: Mapping[str, str] | None = None,
-        tags: Mapping[str, str] | None = None,
-    ) -> None:
-        """Sends what MLflow does not hold yet; tags always.
-
-        A message whose answer was lost may be sent again: MLflow stores a point once that is equal in key, value, time and step.
-
-        Args:
-            metrics: key, value, time in ms and step of each point.
-        """
-        new = [Param(key, value) for key, value in (params or {}).items() if key not in self.params]
-        for start in range(0, len(new), 100):  # MLflow's limit
-            client.log_batch(run_id, params=new[start : start + 100])
-        points = [Metric(*point) for point in metrics if point[3] not in self.steps.get(point[0], ())]
-        if points or tags:
-            client.log_batch(run_id, metrics=points, tags=[RunTag(key, value) for key, value in (tags or {}).items()])
-        for point in points:
-            if point.step <= self.last_step:
-                self.steps.setdefault(point.key, set()).add(point.step)
-
-
-def _log_table(client: MlflowClient, run_id: str, data: Mapping[str, Sequence[Any]], artifact_file: str) -> None:
-    """Logs a table in the format of MLflow's `log_table`, replacing one of that name, where MLflow would append the rows."""
-    client.log_text(run_id, pd.DataFrame(data).to_json(orient="split", index=False, date_format="iso"), artifact_file)
-    tables = json.loads(client.get_run(run_id).data.tags.get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
-    if (table := {"path": artifact_file, "type": "table"}) not in tables:
-        client.set_tag(run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, table]))
 
 
 def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:

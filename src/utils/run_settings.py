@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from src.utils.atomic import write_atomic
+from src.utils.data_contents import DataContents
 from src.utils.renamed_settings import RENAMED
 from src.utils.run_logger import flatten
 from src.utils.secrets import without_secrets
@@ -25,6 +26,7 @@ _WITHOUT_EFFECT = {
     *("cpu_kv_cache_gib", "gpu_memory_utilization", "sleep", "tensor_parallel", "_convert_", "_partial_"),
 }
 """Last parts of names: places, and how much is computed at a time."""
+_DATA = "data."
 _RENAMED_CLASSES = {"HFRollouts": "HFEngine", "VLLMRollouts": "VLLMEngine"}
 _SECOND_REWARD = "module.pathwise_reward"
 
@@ -54,13 +56,47 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Returns `name=new in place of old` for each setting that differs; a renamed setting or a moved class is no difference."""
+    """Returns `name=new in place of old` for each setting that differs.
+
+    A renamed setting or a moved class is no difference, nor is one that only one of them has, with a value that switches it off.
+    """
     old, new = _current_names(before), _current_names(after)
     return [
         f"{name}={after.get(name)} in place of {old.get(name)}"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
+        if old.get(name) != new.get(name) and not (name not in old and _is_off(new[name])) and not (name not in new and _is_off(old[name]))
     ]
+
+
+def data_settings(data: DataContents | None) -> dict[str, Any]:
+    """Returns what identifies the training data, to be saved with the settings; empty if that is not known."""
+    return {f"{_DATA}digest": data.digest, f"{_DATA}records": data.records} if data and data.digest else {}
+
+
+def require_same_data(settings: Mapping[str, Any], checkpoint: str | None, allowed: bool) -> None:
+    """Checks that the data under the settings of a resumed run is still the data that it began with.
+
+    The run would go on at its old place, which is another one in other data: some records would be seen twice and others never.
+
+    Args:
+        settings: of now, those of `data_settings` among them.
+        allowed: go on nevertheless; `settings_changed` then names the change.
+
+    Raises:
+        RuntimeError: the data changed, and no setting of the datamodule that would say so.
+    """
+    before = read_settings(Path(checkpoint).parent.parent) if checkpoint is not None and not allowed else None
+    changed = [line for line in changes(_with_data(before or settings, settings), settings) if line.startswith((_DATA, "datamodule."))]
+    if changed and all(line.startswith(_DATA) for line in changed):
+        raise RuntimeError(
+            f"the training data is not what the run of {checkpoint} began with ({'; '.join(changed)}): put it back, start a new run, or go "
+            "on with it as it is now, at the old place in a new order, by allow_changed_data=true"
+        )
+
+
+def _with_data(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings with the data of `after` where they name none, as those of runs of earlier versions."""
+    return {name: value for name, value in after.items() if name.startswith(_DATA)} | dict(before)
 
 
 def settings_changed(settings: Mapping[str, Any], folder: Path, checkpoint: str | None) -> bool:
@@ -71,7 +107,7 @@ def settings_changed(settings: Mapping[str, Any], folder: Path, checkpoint: str 
     if checkpoint is None:
         return False
     home = Path(checkpoint).parent.parent
-    changed = changes(read_settings(home) or settings, settings)
+    changed = changes(_with_data(read_settings(home) or settings, settings), settings)
     if changed:
         log.warning("goes on with other settings than it began with: %s", "; ".join(changed))
     return bool(changed) and home.resolve() == folder.resolve()
@@ -88,6 +124,11 @@ def _current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
         new = RENAMED.get(name.replace(_SECOND_REWARD, "reward", 1) if nested else name)
         current[name if new is None else new.replace("reward", _SECOND_REWARD, 1) if nested else new] = value
     return current
+
+
+def _is_off(value: Any) -> bool:
+    """Returns whether a value is what a setting has that is not used: null, 0, false, empty, none."""
+    return not value or value == "none"
 
 
 def _within(name: str, groups: tuple[str, ...]) -> bool:

@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from sqlalchemy.exc import SQLAlchemyError
 
+from src.utils.mlflow_store import experiment_id
 from src.utils.run_info import git_state
 from src.utils.secrets import redact, without_secrets
 
@@ -111,7 +112,7 @@ class TrackedSweep(Callback):
         metrics = self.metrics or [config.optimized_metric or DEFAULT_METRIC]
         try:
             parent = open_parent(config, {"metrics": metrics, "direction": self.direction, "curves": self.curves})
-        except (MlflowException, SQLAlchemyError, OmegaConfBaseException, OSError) as error:  # Hydra would warn and continue
+        except (MlflowException, SQLAlchemyError, OmegaConfBaseException, OSError, RuntimeError) as error:  # Hydra would warn and continue
             raise SystemExit(f"sweep: no parent run at {redact(config.logger.tracking_uri)}: {error}") from error
         with read_write(config), open_dict(config):
             config.sweep_run = parent.info.run_id
@@ -158,20 +159,16 @@ def open_parent(config: DictConfig, report: dict[str, Any]) -> Run:
         report: metrics, direction and curves of the report.
     """
     client, logger = MlflowClient(config.logger.tracking_uri), config.logger
-    experiment = client.get_experiment_by_name(logger.experiment_name)
-    if experiment is None:
-        local = logger.tracking_uri.startswith("sqlite:")  # any other store has its own place for artifacts
-        experiment_id = client.create_experiment(logger.experiment_name, artifact_location=logger.artifact_location if local else None)
-    else:
-        experiment_id = experiment.experiment_id
+    local = logger.tracking_uri.startswith("sqlite:")  # any other store has its own place for artifacts
+    experiment = experiment_id(client, logger.experiment_name, logger.artifact_location if local else None)
     overrides, params = list(config.hydra.overrides.task), OmegaConf.select(config, "hydra.sweeper.params")
     typed = [override for override in overrides if not override.startswith(("paths.", "project="))]
     sweep = fingerprint(config, params, sorted(typed))
-    if found := search(client, experiment_id, **{SWEEP: sweep}):
+    if found := search(client, experiment, **{SWEEP: sweep}):
         run_id = found[0].info.run_id
         client.update_run(run_id, status="RUNNING")
     else:
-        run_id = client.create_run(experiment_id, run_name=redact("sweep " + " ".join(typed))).info.run_id
+        run_id = client.create_run(experiment, run_name=redact("sweep " + " ".join(typed))).info.run_id
     given = parse([*(f"{key}={value}" for key, value in (params or {}).items()), *overrides])
     swept = [key for key, override in given.items() if override.is_sweep_override()]
     for name, value in {SWEEP: sweep, KEYS: json.dumps(swept), REPORT: json.dumps(report)}.items():

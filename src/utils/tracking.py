@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 from matplotlib.figure import Figure
 
+from src.utils.data_contents import DataContents
 from src.utils.run_logger import RunLogger
 
 
@@ -19,6 +20,26 @@ def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> 
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             logger.log_metrics(dict(metrics), step=step)
+
+
+def log_tasks(trainer: L.Trainer, tasks: Sequence[Any]) -> None:
+    """Links the data sets of MTEB tasks to the run, as data to evaluate on."""
+    for logger in mlflow_loggers(trainer):
+        for task in tasks:
+            logger.log_data(task_contents(task), "evaluation")
+
+
+def task_contents(task: Any) -> DataContents:
+    """Returns what an MTEB task's data is; its rows are counted if they are loaded."""
+    dataset = task.metadata.dataset
+    return DataContents(
+        task.metadata.name, str(dataset.get("path", "")), str(dataset.get("revision", "")), _rows(task.dataset) if task.data_loaded else 0
+    )
+
+
+def _rows(data: Any) -> int:
+    """Returns the rows of a data set, or of all in a nested mapping of them."""
+    return sum(map(_rows, data.values())) if isinstance(data, Mapping) else int(getattr(data, "num_rows", 0))
 
 
 def log_table(trainer: L.Trainer, columns: Mapping[str, Sequence[Any]], file: str) -> None:

@@ -48,4 +48,4 @@ def test_time_estimate_is_logged(module, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     fit(module, [TimeEstimate(evaluated_texts=10)], tmp_path)
     (line,) = progress_lines(caplog)
-    assert re.fullmatch(r"GRACE: 2 batches of 2 texts on .*CPU threads.*; about \d+ minutes, evaluation included", line)
+    assert re.fullmatch(r"GRACE: 2 batches of 2 texts on .*CPU threads.*; about \d+ minutes, evaluation included: until \d\d:\d\d", line)

@@ -2,11 +2,12 @@
 
 import json
 import tomllib
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import packages_distributions, requires, version
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from packaging.requirements import Requirement
 
 from src.datamodules import docstrings
 from src.datamodules.docstring_datamodule import DocstringDataModule
@@ -154,10 +155,12 @@ def test_standard_library():
 
 
 def test_packages_are_installed_at_their_pins():
-    """Another version is another data set: `pip install .` alone decides what is read."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pins = dict(line.split("==") for line in project["dependencies"] if "==" in line)
-    owners = packages_distributions()
+    """Another version is another data set: constraints.txt decides what is read, and the dependencies of pyproject.toml bring it."""
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    owners, brought = (
+        packages_distributions(),
+        requirements(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]),
+    )
     named = set()
     for file in (ROOT / "configs" / "packages").glob("*.yaml"):
         config = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
@@ -166,9 +169,25 @@ def test_packages_are_installed_at_their_pins():
     assert named
     for package in sorted(named - {STDLIB}):
         pinned = {name for name in {n.lower() for n in owners[package]} if name in pins}
-        assert pinned, f"{package} (of {owners[package]}) is read by a datamodule and pinned nowhere in pyproject.toml"
+        assert pinned, f"{package} (of {owners[package]}) is read by a datamodule and pinned nowhere in constraints.txt"
+        assert {name.replace("_", "-") for name in pinned} <= brought, f"{package} comes with no dependency of pyproject.toml"
         for name in pinned:
             assert version(name).split("+")[0] == pins[name]
+
+
+def requirements(lines: list[str]) -> set[str]:
+    """Returns all distributions that requirements bring, directly or not."""
+    brought: set[str] = set()
+    waiting = [(Requirement(line), "") for line in lines]
+    while waiting:
+        needed, extra = waiting.pop()
+        name = needed.name.lower().replace("_", "-")
+        if name in brought or (needed.marker and not needed.marker.evaluate({"extra": extra})):
+            continue
+        brought.add(name)
+        for wanted in ("", *needed.extras):
+            waiting += [(Requirement(line), wanted) for line in requires(name) or []]
+    return brought
 
 
 def test_batch_size_is_modules_times_docstrings() -> None:

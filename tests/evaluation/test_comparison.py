@@ -4,8 +4,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from src.evaluation.comparison import Contender, comparison_table, contenders, latest_export, model_name
+from src.evaluation.comparison import Contender, comparison_table, contenders, how_it_was_found, latest_export, model_name
 from src.evaluation.run_tasks import EvaluationScores
+from src.utils.run_folder import list_run
 
 
 def exported(root: Path, run: str, time: str, age: int) -> Path:
@@ -22,6 +23,23 @@ def test_latest_export(tmp_path):
     newest = exported(tmp_path, "a_run", "2026-01-01", age=1)
     (tmp_path / "c_run" / "2026-01-03" / "export").mkdir(parents=True)  # broken off: nothing in it
     assert latest_export(tmp_path) == newest
+
+
+def test_latest_export_wherever_it_lies(tmp_path):
+    root = tmp_path / "outputs"
+    exported(root, "other_experiment", "2026-01-01", age=9)
+    assert how_it_was_found(latest_export(root), root).endswith(": the only export")
+    for place, age in ((root / "mine", 5), (root / "multirun" / "2026-01-02" / "3", 3), (tmp_path / "elsewhere", 1)):
+        list_run(place, root)
+        newest = exported(place.parent.parent, place.parent.name, place.name, age)
+        assert latest_export(root) == newest
+    list_run(tmp_path / "elsewhere", root)
+    assert (root / "runs_elsewhere.txt").read_text() == f"{tmp_path}/elsewhere\n"
+    said = how_it_was_found(newest, root)
+    assert said.startswith(f"{newest}, of ")
+    assert said.endswith(": the newest of 4 exports; model= names another")
+    (newest / "config.json").unlink()  # removed since
+    assert latest_export(root) == root / "multirun" / "2026-01-02" / "3" / "export"
 
 
 def test_contenders(tmp_path):

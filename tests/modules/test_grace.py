@@ -59,7 +59,7 @@ def test_micro_batches_keep_first_of_two_updates() -> None:
 
 def test_masked_rollouts_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     module = make(algorithm={"truncation": "mask"}, **LONG)
-    monkeypatch.setattr("src.modules.grace.require_readable", lambda policy: None)  # which has passes of its own
+    monkeypatch.setattr("src.modules.grace.require_readable", lambda *_: None)  # which has passes of its own
     seen: list[Tensor] = []
     forward = module.policy.forward
     monkeypatch.setattr(module.policy, "forward", lambda part, *a, **b: seen.append(part.finished) or forward(part, *a, **b))

@@ -56,4 +56,4 @@ def test_time_estimate_is_logged(tiny_policy: Policy, tmp_path: Path, caplog: py
     with caplog.at_level(logging.INFO):
         trainer.fit(module, data)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "src.callbacks.progress"]
-    assert re.fullmatch(r"GRACE: 2 batches of 2 texts on .*CPU threads.*; about \d+ minutes, evaluation included", line)
+    assert re.fullmatch(r"GRACE: 2 batches of 2 texts on .*CPU threads.*; about \d+ minutes, evaluation included: until \d\d:\d\d", line)

@@ -4,13 +4,28 @@ import logging
 import subprocess
 
 import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from src.utils.data_contents import DataContents
+from src.utils.mlflow_store import default_store
 from src.utils.renamed_settings import RENAMED
-from src.utils.run_info import git_state, hardware, log_run_info, package_versions
+from src.utils.run_info import description, git_state, hardware, log_run_info, package_versions
 from src.utils.run_logger import flatten
-from src.utils.run_settings import FILE, changes, read_settings, settings_changed, settings_of, write_settings
+from src.utils.run_settings import (
+    FILE,
+    changes,
+    data_settings,
+    read_settings,
+    require_same_data,
+    settings_changed,
+    settings_of,
+    write_settings,
+)
+from tests.conftest import ROOT
 
 
 def test_flatten():
@@ -47,6 +62,27 @@ def test_missing_setting_is_an_error(tmp_path):
         log_run_info([], OmegaConf.create({"name": "???"}), tmp_path)
 
 
+def test_description_says_what_it_is(compose):
+    cfg = compose()
+    note = description(cfg, DataContents("texts.txt", "/data/texts.txt", "", 1250), "GRACE of `a/policy`")
+    assert note.splitlines() == [
+        "GRACE of `a/policy`  ",
+        "Data: texts.txt, 1,250 records (/data/texts.txt)  ",
+        f"Folder: `{cfg.paths.output_dir}`",
+    ]
+
+
+@pytest.mark.parametrize("uri", ["http://host:5000", None])
+def test_store_is_that_of_the_environment_where_no_setting_is_given(monkeypatch, uri):
+    own = f"sqlite:///{ROOT}/mlflow.db"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        assert hydra_compose("train").logger.tracking_uri == default_store() == (uri or own)
+        assert hydra_compose("train", ["paths.tracking_uri=sqlite:///mine.db"]).logger.tracking_uri == "sqlite:///mine.db"
+
+
 # ---- settings
 
 
@@ -76,6 +112,57 @@ def test_changed_settings_make_another_run(tmp_path, caplog):
     assert said == ["reward.hard_reduction=max in place of mean; seed=1 in place of 0", "seed=1 in place of 0"]
     (run / FILE).write_text("{")
     assert read_settings(run) is None
+
+
+@pytest.mark.parametrize("value", [None, 0, 0.0, False, "", [], {}, "none"])
+def test_new_setting_that_is_off_is_no_change(tmp_path, value):
+    before = {"seed": 0, "algorithm.kl_coef": 0.1, "algorithm.gae_lambda": None}
+    now = {**before, "module.new_term": value}
+    assert changes(before, now) == changes(now, before) == []
+    write_settings(tmp_path, before)
+    assert not settings_changed(now, tmp_path, str(tmp_path / "checkpoints" / "last.ckpt"))
+    assert changes(before, {**before, "module.new_term": 0.5}) == ["module.new_term=0.5 in place of None"]
+    off = {**before, "algorithm.kl_coef": value, "algorithm.gae_lambda": 0.0}  # both name them: null and 0 may differ
+    assert len(changes(before, off)) == 2
+
+
+def test_data_under_the_same_settings_must_be_the_same(tmp_path):
+    checkpoint, base = str(tmp_path / "checkpoints" / "last.ckpt"), {"seed": 0, "datamodule.path": "a.txt"}
+    data = {"data.digest": "aa", "data.records": 200}
+    write_settings(tmp_path, base)  # of an earlier version, which knew no data
+    require_same_data(base | data, checkpoint, allowed=False)
+    assert not settings_changed(base | data, tmp_path, checkpoint)
+    write_settings(tmp_path, base | data)
+    require_same_data(base | data, checkpoint, allowed=False)
+    other = base | {"data.digest": "bb", "data.records": 250, "seed": 1}
+    require_same_data(other, None, allowed=False)  # a new run
+    require_same_data(other | {"datamodule.path": "b.txt"}, checkpoint, allowed=False)  # as the command says
+    require_same_data(other, checkpoint, allowed=True)
+    with pytest.raises(
+        RuntimeError, match=r"\(data.digest=bb in place of aa; data.records=250 in place of 200\): .* allow_changed_data=true$"
+    ):
+        require_same_data(other, checkpoint, allowed=False)
+    assert settings_changed(other, tmp_path, checkpoint)
+
+
+def test_data_is_known_by_its_content(tmp_path, compose):
+    file = tmp_path / "texts.txt"
+
+    def found(*overrides):
+        cfg = compose("datamodule=wiki1m", f"datamodule.path={file}", "module.max_prompt_tokens=96", *overrides)
+        return data_settings(instantiate(cfg.datamodule).contents())
+
+    file.write_text("one sentence\nanother sentence\n")
+    first = found()
+    assert first["data.records"] == 2
+    assert found("module.max_prompt_tokens=90") == first  # other places, the same data
+    file.write_text("one sentence\nanother sentence.\n")
+    assert found()["data.digest"] != first["data.digest"]
+    docstrings = [
+        data_settings(instantiate(compose(f"packages.train=[{name}]").datamodule).contents()) for name in ("urllib3", "urllib3", "rich")
+    ]
+    assert docstrings[0] == docstrings[1] != docstrings[2]
+    assert data_settings(None) == {}
 
 
 def test_renamed_settings_are_no_change(compose):

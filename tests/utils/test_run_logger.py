@@ -17,7 +17,9 @@ import mlflow
 import pytest
 from matplotlib.figure import Figure
 from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 
+from src.utils.data_contents import DataContents
 from src.utils.outbox import Outbox
 from src.utils.run_logger import RunLogger
 from tests.programs import free_port
@@ -65,7 +67,7 @@ def test_resumed_run_logs_everything_once(logger):
     assert (first.run_id, status(second)) == (run_id, "RUNNING")
     assert [(p.step, p.value) for p in client.get_metric_history(run_id, "loss")] == [(n, float(n)) for n in (1, 2, 3, 4)]
     assert [p.value for p in client.get_metric_history(run_id, "mteb/seconds")] == pytest.approx([0.1, 0.2, 0.3, 0.7])
-    assert client.get_run(run_id).data.params == {"rate": "1", "nested/a": "x" * 250, "new": "3"}
+    assert client.get_run(run_id).data.params == {"rate": "1", "nested/a": "x" * 300, "new": "3"}
     assert len(mlflow.artifacts.load_dict(f"runs:/{run_id}/rationales/step_3.json")["data"]) == 1
     second.finalize("success")
     assert status(second) == "FINISHED"
@@ -93,6 +95,91 @@ def test_table_sent_twice_is_one_mlflow_table(logger):
     assert ours_text == theirs
     tables = json.loads(client.get_run(run_id).data.tags["mlflow.loggedArtifacts"])  # read by MLflow's UI
     assert tables == [{"path": path, "type": "table"} for path in ("rationales/step_3.json", "theirs.json")]
+
+
+@pytest.mark.parametrize("length", [251, 6000, 6001, 100_000])
+def test_long_parameter_is_whole_or_visibly_cut(logger, length):
+    ours, text = logger(), "a" * length
+    ours.log_hyperparams({"instruction": text})
+    kept = ours.experiment.get_run(ours.run_id).data.params["instruction"]
+    if length <= 6000:
+        assert kept == text
+    else:
+        assert len(kept) == 6000
+        assert kept.endswith(f"a … [cut, of {length} characters; the whole is in config.yaml]")
+
+
+NAMES = [
+    "eval/task/检索",
+    "eval/task/検索",
+    "eval/task/Größe",
+    "eval/task/Gro\u0308ße",
+    "eval/task/हिन्दी",
+    "eval/task/a:b",
+    "eval/task/a;b",
+    "a" * 400,
+]
+
+
+def test_names_of_any_script_are_taken_and_differ(logger):
+    ours = logger()
+    ours.log_metrics({name: float(i) for i, name in enumerate(NAMES)}, 1)
+    found = ours.experiment.get_run(ours.run_id).data.metrics
+    assert sorted(found.values()) == list(range(len(NAMES)))
+    assert {name: found[name] for name in NAMES[:3]} == {name: float(i) for i, name in enumerate(NAMES[:3])}
+
+
+def test_data_is_linked_once(logger):
+    ours, data = logger(), DataContents("texts.txt", "/data/texts.txt", "0123456789abcdef", 250, 240)
+    for _ in range(2):
+        ours.log_data(data, "training")
+    ours.log_data(DataContents("STS", "mteb/sts", "a" * 40), "evaluation")
+    training, evaluation = sorted(
+        ours.experiment.get_run(ours.run_id).inputs.dataset_inputs, key=lambda found: found.dataset.name, reverse=True
+    )
+    assert (training.dataset.digest, json.loads(training.dataset.profile)) == ("0123456789abcdef", {"records": 250, "usable": 240})
+    assert json.loads(training.dataset.source) == {"uri": "/data/texts.txt"}
+    assert [found.tags[0].value for found in (training, evaluation)] == ["training", "evaluation"]
+
+
+def test_model_has_the_scores_of_its_step(logger):
+    ours = logger(run_name="a run: 1")
+    for step in (4, 8):
+        ours.log_metrics({"mteb/average": step / 10, "test/base/average": 0.1, "update/loss": 1.0}, step)
+    ours.log_metrics({"test/grace/average": 0.7}, 8)
+    for name, step in (("best", 4), ("export", 8)):
+        ours.log_model(name, f"/runs/{name}", step)
+    best, export = sorted(ours.experiment.search_logged_models([ours.experiment_id]), key=lambda model: model.name)
+    assert (best.name, best.tags["path"], best.source_run_id) == ("a-run-1-best", "/runs/best", ours.run_id)
+    assert {point.key: point.value for point in best.metrics} == {"mteb/average": 0.4}
+    assert {point.key: point.value for point in export.metrics} == {"mteb/average": 0.8, "test/grace/average": 0.7}
+    assert steps(ours, "mteb/average") == [4, 8]
+
+
+def test_machine_is_watched_unless_switched_off(logger):
+    first = logger(system_metrics=0.1)
+    first.watch_machine()
+    time.sleep(3)
+    first.log_metrics({"loss": 1.0}, 1)
+    first.finalize("success")
+    watched = steps(first, "system/cpu_utilization_percentage")
+    assert watched
+    second = logger(system_metrics=0.1)
+    second.log_metrics({"loss": 1.0}, 2)  # which is not taken for one of before, however many looks there were
+    second.watch_machine()
+    time.sleep(3)
+    second.finalize("success")
+    assert steps(second) == [1, 2]
+    again = steps(second, "system/cpu_utilization_percentage")
+    assert len(again) == len(set(again)) > len(watched)
+    off = logger(folder=None, system_metrics=None)
+    off.watch_machine()
+    assert off._monitor is None
+
+
+def test_experiment_has_a_description(logger):
+    ours = logger()
+    assert "mteb/average" in ours.experiment.get_experiment(ours.experiment_id).tags["mlflow.note.content"]
 
 
 def test_artifact_location_is_of_local_stores_only(logger):
@@ -154,6 +241,56 @@ def test_unknown_run_is_one_line(logger, tmp_path):
     (tmp_path / "run" / "run.json").write_text('{"run_id": "0123456789abcdef0123456789abcdef", "experiment_id": "1"}')
     with pytest.raises(RuntimeError, match=r"no run 0123456789abcdef.* remove .*/run/run\.json"):
         logger().log_metrics({"loss": 1.0}, 1)
+
+
+def test_deleted_experiment_names_three_ways_out(logger, tmp_path):
+    first = logger(folder=None)
+    client, experiment = first.experiment, str(first.experiment_id)
+    client.delete_experiment(experiment)
+    with pytest.raises(
+        RuntimeError, match=rf"was deleted.* experiments restore -x {experiment}\), .*mlflow gc .* {experiment}\)"
+    ) as caught:
+        logger(folder=None).log_metrics({"loss": 1.0}, 1)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).endswith("project=")
+    client.restore_experiment(experiment)
+    logger(folder=None).log_metrics({"loss": 1.0}, 1)
+
+
+def test_deleted_run_is_one_line(logger):
+    first = logger()
+    first.log_metrics({"loss": 1.0}, 1)
+    first.experiment.delete_run(first.run_id)
+    with pytest.raises(
+        RuntimeError, match=rf"{first.run_id}.* was deleted .* runs restore --run-id {first.run_id}\), or remove .*run.json"
+    ):
+        logger().log_metrics({"loss": 1.0}, 2)
+
+
+def test_moved_folder_takes_its_artifacts_along(tmp_path, caplog):
+    def log_in(folder: Path) -> RunLogger:
+        ours = RunLogger("a", tracking_uri=f"sqlite:///{folder}/mlflow.db", artifact_location=f"file://{folder}/artifacts")
+        ours.log_text("a report", f"{folder.name}.md")
+        return ours
+
+    old, new = tmp_path / "old place", tmp_path / "new"
+    old.mkdir()
+    first = log_in(old)
+    old.rename(new)
+    with caplog.at_level(logging.WARNING, logger="src.utils.mlflow_store"):
+        log_in(new)
+        log_in(new)
+    assert not old.exists()
+    assert [record.message for record in caplog.records if record.name == "src.utils.mlflow_store"] == [
+        f"MLflow looked for artifacts in file://{old}/artifacts, which is gone: this store's are in file://{new}/artifacts from now on"
+    ]
+    client = MlflowClient(f"sqlite:///{new}/mlflow.db")
+    uri = client.get_run(first.run_id).info.artifact_uri
+    assert mlflow.artifacts.load_text(f"{uri}/old place.md") == "a report"
+    shutil.copytree(new, tmp_path / "copy")  # whose artifacts would go to the original
+    with caplog.at_level(logging.WARNING, logger="src.utils.mlflow_store"):
+        log_in(tmp_path / "copy")
+    assert f"go to file://{new}/artifacts, as when it was begun, and not to file://{tmp_path}/copy/artifacts" in caplog.text
 
 
 def test_missing_server_is_one_line(logger):

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -17,21 +18,47 @@ if TYPE_CHECKING:
     from mteb.abstasks import AbsTask
 
 
+def _names(pattern: str, *parts: Sequence[object]) -> tuple[str, ...]:
+    return tuple(pattern.format(*chosen) for chosen in product(*parts))
+
+
+_CUTOFFS = (1, 3, 5, 10, 20, 100, 1000)
+_SEARCH = (*_names("{}_at_{}", ("ndcg", "map", "recall", "precision", "mrr", "hit_rate"), _CUTOFFS), "accuracy")
+_CORRELATIONS = ("pearson", "spearman")
+_OF_LABELS = ("accuracy", "f1", "f1_weighted", "precision", "precision_weighted", "recall", "recall_weighted")
+_OF_TWO_LABELS = ("ap", "ap_weighted")
+
+
 class Kind(NamedTuple):
-    """A task type: the function that reads its data, the files that a description names for it, and MTEB's usual main score."""
+    """A task type: the function that reads its data, the files that a description names for it, and the scores of MTEB's evaluator.
+
+    The first score is the usual main one.
+    """
 
     read: Callable[..., Set]
     files: tuple[str, ...]
-    main_score: str
+    scores: tuple[str, ...]
 
 
 KINDS = {
-    "STS": Kind(own_data.sts, ("data",), "cosine_spearman"),
-    "PairClassification": Kind(own_data.pair_classification, ("data",), "max_ap"),
-    "Retrieval": Kind(own_data.retrieval, ("corpus", "queries", "qrels"), "ndcg_at_10"),
-    "Reranking": Kind(own_data.reranking, ("data",), "map_at_1000"),
-    "Classification": Kind(own_data.classification, ("train", "data"), "accuracy"),
-    "Clustering": Kind(own_data.clustering, ("data",), "v_measure"),
+    "STS": Kind(
+        own_data.sts,
+        ("data",),
+        ("cosine_spearman", "cosine_pearson", *_CORRELATIONS, *_names("{}_{}", ("manhattan", "euclidean"), _CORRELATIONS)),
+    ),
+    "PairClassification": Kind(
+        own_data.pair_classification,
+        ("data",),
+        _names(
+            "{}_{}",
+            ("max", "similarity", "cosine", "manhattan", "euclidean", "dot"),
+            ("ap", "accuracy", "f1", "precision", "recall"),
+        ),
+    ),
+    "Retrieval": Kind(own_data.retrieval, ("corpus", "queries", "qrels"), ("ndcg_at_10", *_SEARCH)),
+    "Reranking": Kind(own_data.reranking, ("data",), ("map_at_1000", *_SEARCH)),
+    "Classification": Kind(own_data.classification, ("train", "data"), (*_OF_LABELS, *_OF_TWO_LABELS)),
+    "Clustering": Kind(own_data.clustering, ("data",), ("v_measure", "ami")),
 }
 
 
@@ -67,7 +94,14 @@ class Description(BaseModel, extra="forbid"):
         missing = [role for role in KINDS[self.type].files if getattr(self, role) is None]
         if missing:
             raise ValueError(f"a task of type {self.type} needs {', '.join(missing)}")
+        require_score(self.main_score, KINDS[self.type].scores)
         return self
+
+
+def require_score(name: str | None, scores: Sequence[str]) -> None:
+    """Raises ValueError if a main score is named that is none of `scores`."""
+    if name is not None and name not in scores:
+        raise ValueError(f"main_score {name!r} is none of {', '.join(dict.fromkeys(scores))}")
 
 
 def find_own_tasks(data_dir: Path | str) -> dict[str, Path]:
@@ -121,13 +155,15 @@ def own_task(file: Path) -> "AbsTask":
         files = {role: inside(file.parent, getattr(task, role)) for role in kind.files}
         make_set = partial(kind.read, task.columns, **files)
         data = make_set()
+        if task.type == "Classification" and len({row["label"] for row in data["train"]}) > 2:
+            require_score(task.main_score, _OF_LABELS)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{file}: {error}") from error
     members: dict[str, Any] = {}
     if task.type == "Clustering":  # small, so all of it is embedded
         members = {"max_fraction_of_documents_to_embed": None, "max_documents_per_cluster": min(len(data["test"]), 16_384)}
     revision = content_digest(list(files.values()), repr(sorted(task.model_dump().items())))
-    metadata = {"description": task.description, "main_score": task.main_score or kind.main_score, "language": task.language}
+    metadata = {"description": task.description, "main_score": task.main_score or kind.scores[0], "language": task.language}
     return make_task(task.name, task.type, make_set, members, dataset={"path": str(file.parent), "revision": revision}, **metadata)
 
 

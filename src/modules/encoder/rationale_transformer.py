@@ -157,7 +157,8 @@ class RationaleTransformer(InputModule):
         inside = f"{subfolder}/{_ENCODER}".strip("/")
         frozen = cls.load_file_path(model_name_or_path, "config.json", inside, cache_folder=cache_folder, **where)
         where["cache_dir"] = cache_folder
-        own = {"dtype": torch.float32, "use_safetensors": True, **where, **(model_kwargs or {})}
+        given = {{"torch_dtype": "dtype"}.get(name, name): value for name, value in (model_kwargs or {}).items()}  # its older name
+        own = {"dtype": torch.float32, "use_safetensors": True, **where, **given}
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, subfolder=subfolder, **where, **(processor_kwargs or {}))
         model = AutoModelForCausalLM.from_pretrained(model_name_or_path, subfolder=subfolder, **own)
         encoder = AutoModelForCausalLM.from_pretrained(model_name_or_path, subfolder=inside, **own) if frozen is not None else None

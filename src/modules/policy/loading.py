@@ -3,7 +3,9 @@
 None of a model's Python code runs unless `trust_remote_code` is set, and no pickle is read.
 """
 
+import json
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -103,11 +105,17 @@ def not_found(path: str, error: OSError) -> FileNotFoundError:
 def require_files(path: str) -> None:
     """Checks a local folder before transformers reads it: it would make an empty tokenizer without an error.
 
-    Raises FileNotFoundError if it has no config, no tokenizer, or weights in a pickle alone.
+    Raises FileNotFoundError if it has no config, no tokenizer, or weights in a pickle alone; or if it holds adapters without their model.
     """
     folder = Path(path)
     if not folder.is_dir():
         return
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise FileNotFoundError(
+            f"no policy at {path!r}: it is a LoRA adapter of {base!r} (adapter_config.json); merge the two and name the folder that this "
+            f"writes: python -m src.modules.policy.merge_adapter {shlex.quote(path)} {shlex.quote(path.rstrip('/') + '-merged')}"
+        )
     for needed in (("config.json",), _TOKENIZER_FILES):
         if not any((folder / name).is_file() for name in needed):
             raise FileNotFoundError(f"no policy at {path!r}: the folder has no {needed[0]}; save model and tokenizer into the same folder")

@@ -1,8 +1,11 @@
 """Checks a backbone: it must attend by transformers' attention interface, at the positions it is given."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from src.modules.policy.attention.shared_prompt import require_supported
 from src.modules.policy.model import Policy, evaluation_mode
 from src.modules.prompt.renderer import Prompts
 from src.modules.rollouts.hf import HFEngine
@@ -14,11 +17,15 @@ _TOLERANCE = 1e-3
 _PROMPTS, _RATIONALES = (7, 4), (3, 1, 2, 2)  # lengths; positions start anew with each prompt
 
 
-def require_readable(policy: Policy) -> None:
+def require_readable(policy: Policy, longest: int = 0) -> None:
     """Compares log-probs of random tokens by a plain pass, by one that shares a prompt, and by the engine token by token.
 
-    Raises ValueError if they differ, or if the backbone cannot be called so: training would compute wrong gradients.
+    Raises ValueError if they differ, or if the backbone cannot be called so: training would compute wrong gradients. And if a layer sees
+    fewer than `longest` tokens, those of the longest prompt with its rationale.
     """
+    windows: list[Any] = [layer.sliding_window for layer in policy.model.modules() if hasattr(layer, "sliding_window")]
+    for window in windows or [getattr(policy.model.config.get_text_config(), "sliding_window", None)]:  # Mistral's layers ask the config
+        require_supported({"sliding_window": window}, longest)
     name = type(policy.model).__name__
     advice = "its rollouts could not be computed rightly here; use a model whose layers call transformers' AttentionInterface (Llama, Qwen)"
     try:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import mteb
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
@@ -103,6 +104,33 @@ def test_revision_follows_content(folder, tmp_path):
     assert own_task(folder / "MySTS.yaml").metadata.dataset["revision"] == before
     (tmp_path / "sts.tsv").write_text((tmp_path / "sts.tsv").read_text().replace("4.8", "4.7"))
     assert own_task(tmp_path / "MySTS.yaml").metadata.dataset["revision"] != before
+
+
+def test_scores_of_a_kind_are_those_of_mteb(folder):
+    model = mteb.get_model("mteb/baseline-random-encoder")
+    for file in find_own_tasks(folder).values():
+        task = own_task(file)
+        found = (
+            mteb.evaluate(model, task, cache=None, overwrite_strategy="always", show_progress_bar=False).task_results[0].scores["test"][0]
+        )
+        names = set(KINDS[task.metadata.type].scores) - ({"ap", "ap_weighted"} if task.metadata.name == "MyClassification" else set())
+        assert names <= found.keys()
+
+
+@pytest.mark.parametrize(("kind", "name"), [("STS", "spearman_rho"), ("PairClassification", "ap"), ("Classification", "ndcg_at_10")])
+def test_main_score_that_the_evaluator_lacks(tmp_path, kind, name):
+    file = describe(tmp_path, "Mine", kind, f"data: rows.tsv\ntrain: train.tsv\nmain_score: {name}")
+    with pytest.raises(ValueError, match=rf"Mine\.yaml: main_score '{name}' is none of {KINDS[kind].scores[0]}, "):
+        find_own_tasks(tmp_path)
+    with pytest.raises(ValueError, match=rf"Mine\.yaml: main_score '{name}'"):
+        own_task(file)
+
+
+def test_average_precision_needs_two_labels(folder, tmp_path):
+    write_own_tasks(tmp_path)
+    rest = "train: train.jsonl\ndata: test.jsonl\nmain_score: ap"
+    with pytest.raises(ValueError, match=r"Three\.yaml: main_score 'ap' is none of accuracy, "):
+        own_task(describe(tmp_path, "Three", "Classification", rest))
 
 
 PAIR = {"sentence1": "a", "sentence2": "b"}

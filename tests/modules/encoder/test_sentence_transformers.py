@@ -38,6 +38,15 @@ def load(folder: Path, **options: object) -> SentenceTransformer:
     return SentenceTransformer(str(folder), trust_remote_code=True, device="cpu", **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_dtype_by_either_name(folder, name, dtype):
+    model = load(folder, model_kwargs={name: dtype})
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    exact = load(folder).encode(TEXTS)
+    assert float((model.encode(TEXTS).astype(np.float64) * exact).sum(1).min()) > 0.99
+
+
 def assert_same_vectors(folder: Path) -> None:
     for rationale in (False, True):
         expected = RationaleEncoder.from_pretrained(folder).encode(TEXTS, rationale=rationale)

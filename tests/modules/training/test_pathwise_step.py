@@ -107,7 +107,7 @@ def test_derivative_is_held_over_updates(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_passes_of_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("src.modules.grace.require_readable", lambda policy: None)  # which has passes of its own
+    monkeypatch.setattr("src.modules.grace.require_readable", lambda *_: None)  # which has passes of its own
 
     def passes(**settings: Any) -> list[tuple[int, bool, bool]]:
         """Rollouts, log-probs and embeddings of each pass of an update."""

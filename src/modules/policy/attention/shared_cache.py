@@ -160,11 +160,11 @@ def sampling_attention(
     """Attention in the form that transformers calls: [N, heads, tokens, d] queries -> [N, tokens, heads, d].
 
     While prompts are read, attention is causal; later one new token a row attends to its prompt and its tokens so far.
-    Raises ValueError for a sliding window, sinks or a soft cap.
+    Raises ValueError as `require_supported`.
     """
     cache = rollout_cache
     if cache.reading:
-        require_supported(kwargs)
+        require_supported(kwargs, query.shape[2] + cache.columns)
         output = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return output.transpose(1, 2), None
     output = _one_token(query.squeeze(2).to(value.dtype), scaling, cache, int(module.layer_idx))  # type: ignore[arg-type]

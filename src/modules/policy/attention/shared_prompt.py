@@ -51,10 +51,20 @@ def checkpoint_contexts(model: PreTrainedModel) -> Callable[[], tuple[AbstractCo
     return lambda: (nullcontext(), attention_set_to(model, config._attn_implementation))
 
 
-def require_supported(kwargs: Mapping[str, Any]) -> None:
-    """Raises ValueError if a layer asks its attention for a sliding window, sinks or a soft cap, which are not computed here."""
-    unread = [name for name in ("sliding_window", "s_aux", "softcap") if kwargs.get(name) is not None]
-    if unread:
+def require_supported(kwargs: Mapping[str, Any], longest: int) -> None:
+    """Raises ValueError if a layer asks its attention for sinks, a soft cap or a window below `longest` tokens: none is computed here.
+
+    Args:
+        kwargs: what the layer passes to its attention.
+        longest: tokens of the longest prompt with its rationale.
+    """
+    window = kwargs.get("sliding_window")
+    if window is not None and window < longest:
+        raise ValueError(
+            f"a layer of the model sees the last {window} tokens (its sliding_window), and a prompt with its rationale has up to {longest}"
+            f": keep module.max_prompt_tokens and rollout.max_new_tokens within {window} together"
+        )
+    if unread := [name for name in ("s_aux", "softcap") if kwargs.get(name) is not None]:
         raise ValueError(
             f"the model's attention has {', '.join(unread)}, which rollouts that share a prompt do not support; use a model without"
         )
@@ -120,6 +130,11 @@ class PackedRollouts:
         """The prompts and their rationales, in order."""
         lengths = self.rationales.cpu().split(self.counts.tolist())
         return tuple(Group.of(prompt, own, self.until.device) for prompt, own in zip(self.prompts.tolist(), lengths, strict=True))
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with its rationale."""
+        return int(self.position_ids.max()) + 1
 
     @cached_property
     def block_mask(self) -> BlockMask:
@@ -204,10 +219,9 @@ def packed_attention(
 
     One call for the row on a GPU; on a CPU, and with dropout, which that call does not have, one for each prompt and for its rationales.
 
-    Raises:
-        ValueError: a sliding window, sinks or a soft cap.
+    Raises ValueError as `require_supported`.
     """
-    require_supported(kwargs)
+    require_supported(kwargs, packed.longest)
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation has made float32 of these two
     if value.is_cuda and not dropout and value.shape[3] >= LEAST_HEAD_SIZE:
         return one_call_attention(query, key, value, packed.block_mask, scaling).transpose(1, 2), None
