@@ -16,6 +16,7 @@ RENAMED: dict[str, str] = {
     "algorithm.credit_decay": "algorithm.gae_lambda",
     "algorithm.importance_cap": "algorithm.tis_cap",
     "algorithm.importance_level": "algorithm.tis_level",
+    "reward.token_cost": "algorithm.token_cost",
     "reward.document_weight": "reward.to_query_weight",
     "reward.query_weight": "reward.to_document_weight",
     "reward.hard": "reward.hard_reduction",

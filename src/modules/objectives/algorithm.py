@@ -46,6 +46,7 @@ class Algorithm:
         gae_lambda: None gives every token its rationale's advantage, as published; 0 to 1 gives each the advantage of what the reward
             gains from it on (see credit.token_returns).
         overlong: (lengths [B, K]) -> what is added to the rewards [B, K], such as shaping.soft_overlong.
+        token_cost: subtracted from the reward for each token of a rationale, which then is only as long as it helps.
         greedy_baseline: sample one more, greedy rollout of each text, whose reward is the baseline.
         min_group_std, max_extra_batches: dynamic sampling; see training/dynamic_sampling.py.
         kl_coef: weight of the divergence from the reference, the policy as training began; 0 keeps no reference in memory.
@@ -71,6 +72,7 @@ class Algorithm:
     truncation_size: float = 1.0
     gae_lambda: float | None = None
     overlong: Callable[[Tensor], Tensor] | None = None
+    token_cost: float = 0.0
     greedy_baseline: bool = False
     min_group_std: float = 0.0
     max_extra_batches: int = 0
@@ -98,7 +100,7 @@ class Algorithm:
                 "algorithm.term_advantage compares the terms of whole rationales within groups: it goes with neither "
                 "algorithm.greedy_baseline=true nor algorithm.gae_lambda; set them to false and null"
             )
-        for name in ("min_group_std", "max_extra_batches", "kl_coef", "entropy_coef", "tis_floor"):
+        for name in ("min_group_std", "max_extra_batches", "kl_coef", "entropy_coef", "tis_floor", "token_cost"):
             if getattr(self, name) < 0:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)}: it must be at least 0")
         if self.tis_cap not in (None, "auto") and not (isinstance(self.tis_cap, int | float) and self.tis_cap > self.tis_floor):

@@ -1,6 +1,6 @@
 """Reward shaping: what is added to raw rewards before advantages are computed. Pure functions.
 
-The order is: truncation penalty, overlong slope, divergence from the reference; each is added to what the one before gave. A greedy
+The order is: truncation penalty, overlong slope, cost of tokens, divergence from the reference; each is added to what the one before gave. A greedy
 rollout, if the baseline is one, is shaped by the numbers of its group and has no part in them; it is not charged for divergence.
 """
 
@@ -54,7 +54,7 @@ def shape_rewards(algorithm: Algorithm, raw: Tensor, group: RoleRollouts, reward
 def shape(
     algorithm: Algorithm, rewards: Tensor, lengths: Tensor, finished: Tensor, divergence: Tensor | None = None, k: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Applies the truncation penalty, the overlong slope and the divergence, in this order.
+    """Applies the truncation penalty, the overlong slope, the cost of tokens and the divergence, in this order.
 
     Args:
         rewards, lengths, finished: [G, K] float32, int64 and bool.
@@ -67,6 +67,7 @@ def shape(
     rewards, keep = penalise_truncated(rewards, finished, algorithm.truncation, algorithm.truncation_size, k)
     if algorithm.overlong is not None:  # after a penalty, which would replace it
         rewards = rewards + algorithm.overlong(lengths)
+    rewards = rewards - algorithm.token_cost * lengths
     # last: a truncated rationale is charged for its distance like any other
     return rewards if divergence is None else rewards - algorithm.kl_coef * divergence, keep
 

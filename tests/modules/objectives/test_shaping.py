@@ -59,3 +59,16 @@ def test_truncated_rollouts_pay_for_divergence_too(truncation: Penalty) -> None:
     charged, kept_too = shape(algorithm, rewards, lengths, finished, divergence)
     torch.testing.assert_close(plain - charged, 0.1 * divergence)
     assert torch.equal(kept, kept_too)
+
+
+def test_tokens_cost_what_is_said_after_a_penalty() -> None:
+    lengths, finished = torch.tensor([[4, 1, 6]]), torch.tensor([[True, True, False]])
+    algorithm = Algorithm(grpo, ppo_clip, truncation="constant", token_cost=0.1)
+    rewards, _ = shape(algorithm, torch.tensor([[1.0, 1.0, 1.0]]), lengths, finished)
+    torch.testing.assert_close(rewards, torch.tensor([[0.6, 0.9, -1.6]]))
+    assert float(algorithm.advantage(rewards, finished)[0, 1]) > 0  # of two that earn the same the shorter one
+
+
+def test_negative_token_cost() -> None:
+    with pytest.raises(ValueError, match=r"token_cost=-0\.1"):
+        Algorithm(grpo, ppo_clip, token_cost=-0.1)
