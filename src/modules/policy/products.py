@@ -17,6 +17,6 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """
     multiply = torch.mm if b.dim() == 2 else torch.bmm
     with torch.autocast(b.device.type, enabled=False):
-        if b.device.type == "cpu" or b.dtype == torch.float32:
+        if b.device.type != "cuda" or b.dtype == torch.float32:
             return multiply(a.float(), b.float())
         return multiply(a.to(b.dtype), b, out_dtype=torch.float32)

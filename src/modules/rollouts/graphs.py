@@ -22,14 +22,6 @@ class Graphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def clear(self) -> None:
-        """Drops all graphs, whose tensors have moved."""
-        self._kept.clear()
-        self._pool = torch.cuda.graph_pool_handle()
-
     def run(self, key: Hashable, step: Callable[[], None]) -> None:
         """Takes a step: as it is for a new key, which warms up libraries, captured the second time, and replayed from then on.
 
@@ -61,6 +53,8 @@ class Graphs:
             # thread_local: other threads (data loaders, NCCL's) may call CUDA meanwhile
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 step()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise RuntimeError(
                 f"the model's decode step cannot be captured as a CUDA graph ({str(error).splitlines()[0]}): set rollout.cuda_graphs=false"
