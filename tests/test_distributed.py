@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from src.utils.sharded_strategy import ShardedStrategy
 from tests.programs import Programs, free_port
 from tests.two_processes import BATCH, SCENARIOS, batches_of, fit
 
@@ -89,6 +90,18 @@ def test_two_processes_equal_one(kind: str, name: str, two: Path, one: dict[str,
     for key, weight in theirs["weights"].items():
         close(ours["weights"][key], weight)
     close(ours["embeddings"], theirs["embeddings"], by=1e-4)  # of length 6 or so, not normalised
+
+
+def test_gradients_summed_in_bfloat16_are_those_but_for_rounding(two: Path, one: dict[str, dict[str, Any]]) -> None:
+    ours, theirs = of_two(two, "fsdp")["bfloat16 sums"]["weights"], one["several updates"]["weights"]
+    start = dict(SCENARIOS["several updates"]().policy.named_parameters())
+    off, moved = (sum(float((a[name] - b[name]).square().sum()) for name in theirs) ** 0.5 for a, b in ((ours, theirs), (theirs, start)))
+    assert 1e-5 < off / moved < 2e-2
+
+
+def test_reduce_dtype_is_a_float() -> None:
+    with pytest.raises(ValueError, match=r"reduce_dtype=float16: it is float32 or bfloat16"):
+        ShardedStrategy("float16")
 
 
 def test_ranks_had_different_tokens(one: dict[str, dict[str, Any]]) -> None:

@@ -242,10 +242,15 @@ def go_on(strategy: Callable[[], Any], folder: Path) -> dict[str, dict[str, Any]
 
 def main(folder: Path, rank: int) -> None:
     """All runs, by DDP and by FSDP: rank zero's results, and the errors of both."""
-    strategies: dict[str, Callable[[], Any]] = {"ddp": lambda: DDPStrategy(process_group_backend="gloo"), "fsdp": ShardedStrategy}
+    strategies: dict[str, Callable[[], Any]] = {
+        "ddp": lambda: DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=True),
+        "fsdp": ShardedStrategy,
+    }
     for kind, strategy in strategies.items():
         results = {name: fit(module(), strategy(), 2, batches_of(name)) for name, module in SCENARIOS.items()}
         results |= go_on(strategy, folder / kind)
+        if kind == "fsdp":
+            results["bfloat16 sums"] = fit(SCENARIOS["several updates"](), ShardedStrategy("bfloat16"), 2)
         if rank == 0:
             torch.save(results, folder / f"{kind}.pt")
         for name, module in BROKEN.items():

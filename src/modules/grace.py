@@ -6,7 +6,6 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from src.modules.distributed.fsdp import gradient_sync, shard, summon_full_params
@@ -32,6 +31,7 @@ from src.modules.training.update import Updater
 from src.modules.types import ROLES, Embeddings, Reward, Role, RolloutBatch
 from src.records import Triplet
 from src.utils.preemption import stop_between_phases
+from src.utils.sharded_strategy import ShardedStrategy
 from src.utils.timing import timed
 
 log = logging.getLogger(__name__)
@@ -266,8 +266,9 @@ class GRACE(PolicyModule):
 
     def configure_model(self) -> None:
         """Shards the policy's weights over the ranks, under a strategy for that."""
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            shard(self.policy, self.trainer.strategy.device_mesh["data_parallel"])
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy):
+            shard(self.policy, strategy.device_mesh["data_parallel"], strategy.reduce_dtype)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

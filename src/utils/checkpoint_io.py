@@ -19,7 +19,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, distributed
 
 WEIGHTS, STATE, CONTENTS = "weights.safetensors", "state.pt", "checkpoint.json"
 ABOUT = "about"
@@ -75,12 +75,11 @@ class FolderCheckpoints(CheckpointIO):
         remove(Path(path))
 
 
-def read_checkpoint(path: Path | str, mapped: bool = False) -> dict[str, Any]:
-    """Reads a checkpoint after comparing its files with their checksums; tensors are on the CPU.
+def read_checkpoint(path: Path | str) -> dict[str, Any]:
+    """Returns a checkpoint, a folder or a single file of `torch.save`, with tensors on the CPU.
 
-    Args:
-        path: a folder, or a single file of `torch.save`.
-        mapped: map state.pt into memory, so that parts that are not used are never read.
+    Files of a folder are mapped into memory: of sharded weights a rank reads its share, and what ranks of one machine read is read once.
+    Of several ranks the first alone compares the files with their checksums, for which it reads all of them.
 
     Raises:
         FileNotFoundError: there is none.
@@ -90,14 +89,14 @@ def read_checkpoint(path: Path | str, mapped: bool = False) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}: training writes them to <output_dir>/checkpoints")
     try:
-        check(path)
-        return _read(path, mapped)
+        check(path, checksums=not distributed.is_initialized() or distributed.get_rank() == 0)
+        return _read(path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {other_checkpoint(path)}") from error
 
 
-def check(path: Path) -> None:
-    """Compares a folder's files with checkpoint.json. A single file has no other check than reading it.
+def check(path: Path, checksums: bool = True) -> None:
+    """Compares a folder's files with checkpoint.json, by their sizes and `checksums`. A single file has no other check than reading it.
 
     Raises:
         CheckpointError: a file is missing, truncated or changed.
@@ -115,7 +114,7 @@ def check(path: Path) -> None:
             raise _damaged(path, f"{name} is missing")
         if file.stat().st_size != size:
             raise _damaged(path, f"{name} has {file.stat().st_size} bytes of {size}")
-        if _checksum(file) != checksum:
+        if checksums and _checksum(file) != checksum:
             raise _damaged(path, f"{name} is not what was written (its checksum differs)")
 
 
@@ -173,7 +172,7 @@ def _write(checkpoint: dict[str, Any], folder: Path) -> None:
         _sync(path)
 
 
-def _read(path: Path, mapped: bool) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     try:
         if not path.is_dir():
             single = torch.load(path, map_location="cpu", weights_only=True)
@@ -183,7 +182,7 @@ def _read(path: Path, mapped: bool) -> dict[str, Any]:
         with safe_open(path / WEIGHTS, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict
             twins = (file.metadata() or {}).get("twins", "{}")
-        rest = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=mapped)
+        rest = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
         raise _damaged(path, _first_line(error)) from error
     if not isinstance(rest, dict):

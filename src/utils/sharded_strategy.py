@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import (
@@ -23,9 +24,23 @@ class ShardedStrategy(ModelParallelStrategy):
 
     So a run can resume on another number of processes or without this strategy. Lightning's own strategy uses a node's devices
     for tensor parallelism unless told otherwise, and bypasses the trainer's CheckpointIO and the module's hooks for full checkpoints.
+
+    Attributes:
+        reduce_dtype: of gradients while they are summed over the ranks.
+
+    Raises:
+        ValueError: a `reduce_dtype` that is neither float32 nor bfloat16.
     """
 
-    def __init__(self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout) -> None:
+    def __init__(
+        self,
+        reduce_dtype: str = "float32",
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        if reduce_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"trainer.strategy.reduce_dtype={reduce_dtype}: it is float32 or bfloat16")
+        self.reduce_dtype: torch.dtype = getattr(torch, reduce_dtype)
         super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend, timeout=timeout)
 
     def setup_environment(self) -> None:

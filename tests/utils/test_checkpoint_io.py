@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from src.utils.checkpoint_io import CheckpointError, FolderCheckpoints, intact_checkpoints, read_checkpoint, tidy
 from tests.modules.policy.test_loading import Touch
@@ -48,6 +50,25 @@ def test_replacing_single_files_and_removing(tmp_path):
     assert read_checkpoint(tmp_path / "single.ckpt")["seed"] == 2
     IO.remove_checkpoint(tmp_path / "batch_7.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["single.ckpt"]
+
+
+def read_so_far() -> int:
+    """Bytes that this process has read from files, by calls and not through mapped memory."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_alone_reads_all(rank: int, tmp_path: Path) -> None:
+    IO.save_checkpoint(checkpoint(size=1000), tmp_path / "batch_7.ckpt")  # 4 MB of weights and as much of the optimiser's
+    distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+    try:
+        before = read_so_far()
+        loaded = IO.load_checkpoint(tmp_path / "batch_7.ckpt")
+        assert (read_so_far() - before > 2**23) == (rank == 0)
+        assert read_so_far() - before > 2**23 or read_so_far() - before < 2**20
+    finally:
+        distributed.destroy_process_group()
+    assert loaded["optimizer_states"][0]["state"][0]["exp_avg"].equal(checkpoint(size=1000)["state_dict"]["a"] * 2)
 
 
 # ---- damage

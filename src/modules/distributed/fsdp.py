@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.initialization import no_init_weights
 
@@ -23,8 +23,10 @@ from src.modules.policy.model import Policy
 from src.modules.types import dummy_rollouts
 
 
-def shard(policy: Policy, mesh: DeviceMesh) -> None:
+def shard(policy: Policy, mesh: DeviceMesh, reduce_dtype: torch.dtype = torch.float32) -> None:
     """Shards the policy's weights over the ranks of a mesh, layer by layer; a second call does nothing.
+
+    Gradients are summed over the ranks in `reduce_dtype`, and over the passes of a step in float32 on each.
 
     A frozen encoder stays in full on every rank: it has no gradients and no optimiser state, which are most of what sharding saves.
 
@@ -36,10 +38,11 @@ def shard(policy: Policy, mesh: DeviceMesh) -> None:
     layers = getattr(policy.model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(f"trainer=fsdp cannot shard {type(policy.model).__name__}: it has no `layers`; use trainer=ddp")
+    precision = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for layer in layers:
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
     frozen = set() if policy.frozen_encoder is None else set(policy.frozen_encoder.parameters())
-    fully_shard(policy, mesh=mesh, ignored_params=frozen)
+    fully_shard(policy, mesh=mesh, mp_policy=precision, ignored_params=frozen)
 
 
 def is_sharded(policy: Policy) -> bool:

@@ -136,7 +136,7 @@ def load_policy(path: Path | str, trust_remote_code: bool = False) -> tuple[Poli
 
 def _load_checkpoint(file: Path, trust_remote_code: bool) -> tuple[Policy, EncoderSettings]:
     """Builds the policy of a checkpoint from its small files (see `policy_files`) and weights."""
-    checkpoint = read_checkpoint(file, mapped=True)
+    checkpoint = read_checkpoint(file)
     grace = checkpoint.get("grace", {})
     if "policy_files" not in grace:
         raise ValueError(f"{file} is not a checkpoint of GRACE training: it does not say which policy its weights belong to")

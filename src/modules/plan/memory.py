@@ -175,8 +175,6 @@ def always(shape: Shape, work: Work) -> list[Row]:
     parts, over = (work.ranks, f" / {work.ranks}") if sharded else (1, "")
     p, t = shape.parameters, shape.trained
     rows = [Row("weights", 4 * p / parts, f"4 B x {p:,}{over}"), Row("AdamW's two moments", 8 * t / parts, f"8 B x {t:,}{over}")]
-    if work.ranks > 1 and not sharded:
-        rows.append(Row("DDP's buckets", 4 * t, f"4 B x {t:,}"))
     if work.copies:
         rows.append(Row("reference, frozen encoder", 4 * p * work.copies, f"{work.copies} x 4 B x {p:,}"))
     return rows

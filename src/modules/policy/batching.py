@@ -1,10 +1,12 @@
-"""Cuts sequences into batches of a budget of tokens."""
+"""Cuts sequences into batches of a budget of tokens; a budget from free memory."""
 
 from collections.abc import Iterator
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from src.modules.policy.model import Policy
 from src.modules.types import Rollouts
@@ -39,16 +41,21 @@ def packed_batches(rollouts: Rollouts, rows: Tensor, k: int, tokens: int) -> Ite
 def padded_batches(lengths: Tensor, tokens: int, extra: int = 0) -> Iterator[Tensor]:
     """Cuts sequences into parts of like lengths, the longest first, each of at most `tokens` tokens with its padding; [n_i] int64 each.
 
-    A sequence that alone is longer is a part of its own.
+    There are as few parts as the budget allows, of sizes as even as it allows: 16 where 15 fit are cut into 8 and 8. A sequence that alone
+    is longer is a part of its own.
 
     Args:
         lengths: [N] int64.
         extra: tokens that are added to every sequence, such as the rationales that are to be written.
     """
     order = lengths.argsort(descending=True, stable=True)
+    fitting = (tokens // (lengths[order] + extra)).clamp(min=1).tolist()  # in a part that begins here
     start = 0
     while start < len(order):
-        count = max(1, tokens // (int(lengths[order[start]]) + extra))
+        parts, end = 0, start
+        while end < len(order):
+            parts, end = parts + 1, end + fitting[end]
+        count = min(fitting[start], -(-(len(order) - start) // parts))
         yield order[start : start + count]
         start += count
 
@@ -59,3 +66,20 @@ def embed_all(policy: Policy, rollouts: Rollouts, tokens: int) -> Tensor:
     for rows in packed_batches(rollouts, order, 1, tokens):
         embeddings.append(policy.embed(rollouts[rows.to(rollouts.lengths.device)], groups=torch.arange(len(rows))))
     return torch.cat(embeddings)[order.argsort().to(policy.device)]
+
+
+def tokens_that_fit(free: int, config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Returns the tokens of prompts and rationales that may be written at a time in `free` bytes of memory, at least 1.
+
+    Each takes its keys and values, and one layer's states as if all were prompts that are read; 1 GiB is left for logits.
+
+    Args:
+        config: of the model.
+        dtype: of keys, values and states.
+    """
+    text: Any = config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    kept = 2 * text.num_hidden_layers * heads * head
+    read = 7 * text.hidden_size + 4 * text.intermediate_size
+    return max(1, (free - 2**30) // (dtype.itemsize * (kept + read)))
