@@ -65,5 +65,5 @@ def phases_of(module: GRACE, batch: Sequence[Triplet], half: bool) -> list[Phase
     few = [length for role in ROLES if role not in learned for length in lengths[role]]
     k, mean = h["num_generations"], report.rollout_tokens / (len(many) * h["num_generations"] + len(few))
     updates = round(report.update.get("updates", 1))
-    lengths = (many[:: ranks.count], k, few[:: ranks.count], mean, half)
-    return batch_phases(shape_of(module.policy.model.config), *lengths, updates=updates, pathwise=h["pathwise_weight"] > 0)
+    sizes = (many[:: ranks.count], k, few[:: ranks.count], mean, half)
+    return batch_phases(shape_of(module.policy.model.config), *sizes, updates=updates, pathwise=h["pathwise_weight"] > 0)
