@@ -51,7 +51,7 @@ class FloorDistance(MonitoringCallback[GRACE]):
             floor["update" if phase.what == "updating" else "rollout"] += phase.seconds(self.card, half) if self.card else 0.0
         said = []
         for name, taken in self._seconds.items():
-            found = median(taken[1:])
+            found = median(taken[1:] or taken)
             said.append(f"{name} {found:.2f} s, {found / floor[name]:.1f} times")
         log.info("after %d batches: %s the floor of a %s", self.batches, "; ".join(said), self.card.name if self.card else "")
 
