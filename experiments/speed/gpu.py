@@ -129,17 +129,21 @@ class Benchmark:
         floor = sum(
             p.seconds(self.card, self.gpu) for p in (reading(self.shape, lengths, width), writing(self.shape, lengths, k, new, width))
         )
-        engines = {"rollout=hf": lambda: HFEngine(new).generate(self.policy, self.prompts, k, 1.0)}
+
+        def ours() -> int:
+            with self.precision():
+                return len(HFEngine(new).generate(self.policy, self.prompts, k, 1.0))
+
+        engines: dict[str, Callable[[], int]] = {"rollout=hf": ours}
         generate = transformers_generate(self.policy, new)
         if importlib.util.find_spec("vllm") and self.gpu:
             engine = vllm(self.policy, new, self.s.prompt_tokens)
-            engines["rollout=vllm"] = lambda: engine(self.prompts, k)  # type: ignore[assignment,return-value]
+            engines["rollout=vllm"] = lambda: engine(self.prompts, k)
         with evaluation_mode(self.policy):
             found = {}
             for name, run in engines.items():
-                with self.precision():
-                    run()  # captures, compiles
-                    found[name] = seconds_of(run)
+                run()  # captures, compiles
+                found[name] = seconds_of(run)
             with resident(self.policy, self.gpu):
                 generate(self.prompts.select(torch.arange(2)), k)
                 other = seconds_of(lambda: generate(self.prompts, k), 1)

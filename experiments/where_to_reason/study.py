@@ -69,7 +69,7 @@ def rows_of(policy: Policy, settings: EncoderSettings, tasks: list[Any], timed: 
 def size_of(limit: int | None) -> OfflineSize:
     """The size of the tasks, with at most `limit` documents and a third as many queries."""
     size = SIZES["mini"]
-    return size if limit is None else replace(size, documents=limit, queries=max(24, limit // 3), candidates=6, per_label=8)
+    return size if limit is None else replace(size, documents=limit, queries=max(24, limit // 3), candidates=6, per_label=4)
 
 
 def main(arguments: list[str] | None = None) -> None:

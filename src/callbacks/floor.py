@@ -51,7 +51,7 @@ class FloorDistance(MonitoringCallback[GRACE]):
             floor["update" if phase.what == "updating" else "rollout"] += phase.seconds(self.card, half) if self.card else 0.0
         said = []
         for name, taken in self._seconds.items():
-            found = median(taken[1:])
+            found = median(taken[1:] or taken)
             said.append(f"{name} {found:.2f} s, {found / floor[name]:.1f} times")
         log.info("after %d batches: %s the floor of a %s", self.batches, "; ".join(said), self.card.name if self.card else "")
 
@@ -65,5 +65,5 @@ def phases_of(module: GRACE, batch: Sequence[Triplet], half: bool) -> list[Phase
     few = [length for role in ROLES if role not in learned for length in lengths[role]]
     k, mean = h["num_generations"], report.rollout_tokens / (len(many) * h["num_generations"] + len(few))
     updates = round(report.update.get("updates", 1))
-    lengths = (many[:: ranks.count], k, few[:: ranks.count], mean, half)
-    return batch_phases(shape_of(module.policy.model.config), *lengths, updates=updates, pathwise=h["pathwise_weight"] > 0)
+    sizes = (many[:: ranks.count], k, few[:: ranks.count], mean, half)
+    return batch_phases(shape_of(module.policy.model.config), *sizes, updates=updates, pathwise=h["pathwise_weight"] > 0)

@@ -55,6 +55,7 @@ def test_stops_before_the_update(fresh_module, tmp_path):
     torch.testing.assert_close(weights_of(resumed), weights_of(whole), rtol=0, atol=0)
 
 
+@pytest.mark.timeout(900)
 def test_an_evaluation_that_was_stopped_is_done_again(fresh_module, tmp_path):
     def callbacks(module: GRACE, stop_at: int | None = None) -> tuple[list[int], list]:
         tasks, asked = offline_tasks(["networkx", "rich"], tmp_path, SIZE)[3:], []
