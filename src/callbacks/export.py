@@ -85,7 +85,7 @@ def training_facts(trainer: L.Trainer, module: Any) -> TrainingFacts:
 
 
 def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
+    return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def _settings(module: Any) -> Iterator[tuple[str, str]]:

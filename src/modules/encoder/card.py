@@ -102,7 +102,7 @@ def license_of(path: str) -> str | None:
             return None
         file = Path(cached)
     try:
-        found = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
+        found = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
     except (ValueError, yaml.YAMLError):  # bytes that are no text, or front matter that is no YAML
         return None
     return found if isinstance(found, str) else None
