@@ -97,7 +97,7 @@ class BeginNextEpoch(L.Callback):
 def preemptible() -> Iterator[None]:
     """Turns a stop signal during training into: finish the rollout batch, save a checkpoint, exit with `TRY_AGAIN`.
 
-    The trainer needs `StopOnSignal`. Before training starts both signals end the process, as there is nothing to save.
+    The trainer needs `StopOnSignal`. Before training starts these signals end the process, as there is nothing to save.
 
     Raises:
         SystemExit: after such a signal. Of several processes rank 0 exits last and with `TRY_AGAIN`, the others with 0, because
