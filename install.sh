@@ -39,7 +39,7 @@ else
 fi
 
 echo "Installing into .venv with $tool: about $minutes min from a near index, once; then the work begins ..."
-( gone=0; while sleep 20; do
+( gone=0; while sleep 20 >/dev/null 2>&1; do
     gone=$((gone + 20)) left=$((minutes * 60 - gone))
     [ $left -gt 0 ] && left="about $left s left" || left="longer than usual: a far index, or a busy machine"
     echo "  installing: $gone s gone, $left"
@@ -48,6 +48,7 @@ ticker=$!
 trap 'kill $ticker 2>/dev/null' EXIT
 advice="see the lines of $tool above. No network or a proxy: HTTPS_PROXY, PIP_INDEX_URL or PIP_FIND_LINKS say where packages come from"
 get --constraint constraints.txt --editable ".${extras:+[$extras]}" || fail "$advice"
+named='import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"][sys.argv[1]])'
 for group in "$@"; do # without their dependencies
-  get --no-deps "$(.venv/bin/python -c "import sys, tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups'][sys.argv[1]])" "$group")" || fail "$advice"
+  get --no-deps $(.venv/bin/python -c "$named" "$group") || fail "$advice"
 done

@@ -1,13 +1,61 @@
-"""vLLM is installed without its dependencies; those that it needs must be installed too."""
+"""Installation: what goes wrong is a line, folders may have a space, and vLLM finds what it needs though it brings nothing."""
 
 import importlib.util
+import os
+import shutil
+import subprocess
+import sys
 from importlib import metadata
 
 import pytest
 from packaging.requirements import Requirement
 
 from src.modules.rollouts.vllm import VLLMEngine
+from tests.conftest import ROOT
 from tests.vllm_builders import NEEDS_VLLM
+
+
+@pytest.mark.parametrize(
+    ("python", "environment", "line"),
+    [
+        (
+            "/bin/false",
+            {},
+            "installation: Python 3.11 or newer is needed and '/bin/false' is not: name one, as in make train PYTHON=python3.12",
+        ),
+        (sys.executable, {"GRACE_LEAST_FREE_MIB": "999999999999"}, "MB are free: make room"),
+        (
+            sys.executable,
+            {"PIP_NO_INDEX": "1", "PATH": "/usr/bin:/bin"},
+            "HTTPS_PROXY, PIP_INDEX_URL or PIP_FIND_LINKS say where packages come from",
+        ),
+    ],
+    ids=["old Python", "full disk", "no network"],
+)
+def test_installation_that_fails_is_said(tmp_path, python, environment, line):
+    folder = tmp_path / "with a space"
+    folder.mkdir()
+    for file in ("install.sh", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / file, folder)
+    done = subprocess.run(
+        [folder / "install.sh", python, "", "smollm2"], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().endswith(line)
+    assert "Traceback" not in done.stderr
+
+
+def test_targets_work_in_a_folder_with_a_space(tmp_path):
+    folder = tmp_path / "with a space"
+    folder.mkdir()
+    for file in ("Makefile", "install.sh", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / file, folder)
+    shown = subprocess.run(["make", "-n", "ui"], cwd=folder, capture_output=True, text=True, check=True).stdout
+    assert f'--backend-store-uri "sqlite:///{folder}/mlflow.db"' in shown
+    targets = subprocess.run(["make", "help"], cwd=folder, capture_output=True, text=True, check=True).stdout.split("\n")
+    for target in [line.split()[0] for line in targets if line.strip()]:
+        subprocess.run(["make", "-n", target], cwd=folder, capture_output=True, check=True)
+
 
 LEFT_OUT = {"mistral-common", "torchvision", "torchaudio", "torchcodec", "setuptools"}
 """Reasons: pyproject.toml."""

@@ -29,16 +29,25 @@ def plain_errors(program: str) -> Iterator[None]:
     Raises:
         SystemExit: of such an error; see `said`.
     """
-    full = os.environ.get(_HYDRA) == "1" and _BY_US not in os.environ
+    before = {name: os.environ.get(name) for name in (_HYDRA, _BY_US)}
+    full = before[_HYDRA] == "1" and before[_BY_US] is None
     os.environ |= {_HYDRA: "1"} | ({} if full else {_BY_US: "1"})  # else Hydra catches errors and prints a part of their tracebacks
     try:
         yield
+    except KeyboardInterrupt:
+        raise SystemExit(f"{program}: stopped by Ctrl-C") from None
     except Exception as error:
         line = said(error)
         if line is None or full:
             raise
         _write_to_log_file(error)
         raise SystemExit(f"{program}: {redact(line)}") from None
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def said(error: BaseException) -> str | None:

@@ -115,7 +115,7 @@ def preemptible() -> Iterator[None]:
 
     Phases are the writing of a batch's rationales, its update, and each task of an evaluation.
 
-    The trainer needs `StopOnSignal`. Before training starts both signals end the process, as there is nothing to save.
+    The trainer needs `StopOnSignal`. Before training starts these signals end the process, as there is nothing to save.
 
     Raises:
         SystemExit: after such a signal. Of several processes rank 0 exits last and with `TRY_AGAIN`, the others with 0, because

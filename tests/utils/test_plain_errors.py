@@ -60,8 +60,8 @@ def test_traceback_goes_to_the_log_file(tmp_path, monkeypatch):
         logging.getLogger().removeHandler(handler)
     assert "\n" not in str(ended.value)
     assert "Traceback (most recent call last)" in (tmp_path / "train.log").read_text()
-    monkeypatch.delenv("GRACE_PLAIN_ERRORS")
-    with pytest.raises(FileNotFoundError), plain_errors("train.py"):  # HYDRA_FULL_ERROR=1 is set now
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(FileNotFoundError), plain_errors("train.py"):
         require_files(str(tmp_path))
 
 
