@@ -49,7 +49,8 @@ class Export(L.Callback):
         self.rationale = None if rationale is None else rationale_for(rationale)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        policy, settings = pl_module.policy, self._exported(pl_module)
+        policy: Policy = pl_module.policy
+        settings = self._exported(pl_module)
         with summon_full_params(policy):
             if trainer.is_global_zero:
                 export(unsharded_copy(policy) if isinstance(policy, FSDPModule) else policy, settings, self.folder, self.dtype)

@@ -59,6 +59,7 @@ def card(base: str, dimension: int, settings: EncoderSettings, facts: TrainingFa
         model_name=name if facts.scores else None,
         eval_results=list(facts.scores) or None,
     )
+    writes = settings.rationale != "none"
     rows = {
         "base model": f"[{hub_name}](https://huggingface.co/{hub_name})" if hub_name else f"`{Path(base).name}`, a local model",
         "licence of the base": base_license or "unknown: ask where it comes from before you pass this model on",
@@ -66,14 +67,17 @@ def card(base: str, dimension: int, settings: EncoderSettings, facts: TrainingFa
         "instruction (system message)": _code(settings.instruction or "none"),
         "instruction for queries": _code(settings.query_instruction) if settings.query_instruction is not None else "the same",
         "embedding": f"{dimension} numbers: {settings.pooling} of the states of layer {settings.layer} over "
-        + ("text and rationale" if settings.rationale else "the text, without a rationale"),
+        + ("text and rationale" if writes else "the text, without a rationale"),
+        "rationales are written for": {"both": "queries and documents", "none": "no text"}.get(
+            settings.rationale, f"{settings.rationale} texts"
+        ),
         "longest prompt and rationale": f"{settings.max_prompt_tokens} and {settings.max_new_tokens} tokens",
         "compare by": "cosine",
         "method": facts.method,
         **facts.settings,
     }
-    how = "writes a rationale about a text and embeds both" if settings.rationale else "embeds texts"
-    parts = [f"# {name}", f"A language model that {how}.", _table(rows), _loading(settings.rationale)]
+    how = "writes a rationale about a text and embeds both" if writes else "embeds texts"
+    parts = [f"# {name}", f"A language model that {how}.", _table(rows), _loading(writes)]
     if facts.table:
         parts += ["## Scores", "Main scores on held-out tasks, by the training run itself, in %.", _scores(facts.table)]
     if facts.example is not None:

@@ -1,7 +1,7 @@
 """Reward shaping: what is added to raw rewards before advantages are computed. Pure functions.
 
-The order is: truncation penalty, overlong slope, cost of tokens, divergence from the reference; each is added to what the one before gave. A greedy
-rollout, if the baseline is one, is shaped by the numbers of its group and has no part in them; it is not charged for divergence.
+The order is: truncation penalty, overlong slope, cost of tokens, divergence from the reference; each is added to what the one before gave.
+A greedy rollout, if the baseline is one, is shaped by the numbers of its group and has no part in them; it is not charged for divergence.
 """
 
 from collections.abc import Callable
