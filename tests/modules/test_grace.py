@@ -144,6 +144,16 @@ def test_all_roles_with_every_algorithm(encoder: str, algorithm: dict[str, Any])
     assert not moved or all(math.isfinite(report.update["loss"]) for report in reports)
 
 
+def test_gradients_are_scaled_down_to_their_largest_norm() -> None:
+    free = fit(make(max_grad_norm=1e9))
+    norm = float(free.gradients[0].norm())
+    held, enough = (fit(make(max_grad_norm=share * norm)) for share in (0.5, 1.1))
+    assert free.reports[0].update["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert held.reports[0].update["grad_norm"] == pytest.approx(norm, rel=1e-5)  # that of before
+    torch.testing.assert_close(held.gradients[0], 0.5 * free.gradients[0], rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(enough.gradients[0], free.gradients[0], rtol=0, atol=0)
+
+
 def test_token_credit_changes_advantages_alone() -> None:
     plain, by_token = (fit(make(algorithm={"truncation": "none", "gae_lambda": value})).reports[0] for value in (None, 1.0))
     torch.testing.assert_close(by_token.reward.total, plain.reward.total)

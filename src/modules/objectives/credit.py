@@ -78,7 +78,12 @@ def token_returns(prefix_rewards: Tensor, at_end: Tensor, lengths: Tensor, gae_l
 
 
 def compare_by_position(advantage: Callable[[Tensor, Tensor], Tensor], returns: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
-    """Returns [B, K, R]: at each position the advantages of the returns [B, K] among the kept rollouts that reach it."""
+    """Returns [B, K, R]: at each position the advantages of the returns [B, K] among the kept rollouts that reach it.
+
+    Their number n falls towards the end of the longest, so a mean that includes the rollout itself (`grpo`) weighs later tokens less, by
+    (n - 1) / n; the mean of the others (`rloo`, arXiv 2402.14740) does not. A token that one rollout alone reaches has no comparison and,
+    by either, no advantage: its return would bring what all rationales of the group gain as an advantage of its own.
+    """
     reached = torch.arange(returns.shape[2], device=returns.device) < lengths.unsqueeze(2)
     columns = [advantage(returns[:, :, t], keep & reached[:, :, t]) for t in range(returns.shape[2])]
     return torch.stack(columns, dim=2)

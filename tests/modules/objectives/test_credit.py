@@ -2,10 +2,11 @@ from functools import partial
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.modules.objectives.advantages import grpo
+from src.modules.objectives.advantages import grpo, rloo
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.credit import at_tokens, compare_by_position, from_tokens, prefix_rewards, token_advantages, token_returns
 from src.modules.objectives.losses import ppo_clip
@@ -79,6 +80,27 @@ def test_positions_compare_rollouts_that_reach_them():
     torch.testing.assert_close(got, torch.tensor([[[-2.0, 2.0, 0.0], [0.0, 0.0, 0.0], [2.0, -2.0, 0.0]]]))
     without_third = compare_by_position(partial(grpo, std=False), returns, lengths, torch.tensor([[True, True, False]]))
     torch.testing.assert_close(without_third, torch.tensor([[[-1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]]))
+
+
+@settings(max_examples=20, deadline=None)
+@given(shapes)
+def test_baselines_are_those_of_the_others(shape):
+    rewards, lengths = drawn(*shape)
+    returns = token_returns(rewards, torch.zeros(lengths.shape, dtype=torch.float64), lengths, 0.9)
+    got = compare_by_position(rloo, returns, lengths, torch.ones_like(lengths, dtype=torch.bool))
+    for b, own in enumerate(lengths.tolist()):
+        for i, t in ((i, t) for i, length in enumerate(own) for t in range(length)):
+            others = [returns[b, j, t].item() for j, length in enumerate(own) if j != i and length > t]
+            wanted = returns[b, i, t].item() - sum(others) / len(others) if others else 0.0
+            assert got[b, i, t].item() == pytest.approx(wanted, abs=1e-9)
+
+
+def test_the_default_credit_does_not_weigh_late_tokens_less(compose):
+    algorithm = instantiate(compose("algorithm=grpo_token_credit").algorithm)
+    returns = torch.tensor([[[1.0, 1.0], [-1.0, -1.0], [1.0, 0.0], [-1.0, 0.0]]])
+    got = compare_by_position(algorithm.advantage, returns, torch.tensor([[2, 2, 1, 1]]), torch.ones(1, 4, dtype=torch.bool))
+    # 1 less the mean of -1, 1 and -1; 1 less -1: by a mean over all it would be 1 at both
+    torch.testing.assert_close(got[0, 0], torch.tensor([4 / 3, 2.0]))
 
 
 def rollouts_of(prompts: list[int], lengths: list[int], finished: bool = True) -> Rollouts:
