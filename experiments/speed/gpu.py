@@ -10,6 +10,9 @@ import argparse
 import functools
 import importlib.util
 import logging
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,8 +27,8 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from experiments.speed.floor import rates
 from experiments.speed.measuring import machine, peak, report, reset_peak, table
-from experiments.speed.rollouts import transformers_generate, vllm
-from experiments.speed.subject import random_policy, triplets
+from experiments.speed.rollouts import Engine, transformers_generate, vllm
+from experiments.speed.subject import ROOT, random_policy, triplets
 from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.grace import GRACE
@@ -123,6 +126,11 @@ class Benchmark:
         ratio = "" if other is None else f"{other / seconds:.1f}"
         self.rows.append([what, f"{seconds:.2f}", f"{count / seconds:,.0f} {unit}", ratio, f"{seconds / floor:.1f}"])
 
+    @functools.cached_property
+    def vllm(self) -> Engine:
+        """vLLM's engine, one for all calls."""
+        return vllm(self.policy, self.s.new_tokens, self.s.prompt_tokens)
+
     def rollouts(self, k: int) -> None:
         """rollout=hf, transformers' generate with bfloat16 weights, and vLLM where it is installed."""
         n, new, lengths, width = len(self.prompts), self.s.new_tokens, self.prompts.lengths.tolist(), 2 if self.gpu else 4
@@ -130,15 +138,16 @@ class Benchmark:
             p.seconds(self.card, self.gpu) for p in (reading(self.shape, lengths, width), writing(self.shape, lengths, k, new, width))
         )
 
+        own = HFEngine(new)  # one for all calls: it may keep graphs
+
         def ours() -> int:
             with self.precision():
-                return len(HFEngine(new).generate(self.policy, self.prompts, k, 1.0))
+                return len(own.generate(self.policy, self.prompts, k, 1.0))
 
         engines: dict[str, Callable[[], int]] = {"rollout=hf": ours}
         generate = transformers_generate(self.policy, new)
         if importlib.util.find_spec("vllm") and self.gpu:
-            engine = vllm(self.policy, new, self.s.prompt_tokens)
-            engines["rollout=vllm"] = lambda: engine(self.prompts, k)
+            engines["rollout=vllm"] = lambda: self.vllm(self.prompts, k)
         with evaluation_mode(self.policy):
             found = {}
             for name, run in engines.items():
@@ -220,6 +229,13 @@ class resident:  # noqa: N801  # a context manager
             self.policy.get_parameter(name).data = data
 
 
+NOTES = """
+The other way of rollouts is `generate` with weights in bfloat16 (on a GPU); of embedding, float32 in batches of 64 texts in their order;
+of an update, the first of the process, which compiles; of new shapes, those that were seen before (below 1: slower). The floor is all
+arithmetic and reading at the card's full rates.
+"""
+
+
 def section(name: str, setting: Setting, packages: Sequence[str]) -> str:
     """The table of one shape."""
     reset_peak()
@@ -234,15 +250,8 @@ def section(name: str, setting: Setting, packages: Sequence[str]) -> str:
         f"## {name}: {benchmark.shape.parameters / 1e6:,.0f} M parameters, prompts of {mean:.0f} tokens on average\n\n"
         + table(head, benchmark.rows)
         + f"\nThe floor is that of {benchmark.card.name}. Peak memory {peak() / 2**30:.1f} GiB; "
-        + f"measured in {time.monotonic() - began:.0f} s.\n"
+        + f"measured in {time.monotonic() - began:.0f} s.\n{NOTES}"
     )
-
-
-NOTES = """
-The other way of rollouts is `generate` with weights in bfloat16 (on a GPU); of embedding, float32 in batches of 64 texts in their order;
-of an update, the first of the process, which compiles; of new shapes, those that were
-seen before (below 1: slower). The floor is all arithmetic and reading at the card's full rates.
-"""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -257,12 +266,26 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("transformers", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
-    settings = {"small": SMALL_SETTING} if a.small else {name: SETTINGS[name] for name in a.shapes}
-    sections = []
-    for name, setting in settings.items():
-        sections.append(section(name, setting, a.packages))
-        torch.cuda.empty_cache()
-    report(f"{machine()}\n\n" + "\n".join(sections) + NOTES, a.output)
+    if a.small:
+        sections = [section("small", SMALL_SETTING, a.packages)]
+    elif len(a.shapes) == 1:
+        sections = [section(a.shapes[0], SETTINGS[a.shapes[0]], a.packages)]
+    else:  # each in a process of its own, whose memory and engine are then gone
+        sections = [alone(name, a.packages) for name in a.shapes]
+    report((f"{machine()}\n\n" if len(sections) == 1 else "") + "\n".join(sections), a.output)
+
+
+def alone(name: str, packages: Sequence[str]) -> str:
+    """The report of one shape from another process."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "report.md")
+        subprocess.run(
+            [sys.executable, "-m", "experiments.speed.gpu", "--shapes", name, "--packages", *packages, "--output", str(file)],
+            cwd=ROOT,
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        return file.read_text()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
+import pytest
+
 from experiments.where_to_reason import study
 
 
+@pytest.mark.timeout(900)
 def test_four_rows(tiny_policy_folder, tmp_path):
     study.main([str(tiny_policy_folder), "--limit", "60", "--timed", "3", "--output", str(tmp_path / "results.md")])
     lines = (tmp_path / "results.md").read_text().splitlines()
