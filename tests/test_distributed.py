@@ -18,9 +18,10 @@ KINDS = ["ddp", "fsdp"]
 SIMILARITY = 2e-6
 """How far apart two computations of a cosine in float32 may be: 32 times 2^-24. Ranks sum up in another order than one process, so
 after a first step their weights differ by rounding as well."""
-GAIN = {"paper": 34, "document": 34, "Novelty": 44, "listwise": 80}
+GAIN = {"paper": 34, "document": 34, "Novelty": 44, "listwise": 80, "PlackettLuce": 1}
 """What a reward makes of an error in all its cosines: weights of 1 + 2 (one for each negative) + 0.2 + 0.2, divided by 0.1 (`Novelty` in
-its scenario: 1 more); two terms of two cosines each, divided by 0.05."""
+its scenario: 1 more); two terms of two cosines each, divided by 0.05; an order of sampled rankings, which
+rounding leaves alone."""
 
 
 def as_torchrun(rank: int, port: int) -> dict[str, str]:

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from src.modules.encoder.export import load_policy
 from src.modules.grace import GRACE
 from src.modules.objectives.advantages import rloo
-from src.modules.objectives.losses import importance_weights, reinforce
+from src.modules.objectives.losses import gspo, importance_weights, ppo_clip, reinforce
 from src.modules.objectives.rewards import document
 from src.modules.policy.model import Policy
 from src.modules.rollouts.hf import HFEngine
@@ -164,3 +164,11 @@ def test_correction_is_the_engines_by_default() -> None:
     assert torch.equal(gradients[0], gradients[2])
     assert off(gradients[1], gradients[2]) > 1e-3
     assert make(algorithm={"tis_cap": "auto"}).algorithm.tis_cap is None
+
+
+def test_loss_without_effect_is_said_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="src.modules.grace")
+    runs = [fit(make(algorithm={"loss": loss, "truncation": "none"})).gradients[0] for loss in (gspo, ppo_clip)]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "src.modules.grace"]
+    assert "the loss gspo has the gradient of ppo_clip" in line
+    assert off(*runs) < 1e-5
