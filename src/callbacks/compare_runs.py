@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from src.utils.run_history import MACHINE
 from src.utils.run_logger import RUN
 from src.utils.secrets import redact
 
-_PLACES = ("paths/", "logger/", "callbacks/", "hydra/", "sweep_run")
-"""Parameters that only say where things are."""
+_PLACES = {"paths", "logger", "callbacks", "sweep_run"}
+"""Groups of parameters that say where things are, and what is shown."""
 
 _CODE = ("git.", "version.", "hardware.")
 
@@ -39,7 +40,7 @@ def differences(first: Mapping[str, str], second: Mapping[str, str]) -> list[tup
 
 def settings(run: RunData) -> dict[str, str]:
     """Returns parameters but for places, and the tags of code, packages and machine."""
-    return {name: value for name, value in run.params.items() if not name.startswith(_PLACES)} | {
+    return {name: value for name, value in run.params.items() if re.split("[./]", name)[0] not in _PLACES} | {
         name: value for name, value in run.tags.items() if name.startswith(_CODE)
     }
 

@@ -27,7 +27,8 @@ class LogModels(L.Callback):
 
 def models(trainer: L.Trainer, module: L.LightningModule) -> dict[str, tuple[Path, int]]:
     """Returns the models of a run that has ended, by name: where each is, and the number of its rollout batches."""
-    batches, found = as_policy_module(module).rollout_batches, {}
+    batches = as_policy_module(module).rollout_batches
+    found: dict[str, tuple[Path, int]] = {}
     if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
         folder = Path(str(trainer.checkpoint_callback.dirpath))
         for name, link in (("last", LAST), ("best", BEST)):

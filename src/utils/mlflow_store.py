@@ -30,6 +30,10 @@ Compare trained runs by `test/<method>/average` (held-out tasks, at the end) and
 src.callbacks.compare_runs RUN RUN` prints what differs between two runs."""
 
 
+_TAGS = {MLFLOW_RUN_NOTE: _NOTE, "mlflow.experimentKind": "custom_model_development"}
+"""Of a new experiment. By the second MLflow's UI opens its pages for model training; else it may open those for agents and prompts."""
+
+
 def default_store() -> str:
     """Returns where runs are logged by default, as configs/paths says."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(__file__).resolve().parents[2]}/mlflow.db"
@@ -63,7 +67,7 @@ def experiment_id(client: MlflowClient, name: str, artifacts: str | None) -> str
     """
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        return str(client.create_experiment(name, artifact_location=artifacts, tags={MLFLOW_RUN_NOTE: _NOTE}))
+        return str(client.create_experiment(name, artifact_location=artifacts, tags=_TAGS))
     if experiment.lifecycle_stage != LifecycleStage.DELETED:
         follow_move(client, experiment, artifacts)
         return str(experiment.experiment_id)

@@ -4,8 +4,9 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -66,6 +67,15 @@ def hardware() -> dict[str, str]:
     }
 
 
+def run_params(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the leaves of a config under dotted names; places within the run's folder as such, so that two runs do not differ in them."""
+    folder = config.get("paths", {}).get("output_dir")
+    return {
+        name: value.replace(folder, "${paths.output_dir}") if folder and isinstance(value, str) and name != "paths.output_dir" else value
+        for name, value in flatten(config)
+    }
+
+
 def description(cfg: DictConfig, data: DataContents | None, what: str) -> str:
     """Returns a run's description for MLflow's UI (Markdown): what it is, its data, the command, its folder."""
     lines = [what] if what else []
@@ -92,8 +102,8 @@ def log_run_info(
     Raises:
         omegaconf.errors.MissingMandatoryValue: a value of the config is still `???`.
     """
-    config = without_secrets(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
-    params, tags = dict(flatten(config)), git_state(root) | package_versions() | hardware()
+    config: dict[str, Any] = without_secrets(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+    params, tags = run_params(config), git_state(root) | package_versions() | hardware()
     tags[MLFLOW_RUN_NOTE] = description(cfg, data, what)
     for logger in loggers:
         if new_run and isinstance(logger, RunLogger):

@@ -10,7 +10,7 @@ def logged(folder, uri, name, rate, text, score):
     run = RunLogger(
         folder.name, tracking_uri=uri, run_name=name, folder=str(folder / name / "mlflow"), artifact_location=f"file://{folder}/artifacts"
     )
-    run.log_hyperparams({"module": {"learning_rate": rate, "num_generations": 8}, "paths": {"output_dir": name}})
+    run.log_hyperparams({"module.learning_rate": rate, "module.num_generations": 8, "paths.output_dir": name})
     run.log_metrics({"test/grace/average": score, "seconds/batch": 2.0}, 4)
     table = {"step": [4], "text": ["a text"], "rationale": [text], "length": [3], "finished": [True], "total": [0.5]}
     run.log_table(table, "rationales/step_4.json")
@@ -24,7 +24,7 @@ def test_what_differs_is_printed(tmp_path, tracking_uri, capsys):
     main([str(first.run_id), str(tmp_path / "two"), "--tracking-uri", tracking_uri])
     shown = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.replace("┃", "│").split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
-    assert ["module/learning_rate", "0.001", "0.0001"] in rows
+    assert ["module.learning_rate", "0.001", "0.0001"] in rows
     assert ["test/grace/average", "0.25", "0.5", "+0.25"] in rows
     assert ["seconds/batch", "2", "2", ""] in rows
     assert ["a text", "a graph [of] nodes", "a tree"] in rows

@@ -1,8 +1,9 @@
 """Docstrings of installed packages as queries and documents."""
 
+import contextlib
 import json
 import tomllib
-from importlib.metadata import packages_distributions, requires, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from pathlib import Path
 
 import pytest
@@ -185,8 +186,8 @@ def requirements(lines: list[str]) -> set[str]:
         if name in brought or (needed.marker and not needed.marker.evaluate({"extra": extra})):
             continue
         brought.add(name)
-        for wanted in ("", *needed.extras):
-            waiting += [(Requirement(line), wanted) for line in requires(name) or []]
+        with contextlib.suppress(PackageNotFoundError):  # one that only a machine of another kind has
+            waiting += [(Requirement(line), wanted) for wanted in ("", *needed.extras) for line in requires(name) or []]
     return brought
 
 

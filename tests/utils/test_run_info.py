@@ -13,7 +13,7 @@ from omegaconf.errors import MissingMandatoryValue
 from src.utils.data_contents import DataContents
 from src.utils.mlflow_store import default_store
 from src.utils.renamed_settings import RENAMED
-from src.utils.run_info import description, git_state, hardware, log_run_info, package_versions
+from src.utils.run_info import description, git_state, hardware, log_run_info, package_versions, run_params
 from src.utils.run_logger import flatten
 from src.utils.run_settings import (
     FILE,
@@ -60,6 +60,12 @@ def test_versions_and_hardware():
 def test_missing_setting_is_an_error(tmp_path):
     with pytest.raises(MissingMandatoryValue, match="name"):
         log_run_info([], OmegaConf.create({"name": "???"}), tmp_path)
+
+
+def test_runs_do_not_differ_in_places_of_their_folders():
+    found = [run_params({"paths": {"output_dir": f"/runs/{n}"}, "callbacks": {"export": {"folder": f"/runs/{n}/export"}}}) for n in "ab"]
+    assert found[0] == {"paths.output_dir": "/runs/a", "callbacks.export.folder": "${paths.output_dir}/export"}
+    assert found[1] == found[0] | {"paths.output_dir": "/runs/b"}
 
 
 def test_description_says_what_it_is(compose):

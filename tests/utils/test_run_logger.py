@@ -179,7 +179,9 @@ def test_machine_is_watched_unless_switched_off(logger):
 
 def test_experiment_has_a_description(logger):
     ours = logger()
-    assert "mteb/average" in ours.experiment.get_experiment(ours.experiment_id).tags["mlflow.note.content"]
+    tags = ours.experiment.get_experiment(ours.experiment_id).tags
+    assert "mteb/average" in tags["mlflow.note.content"]
+    assert tags["mlflow.experimentKind"] == "custom_model_development"
 
 
 def test_artifact_location_is_of_local_stores_only(logger):
