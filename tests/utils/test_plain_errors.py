@@ -65,6 +65,7 @@ def test_traceback_goes_to_the_log_file(tmp_path, monkeypatch):
         require_files(str(tmp_path))
 
 
+@pytest.mark.timeout(900)  # two processes: seconds on an idle machine, minutes on a busy one
 def test_first_commands_that_go_wrong(run_train, tmp_path, places):
     for overrides, line in (
         (["experiment=nope"], "train.py: In 'train': Could not find 'experiment/nope'"),
