@@ -96,6 +96,8 @@ def render(texts: Sequence[str]) -> Prompts:
 class Prescribed:
     """Returns the rationales of a draw, and of a text that is asked for one rationale the one that it always has."""
 
+    exact = True
+
     def __init__(self, rationales: list[list[int]]) -> None:
         self.rationales, self.max_new_tokens = rationales, max(map(len, rationales))
         self.draw: Draw = {}
