@@ -39,7 +39,13 @@ class KillAt(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.updating and pl_module.rollout_batches == self.batch:
             begin = pl_module.policy.train
-            pl_module.policy.train = lambda *a: (os.kill(os.getpid(), self.signal_number), begin(*a))[1]
+
+            def begin_update(mode: bool = True) -> Any:
+                if mode:
+                    os.kill(os.getpid(), self.signal_number)
+                return begin(mode)
+
+            pl_module.policy.train = begin_update
         elif pl_module.rollout_batches == self.batch and self.rank in (None, trainer.global_rank):
             timer = threading.Timer(self.seconds, os.kill, (os.getpid(), self.signal_number))
             timer.daemon = True

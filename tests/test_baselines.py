@@ -46,7 +46,7 @@ def test_tiny_baseline_trains_and_resumes(experiment, run_train, places, trackin
     last = tmp_path / "out" / "checkpoints" / "last.ckpt"
     stored = load_policy(last)[0].state_dict()
     assert all(torch.equal(tensor, stored[name]) for name, tensor in exported.state_dict().items())
-    assert not settings.rationale
+    assert settings.rationale == "none"
 
     same = [setting for setting in small if not setting.startswith(("debug=", "hydra."))]
     more = ["callbacks=minimal", "logger=none", "trainer.limit_train_batches=2", "trainer.max_epochs=2"]

@@ -100,7 +100,7 @@ def test_smollm2_experiments_are_of_one_size(experiment, gpu, compose, monkeypat
     assert (data.get("batch_size") or data.modules_per_batch * data.docstrings_per_module) == (48 if gpu else 16)
     assert cfg.module.instruction == "Explain in a few words what this text is about."
     assert (cfg.module.max_prompt_tokens, cfg.rollout.max_new_tokens) == ((160, 48) if gpu else (96, 16))
-    assert cfg.module.get("pathwise_weight", 0.0) == (1.0 if experiment in ("smollm2_sup", "smollm2_unsup") else 0.0)
+    assert cfg.module.get("pathwise_weight", 0.0) == (0.0 if any(word in experiment for word in ("paper", "baseline", "distill")) else 1.0)
 
 
 def test_debug_fast_wins_over_the_experiment(compose):

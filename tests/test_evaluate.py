@@ -142,7 +142,7 @@ def finished_tasks(results: Path) -> list[Path]:
 def stored(folder: Path) -> dict[str, Any]:
     """Scores by task of MTEB's result files, without the folders (with a dot) in which a killed process was writing."""
     files = [file for file in folder.rglob("*.json") if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-    found = [json.loads(file.read_text()) for file in files if file.name != "model_meta.json"]
+    found = [json.loads(file.read_text()) for file in files if file.name not in ("model_meta.json", "scores.json")]
     return {result["task_name"]: result["scores"] for result in found}
 
 

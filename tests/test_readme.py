@@ -184,7 +184,7 @@ def test_settings_that_are_named_exist(compose):
         for o in (
             ["experiment=smollm2_sup"],
             ["experiment=tiny_sup", "reward=document", "rollout=vllm"],
-            ["experiment=triplets_sup"],
+            ["experiment=triplets_sup", "trainer=fsdp"],
             ["experiment=triplets_sup", "datamodule=wiki1m"],
         )
     ]

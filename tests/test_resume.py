@@ -251,7 +251,6 @@ def test_data_that_changed_is_refused_or_named(runs, small, tmp_path, tracking_u
         *small,
         "datamodule=wiki1m",
         f"datamodule.path={file}",
-        "datamodule.files=null",
         "datamodule.batch_size=4",
         "reward=unsupervised",
     ]

@@ -73,7 +73,7 @@ def evaluations(client: MlflowClient, project: str, benchmark: str) -> dict[tupl
         runs += [run for run in page if f"eval/{AVERAGE}" in run.data.metrics]
         token = page.token or ""
     runs.sort(key=lambda run: run.info.start_time)
-    return {(place(run.data.params["model"]), run.data.params["rationale"] == "True"): run for run in runs}
+    return {(place(run.data.params["model"]), run.data.params["rationale"] in ("both", "True")): run for run in runs}
 
 
 def measured(client: MlflowClient, run: Run) -> tuple[dict[str, float], str]:

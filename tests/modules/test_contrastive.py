@@ -89,7 +89,7 @@ def test_resumed_run_has_the_same_dropout(tiny_policy_folder: Path, tmp_path: Pa
     assert torch.equal(weights(resumed), weights(straight))
     assert not torch.equal(torch.cat([p.detach().flatten() for p in loaded.parameters()]), weights(straight))  # of the second batch
     assert settings == straight.settings
-    assert not settings.rationale
+    assert settings.rationale == "none"
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,8 @@ class VLLMEngine:
             seed = torch.randint(2**62, (len(prompts),), generator=torch.Generator().manual_seed(seed))
         if request.temperature == 0:
             prompts, seed, n = prompts.repeat(n), seed.repeat_interleave(n), 1
-        common: dict[str, Any] = {"n": n, "temperature": request.temperature, "stop_token_ids": end_tokens(policy).tolist()}
+        ends = [token for token in end_tokens(policy).tolist() if token < len(policy.head)]  # vLLM refuses what it never draws
+        common: dict[str, Any] = {"n": n, "temperature": request.temperature, "stop_token_ids": ends}
         common |= {"logprobs": 0, "flat_logprobs": True, "detokenize": False}  # log-probs of the sampled token alone
         rooms = (self._limit(policy) - prompts.lengths).clamp(max=self.max_new_tokens)
         return [
