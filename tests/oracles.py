@@ -376,8 +376,12 @@ def gdpo_objective(case: Case) -> Tensor:
 
 
 def raft_objective(case: Case) -> Tensor:
-    """-1/(sum |o_i|) sum over texts of log pi of the best rationale (arXiv 2304.06767)."""
-    return -case.sum_over_tokens(lambda i, k, t: case.logprobs[i, k, t] * (k == int(case.rewards[i].argmax()))) / case.lengths.sum()
+    """-K/(sum |o_i|) sum over texts of log pi of the best rationale of K (arXiv 2304.06767)."""
+    return (
+        -case.rewards.shape[1]
+        * case.sum_over_tokens(lambda i, k, t: case.logprobs[i, k, t] * (k == int(case.rewards[i].argmax())))
+        / case.lengths.sum()
+    )
 
 
 def copg_objective(case: Case, beta: float, constant: int) -> Tensor:

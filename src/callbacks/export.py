@@ -10,7 +10,6 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from huggingface_hub import EvalResult
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from src.callbacks.final_report import FinalReport
@@ -104,8 +103,8 @@ def _settings(module: Any) -> Iterator[tuple[str, str]]:
 def _named(function: Callable[..., Any]) -> str:
     """Returns the name of a function or module, with the arguments that a partial has set."""
     if isinstance(function, partial):
-        return f"{function.func.__name__}({', '.join(f'{name}={value}' for name, value in function.keywords.items())})"
-    return type(function).__name__ if isinstance(function, nn.Module) else function.__name__
+        return f"{_named(function.func)}({', '.join(f'{name}={value}' for name, value in function.keywords.items())})"
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _results(report: FinalReport, row: str) -> Iterator[EvalResult]:

@@ -316,6 +316,13 @@ def test_out_of_memory_names_the_setting() -> None:
             {"pathwise_weight": 0.7, "score_function_weight": 0.0, "algorithm": {"kl_coef": 0.1}},
             r"score_function_weight=0 leaves out.*kl_coef=0\.1",
         ),
+        (
+            {"pathwise_weight": 0.7, "score_function_weight": 0.0, "algorithm": {"token_cost": 0.1}},
+            r"score_function_weight=0 leaves out.*token_cost=0\.1",
+        ),
+        ({"distill_weight": -1.0}, "distill_weight=-1.0.*at least 0"),
+        ({"distill_loss": "mse"}, "distill_loss='mse': it is similarity or cosine"),
+        ({"distill_weight": 1.0, "encoder": "frozen"}, r"distill_weight=1\.0.*policy\.encoder=frozen"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:

@@ -26,7 +26,8 @@ from src.modules.types import dummy_rollouts
 def shard(policy: Policy, mesh: DeviceMesh, reduce_dtype: torch.dtype = torch.float32) -> None:
     """Shards the policy's weights over the ranks of a mesh, layer by layer; a second call does nothing.
 
-    Gradients are summed over the ranks in `reduce_dtype`, and over the passes of a step in float32 on each.
+    Gradients are summed in `reduce_dtype`, over the ranks and over the passes of a step on each: in bfloat16 what the 500th of many passes
+    adds is lost, so few and large passes go with it.
 
     A frozen encoder stays in full on every rank: it has no gradients and no optimiser state, which are most of what sharding saves.
 

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from src.modules.encoder.settings import EncoderSettings
+from src.modules.encoder.settings import EncoderSettings, RationaleFor
 from src.modules.policy.packaged import SMOLLM2, SMOLLM2_HUB_NAME, SMOLLM2_LICENSE
 
 CARD_FILE = "README.md"
@@ -77,7 +77,7 @@ def card(base: str, dimension: int, settings: EncoderSettings, facts: TrainingFa
         **facts.settings,
     }
     how = "writes a rationale about a text and embeds both" if writes else "embeds texts"
-    parts = [f"# {name}", f"A language model that {how}.", _table(rows), _loading(writes)]
+    parts = [f"# {name}", f"A language model that {how}.", _table(rows), _loading(settings.rationale)]
     if facts.table:
         parts += ["## Scores", "Main scores on held-out tasks, by the training run itself, in %.", _scores(facts.table)]
     if facts.example is not None:
@@ -134,9 +134,12 @@ def _scores(table: Mapping[str, Mapping[str, float]]) -> str:
     )
 
 
-def _loading(rationale: bool) -> str:
+def _loading(rationale: RationaleFor) -> str:
     """Returns the section on loading; the folder of the card is what `path` names."""
-    encode = "encode(texts, rationale=True)" if rationale else "encode(texts)"
+    encode = "encode(texts)" if rationale == "none" else "encode(texts, rationale=True)"
+    if rationale in ("query", "document"):
+        encode = "encode_query(queries)  # and encode_document(documents): rationales are written about one side"
+    side = f', prompt_type="{rationale}"' if rationale in ("query", "document") else ""
     return f"""## Loading it
 
 `path` is this repository's name, or a folder with its files.
@@ -156,7 +159,7 @@ With the project that trained it:
 from src.modules.encoder.encoder import RationaleEncoder
 
 encoder = RationaleEncoder.from_pretrained(path)
-vectors, rationales = encoder.explain(texts)
+vectors, rationales = encoder.explain(texts{side})
 ```
 
 With transformers, as the language model that writes the rationales:

@@ -1,7 +1,7 @@
 """Texts to embeddings: the policy writes a rationale about each text, and both are pooled."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -133,7 +133,7 @@ class RationaleEncoder:
         self,
         texts: Iterable[str],
         prompt_type: str | None = None,
-        rationale: bool | None = None,
+        rationale: RationaleFor | bool | None = None,
         batch_tokens: int | None = None,
         show_progress: bool = False,
     ) -> np.ndarray:
@@ -170,7 +170,7 @@ class RationaleEncoder:
         self,
         texts: Iterable[str],
         prompt_type: str | None = None,
-        rationale: bool | None = None,
+        rationale: RationaleFor | bool | None = None,
         batch_tokens: int | None = None,
         show_progress: bool = False,
     ) -> tuple[np.ndarray, list[str]]:
@@ -182,7 +182,12 @@ class RationaleEncoder:
         return embeddings, [str(self.policy.tokenizer.decode(ids.tolist(), skip_special_tokens=False)) for ids in rationales]
 
     def _run(
-        self, texts: Iterable[str], prompt_type: str | None, rationale: bool | None, batch_tokens: int | None, show_progress: bool
+        self,
+        texts: Iterable[str],
+        prompt_type: str | None,
+        rationale: RationaleFor | bool | None,
+        batch_tokens: int | None,
+        show_progress: bool,
     ) -> tuple[np.ndarray, list[Tensor], np.ndarray | None]:
         """Returns embeddings, the rationales' ids without their end token, and the prompts' embeddings if the engine gives them."""
         texts = strings_of(texts)
@@ -190,7 +195,8 @@ class RationaleEncoder:
         budget = self.batch_tokens if batch_tokens is None else _positive(batch_tokens)
         if not texts:
             return np.zeros((0, self.dimension), dtype=np.float32), [], None
-        policy, rationale = self.policy, self.writes(prompt_type) if rationale is None else rationale
+        policy = self.policy
+        rationale = self.writes(prompt_type) if rationale is None else rationale_for(rationale) in ("both", prompt_type)
         place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         distinct = list(place)
         prompts = self.renderers[prompt_type](distinct)
@@ -236,10 +242,12 @@ def strings_of(texts: Iterable[str]) -> list[str]:
     """Returns the texts of any iterable as a list.
 
     Raises:
-        TypeError: one string in place of several, or something that is no string.
+        TypeError: one string in place of several, something without an order of texts, or something that is no string.
     """
     if isinstance(texts, str):
         raise TypeError("texts is one string: give a list of texts, as in encode([text])")
+    if isinstance(texts, bytes | Mapping | Set) or not isinstance(texts, Iterable) or hasattr(texts, "columns"):
+        raise TypeError(f"texts is of type {type(texts).__name__}: give strings in an order, such as a list, an array or one column")
     found = list(texts)
     for place, text in enumerate(found):
         if not isinstance(text, str):

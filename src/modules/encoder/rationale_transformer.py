@@ -72,7 +72,7 @@ class RationaleTransformer(InputModule):
         for text in inputs:
             if not isinstance(text, str):
                 raise TypeError(f"this model embeds texts, not {type(text).__name__}")
-        instruction = prompt or self.settings["instruction"] or ""
+        instruction = (self.settings["instruction"] or "") if prompt is None else prompt
         if instruction not in self._renderers:
             s = self.settings
             self._renderers[instruction] = PromptRenderer(self.tokenizer, instruction, s["max_prompt_tokens"], s["template_kwargs"])

@@ -72,9 +72,9 @@ def remax(rewards: Tensor, keep: Tensor, baseline: Tensor) -> Tensor:
 
 
 def best_of_group(rewards: Tensor, keep: Tensor) -> Tensor:
-    """Returns 1 for the rollout of each group with the largest reward, and 0 for the others (RAFT, Dong et al., arXiv 2304.06767).
+    """Returns n for the rollout with the largest reward of the n that a group keeps, else 0 (RAFT, Dong et al., arXiv 2304.06767).
 
-    With the loss `reinforce` this is supervised fine-tuning on the best of K rationales.
+    With the loss `reinforce`, which is divided by all n, this is supervised fine-tuning on the best of them.
 
     Args:
         rewards, keep: [B, K] float32 and bool.
@@ -83,7 +83,7 @@ def best_of_group(rewards: Tensor, keep: Tensor) -> Tensor:
         [B, K] float32; zero where a group keeps fewer than two rollouts, or all its rewards are equal.
     """
     best = rewards.masked_fill(~keep, -torch.inf).argmax(dim=1, keepdim=True)
-    return torch.where(varies(rewards, keep, dim=1), torch.zeros_like(rewards).scatter(1, best, 1.0), 0.0)
+    return torch.where(varies(rewards, keep, dim=1), torch.zeros_like(rewards).scatter(1, best, 1.0) * keep.sum(dim=1, keepdim=True), 0.0)
 
 
 def reinforce_pp(rewards: Tensor, keep: Tensor, *, epsilon: float = 1e-6) -> Tensor:

@@ -126,6 +126,10 @@ class Algorithm:
                 raise ValueError(f"algorithm.{name}={getattr(self, name)!r}: it is {' or '.join(allowed)}")
         if self.kl_coef and self.kl_estimator == "k1" and self.kl_in == "loss":
             raise ValueError("algorithm.kl_estimator=k1 in the loss has a mean gradient of 0: use k2 or k3, or algorithm.kl_in=reward")
+        if self.kl_in == "pairs" and self.truncation == "mask":
+            raise ValueError(
+                "algorithm.kl_in=pairs compares all rollouts of a text, and algorithm.truncation=mask leaves some out: use another"
+            )
         if self.kl_in == "pairs" and self.kl_estimator != "k1":
             raise ValueError(
                 f"algorithm.kl_in=pairs compares log-ratios, and algorithm.kl_estimator={self.kl_estimator} is another: use k1"

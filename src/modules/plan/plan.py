@@ -55,7 +55,7 @@ def _work(cfg: DictConfig) -> Work:
         token_credit=cfg.algorithm.gae_lambda is not None,
         checkpointing=cfg.policy.gradient_checkpointing,
         reference=cfg.algorithm.kl_coef > 0,
-        pathwise=cfg.module.pathwise_weight > 0,
+        pathwise=cfg.module.pathwise_weight > 0 or cfg.module.distill_weight > 0,
         copies=int(cfg.algorithm.kl_coef > 0 and cfg.policy.lora is None) + int(cfg.policy.encoder == "frozen"),
     )
 

@@ -64,15 +64,17 @@ class Engine:
         if self.sleeps:
             torch.cuda.empty_cache()  # vLLM cannot use memory that the trainer only holds in reserve
             self.llm.wake_up(["weights"])
-        push(self.llm, policy.model)
-        if self.sleeps:
-            self.llm.wake_up(["kv_cache"])
-        # vLLM compiles a few functions even in eager mode; on a CPU that needs a compiler and takes longer than it saves
-        with torch.compiler.set_stance("force_eager") if self.on_cpu else nullcontext():
-            require_same_weights(self.llm, policy)
-            yield self.llm
-        if self.sleeps:
-            self.llm.sleep(level=2)
+        try:
+            push(self.llm, policy.model)
+            if self.sleeps:
+                self.llm.wake_up(["kv_cache"])
+            # vLLM compiles a few functions even in eager mode; on a CPU that needs a compiler and takes longer than it saves
+            with torch.compiler.set_stance("force_eager") if self.on_cpu else nullcontext():
+                require_same_weights(self.llm, policy)
+                yield self.llm
+        finally:
+            if self.sleeps:
+                self.llm.sleep(level=2)
 
 
 def vocabulary_of(policy: Policy) -> int:

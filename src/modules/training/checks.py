@@ -30,11 +30,12 @@ def check_settings(h: Mapping[str, Any], frozen_encoder: bool, algorithm: Algori
         )
     if not (score_function or pathwise or h["distill_weight"]):
         raise ValueError("module.score_function_weight=0 and module.pathwise_weight=0: nothing would be learned; set one above 0")
-    if not score_function and algorithm.kl_coef:
-        raise ValueError(
-            f"module.score_function_weight=0 leaves out the algorithm's loss, and algorithm.kl_coef={algorithm.kl_coef} with it: nothing "
-            "would hold the policy near its start; use a small weight in place of 0"
-        )
+    for name in ("kl_coef", "entropy_coef", "token_cost"):
+        if not score_function and (value := getattr(algorithm, name)):
+            raise ValueError(
+                f"module.score_function_weight=0 leaves out the algorithm's loss, and algorithm.{name}={value} with it, which then has no "
+                f"effect: use a small weight in place of 0, or algorithm.{name}=0"
+            )
     if h["distill_loss"] not in LOSSES:
         raise ValueError(f"module.distill_loss={h['distill_loss']!r}: it is {' or '.join(LOSSES)}")
     if not h["distill_weight"] >= 0:

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from src.modules.encoder.encoder import WRITTEN_AT_A_TIME, RationaleEncoder
+from src.modules.encoder.encoder import WRITTEN_AT_A_TIME, RationaleEncoder, strings_of
 from src.modules.encoder.export import export
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
@@ -224,3 +224,17 @@ def test_any_iterable_of_strings_is_embedded(tiny_policy: Policy, form: Any) -> 
 def test_what_is_no_string_is_named_with_its_place(tiny_policy: Policy, value: Any, kind: str) -> None:
     with pytest.raises(TypeError, match=rf"texts\[1\].*{kind}"):
         encoder(tiny_policy).encode(["a text", value])
+
+
+@pytest.mark.parametrize("texts", [{"a": 1}, {"a", "b"}, b"ab", None, 3], ids=["dict", "set", "bytes", "none", "int"])
+def test_texts_without_an_order_are_refused(texts: Any) -> None:
+    with pytest.raises(TypeError, match=f"type {type(texts).__name__}: give strings in an order"):
+        strings_of(texts)
+
+
+def test_rationale_of_a_call_has_the_values_of_the_setting(tiny_policy: Policy) -> None:
+    encoder = RationaleEncoder(tiny_policy, EncoderSettings("Name the terms.", 64, 3), HFEngine(3))
+    without = encoder.encode(["a text"], rationale=False)
+    np.testing.assert_array_equal(encoder.encode(["a text"], rationale="none"), without)
+    np.testing.assert_array_equal(encoder.encode(["a text"], prompt_type="document", rationale="query"), without)
+    assert not np.allclose(encoder.encode(["a text"], rationale="both"), without)

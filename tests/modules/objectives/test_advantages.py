@@ -51,7 +51,7 @@ def test_equal_or_left_out_rewards_change_nothing(name):
 def test_best_of_group_is_one_that_is_kept():
     rewards, keep = torch.tensor([[1.0, 3.0, 2.0], [1.0, 3.0, 2.0], [5.0, 5.0, 5.0], [4.0, 2.0, 9.0]]), torch.ones(4, 3, dtype=torch.bool)
     keep[1, 1] = keep[3, 1] = keep[3, 2] = False
-    assert best_of_group(rewards, keep).tolist() == [[0, 1, 0], [0, 0, 1], [0, 0, 0], [0, 0, 0]]
+    assert best_of_group(rewards, keep).tolist() == [[0, 3, 0], [0, 0, 2], [0, 0, 0], [0, 0, 0]]
 
 
 def test_rloo_is_scaled_grpo():
