@@ -27,11 +27,15 @@ def given_columns(columns: Mapping[str, Any], roles: Sequence[str]) -> Given:
     """Returns the setting `datamodule.columns` in its plain form; null is left out.
 
     Raises:
-        ValueError: a role that is not among `roles`, or several columns for a role other than negative.
+        ValueError: a role that is not among `roles`, a value that is no name, or several columns for a role other than negative.
     """
     unknown = [role for role in columns if role not in roles]
     if unknown:
         raise ValueError(f"datamodule.columns.{unknown[0]}: columns are named for {', '.join(roles)}")
+    for role, name in columns.items():
+        names = name if isinstance(name, Sequence) else [name]
+        if name is not None and not all(isinstance(one, str) for one in names):
+            raise ValueError(f"datamodule.columns.{role}={name!r}: it is the name of a column, in quotes if it is a number")
     given = {role: (name,) if isinstance(name, str) else tuple(name) for role, name in columns.items() if name is not None}
     several = [role for role, names in given.items() if role != "negative" and len(names) != 1]
     if several:

@@ -12,6 +12,8 @@ from pathlib import Path, PurePosixPath
 
 from huggingface_hub import snapshot_download
 
+from src.utils.plain_errors import HUB_ERRORS, reason
+
 log = logging.getLogger(__name__)
 
 _HUB = "hf://datasets/"
@@ -85,6 +87,7 @@ def _files_of(path: str, patterns: Sequence[str], revision: str | None) -> list[
         names = sorted(file.relative_to(root).as_posix() for file in root.glob(rest) if file.is_file())
         if not names:
             raise FileNotFoundError(f"no file matches datamodule.path={path!r}")
+        _refuse_twice(path, names)
         return [DataFile(inside(root, name), name) for name in names]
     snapshot, inner = _download(path, patterns, revision)
     if (snapshot / inner).is_dir():
@@ -102,9 +105,7 @@ def _in_folder(root: Path, path: str, patterns: Sequence[str], is_local: bool) -
             f"{path!r} holds {_few(unread)}, which {' or '.join(patterns)} leaves out: decompress them, add .gz files to "
             "datamodule.files, or move them elsewhere"
         )
-    twice = [name for name in names if any(name + suffix in names for suffix in _COMPRESSED)]
-    if twice:
-        raise ValueError(f"{path!r} holds {_few(twice)} both plain and compressed: move one of the two elsewhere")
+    _refuse_twice(path, names)
     json_files = [name for name in others if name.endswith(".json") and _fits(f"{name}l", patterns)]
     if not names:
         found = f" (there is {_few(json_files)})" if json_files else ""
@@ -114,6 +115,13 @@ def _in_folder(root: Path, path: str, patterns: Sequence[str], is_local: bool) -
     if json_files:
         log.warning("%s are not read: if they hold one record a line, add them to datamodule.files", _few(json_files))
     return [DataFile(inside(root, name), name) for name in _of_training(names, patterns)]
+
+
+def _refuse_twice(path: str, names: Sequence[str]) -> None:
+    """Raises ValueError for a file that is there both plain and compressed."""
+    twice = [name for name in names if any(name + suffix in names for suffix in _COMPRESSED)]
+    if twice:
+        raise ValueError(f"{path!r} holds {_few(twice)} both plain and compressed: move one of the two elsewhere")
 
 
 def _of_training(names: list[str], patterns: Sequence[str]) -> list[str]:
@@ -188,11 +196,10 @@ def _download(path: str, patterns: Sequence[str], revision: str | None) -> tuple
     wanted = [inner, *(f"{inner}/{pattern}" for pattern in patterns)] if inner else list(patterns)
     try:
         return Path(snapshot_download(name, repo_type="dataset", revision=match["revision"] or revision, allow_patterns=wanted)), inner
-    except OSError as error:  # all that the hub's client raises for what is absent or out of reach
-        reason = str(error).strip().splitlines()[0]
+    except HUB_ERRORS as error:
         part = f" --include '{inner}*'" if inner else ""
         raise FileNotFoundError(
-            f"no data at {path!r}: no such file or folder, and none from the hub ({reason}); where the hub is in reach, "
+            f"no data at {path!r}: no such file or folder, and none from the hub ({reason(error)}); where the hub is in reach, "
             f"`hf download {name} --repo-type dataset{part} --local-dir {name.split('/')[1]}`, copy that folder here, and "
             "give datamodule.path=<local file or folder>"
         ) from error

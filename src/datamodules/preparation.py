@@ -38,7 +38,7 @@ SHOWN = 20
 MALFORMED = "malformed.txt"
 """The file in a prepared folder with every bad record as `file:line: reason`; absent if there are none."""
 
-_FORMAT = 2  # raise when the prepared content changes, so that older folders are not used
+_FORMAT = 3  # raise when the prepared content changes, so that older folders are not used
 _CHUNK_BYTES = 8 * 2**20
 _BATCH_RECORDS, _BATCH_CHARACTERS = 512, 4 * 2**20  # tokenised at once
 _REPORT_FILE = "report.json"

@@ -1,6 +1,5 @@
 """Makes checked triplets of the rows of files."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,11 +8,12 @@ from typing import Any, Protocol
 
 from src.datamodules.columns import Given, Roles, given_columns, in_words, roles_of
 from src.datamodules.files import DataFile
-from src.datamodules.rows import BadRecord, Chunk, checked_text, kind_of, parsed, records, text_lines
+from src.datamodules.rows import BadRecord, Chunk, checked_text, json_value, kind_of, parsed, records, text_lines
 from src.records import Triplet
 
 _PEEKED = 1000  # rows in which names of columns are looked for
 _TABLES = ("parquet", "csv", "tsv")
+_JSON_LINES = ("jsonl", "ndjson", "json")
 
 
 class Reader(Protocol):
@@ -106,7 +106,7 @@ class SentenceReader:
     """Reads one text a line, which is its own query and positive (unsupervised). Blank lines are skipped.
 
     A line that is a JSON object, and a row of parquet, CSV or TSV, gives the text of a column: the one that `columns` names, `text` or
-    `sentence`, or the only one of a table.
+    `sentence`, or the only one of a table. A line of .jsonl, .ndjson or .json is such an object or a JSON string, which is the text.
 
     Attributes:
         columns: the name of `text`, see `given_columns`.
@@ -118,13 +118,15 @@ class SentenceReader:
         object.__setattr__(self, "columns", given_columns(dict(self.columns), ("text",)))
 
     def read(self, chunk: Chunk) -> Iterator[Triplet | BadRecord]:
-        rows = records(chunk, self._select) if chunk.file.format in _TABLES else text_lines(chunk)
+        is_text = chunk.file.format not in (*_TABLES, *_JSON_LINES)
+        rows = parsed(text_lines(chunk), _text_or_object) if is_text else records(chunk, self._select)
         return (record for _, record in parsed(rows, partial(self._triplet, chunk.file)))
 
     def describe(self, file: DataFile) -> str:
         if file.format not in _TABLES:
             return "a text a line"
-        return f"text={self._column(first_names(file), table=True)}"
+        names = first_names(file)
+        return f"text={self._column(names, table=True)}" if names else ""
 
     def _column(self, names: Sequence[str], table: bool) -> str:
         roles = roles_of(tuple(names), self.columns, ("text",))
@@ -143,13 +145,10 @@ class SentenceReader:
             raise ValueError(f"{file} has {error}") from error
 
     def _triplet(self, file: DataFile, where: str, row: Any) -> Triplet:
-        table = isinstance(row, dict)
-        values = row if table else _json_object(row)
-        if values is None:
-            text = row.strip()
-        else:
-            name = self._column(tuple(values), table)
-            text = checked_text(name, values[name]).strip()
+        if not isinstance(row, dict | str):
+            raise ValueError(f"a line is a JSON object or a JSON string, not {kind_of(row)}")
+        name = self._column(tuple(row), file.format in _TABLES) if isinstance(row, dict) else "text"
+        text = checked_text(name, row[name] if isinstance(row, dict) else row).strip()
         return Triplet(where, text, text, (), file.stem)
 
 
@@ -168,13 +167,14 @@ def _first(name: str, value: Any) -> str:
     return checked_text(name, value)
 
 
-def _json_object(line: str) -> dict[str, Any] | None:
-    """Returns the object that a line is; None of any other line, such as a sentence in braces."""
+def _text_or_object(where: str, line: str) -> Any:
+    """Returns the JSON object that a line of text is, else the line, such as a sentence in braces. A cut object raises ValueError."""
     text = line.strip()
+    if text.startswith('{"'):
+        return json_value(where, text)
     if not (text.startswith("{") and text.endswith("}")):
-        return None
+        return text
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return values if isinstance(values, dict) else None
+        return json_value(where, text)
+    except ValueError:
+        return text

@@ -87,7 +87,7 @@ def parsed(rows: Rows, parse: Callable[[str, Any], Any]) -> Rows:
 
 
 def checked_text(field: str, value: Any) -> str:
-    """Returns a value that is a non-empty text; bytes, which parquet gives, are decoded.
+    """Returns a value that is a non-empty text, without byte order marks; bytes, which parquet gives, are decoded.
 
     Raises:
         ValueError: it is no text, is blank, or holds a NUL, invalid UTF-8 or half of a surrogate pair.
@@ -96,6 +96,7 @@ def checked_text(field: str, value: Any) -> str:
         value = _decoded(value, f"{field} is ")
     if not isinstance(value, str):
         raise ValueError(f"{field} must be text, not {kind_of(value)}")
+    value = value.replace("\ufeff", "")  # JSON can escape it; `_checked_line` removes literal ones
     if not value.strip():
         raise ValueError(f"{field} is empty")
     if "\0" in value:
@@ -155,11 +156,16 @@ def text_lines(chunk: Chunk) -> Rows:
 
 
 def json_rows(chunk: Chunk) -> Rows:
-    """Yields the JSON value of each line."""
-    return parsed(text_lines(chunk), _json_value)
+    """Yields the JSON value of each line. Raises ValueError for a .json file that is one array."""
+    if chunk.file.format == "json":
+        with _opened(chunk.file) as content:
+            if content.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                raise ValueError(f"{chunk.file.name} is one JSON array: write JSON lines, one record a line")
+    return parsed(text_lines(chunk), json_value)
 
 
-def _json_value(where: str, line: str) -> Any:
+def json_value(where: str, line: str) -> Any:
+    """Returns the JSON value of a line; raises ValueError if it is not JSON."""
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
@@ -214,6 +220,8 @@ def csv_rows(chunk: Chunk, select: Select | None = None) -> Rows:
 
 
 def _header(chunk: Chunk, names: list[str], select: Select | None) -> list[str]:
+    if repeated := next((name for name in names if name and names.count(name) > 1), None):
+        raise ValueError(f"{chunk.file.name} has more than one column {repeated!r}: rename or remove all but one")
     if select is not None:
         select(chunk.file.name, names)
     return names
@@ -253,7 +261,7 @@ def parquet_rows(chunk: Chunk, select: Select) -> Rows:
         ValueError: it is no parquet file, or `select` refuses its columns.
     """
     with open_parquet(chunk.file) as file:
-        columns = list(select(chunk.file.name, file.schema_arrow.names))
+        columns = list(select(chunk.file.name, names)) if (names := file.schema_arrow.names) else []
         number, groups = chunk.first, range(chunk.start, min(chunk.end, file.metadata.num_row_groups))
         for batch in file.iter_batches(256, row_groups=groups, columns=columns, use_threads=False):
             values = [_as_bytes(batch.column(name)).to_pylist() for name in columns]

@@ -43,7 +43,13 @@ def test_given_names_come_first():
 
 @pytest.mark.parametrize(
     ("columns", "message"),
-    [({"anchor": "a"}, r"datamodule\.columns\.anchor: .*query, positive"), ({"query": ["a", "b"]}, r"columns\.query=\['a', 'b'\]")],
+    [
+        ({"anchor": "a"}, r"datamodule\.columns\.anchor: .*query, positive"),
+        ({"query": ["a", "b"]}, r"columns\.query=\['a', 'b'\]"),
+        ({"query": 0}, r"^datamodule\.columns\.query=0: it is the name of a column"),
+        ({"query": {"a": "b"}}, r"^datamodule\.columns\.query=\{'a': 'b'\}: it is the name of a column"),
+        ({"negative": ["a", 1]}, r"^datamodule\.columns\.negative=\['a', 1\]: it is the name of a column"),
+    ],
 )
 def test_impossible_names(columns, message):
     with pytest.raises(ValueError, match=message):
@@ -161,3 +167,12 @@ def test_only_column_of_a_table_is_its_text(tmp_path):
     assert [t.query for t in read(SentenceReader(), path)] == ["one", "two, three"]
     assert SentenceReader().describe(DataFile(path, path.name)) == "text=whatever"
     assert isinstance(read(SentenceReader(), write(tmp_path / "data.txt", json.dumps({"whatever": "x"}).encode()))[0], BadRecord)
+
+
+@pytest.mark.parametrize(("name", "header"), [("data.csv", b"query,positive,negative,query"), ("data.tsv", b"query\tpositive\tquery")])
+def test_repeated_column_is_refused(tmp_path, name, header):
+    path = write(tmp_path / name, header)
+    with pytest.raises(ValueError, match=rf"^{name} has more than one column 'query': rename"):
+        read(TripletReader(0), path)
+    unnamed = write(tmp_path / "unnamed.csv", b"query,positive,,", b"a,b,,")  # as spreadsheets save empty columns
+    assert [t.query for t in read(TripletReader(0), unnamed)] == ["a"]

@@ -57,6 +57,7 @@ def test_shards_share_a_stem(tmp_path, name, stem):
         (["a.jsonl", "b.jsonl.zst"], "", ["*.jsonl"], r"holds b\.jsonl\.zst, .*datamodule\.files"),
         (["a.jsonl", "b.parquet.xz"], "", ["*.jsonl", "*.parquet"], r"holds b\.parquet\.xz, .*datamodule\.files"),
         (["a.jsonl", "a.jsonl.gz"], "", ["*.jsonl", "*.jsonl.gz"], r"holds a\.jsonl both plain and compressed"),
+        (["a.jsonl", "a.jsonl.gz"], "*.jsonl*", ["*.jsonl"], r"holds a\.jsonl both plain and compressed"),
         (["a.jsonl.zst"], "a.jsonl.zst", ["*.jsonl"], r"a\.jsonl\.zst' is compressed"),
         (["b.json"], "", ["*.jsonl"], r"matches \*\.jsonl \(there is b\.json\)"),
         ([], "", ["*.jsonl", "*.parquet"], r"matches \*\.jsonl or \*\.parquet: give datamodule\.path"),

@@ -190,6 +190,8 @@ def test_a_negative_that_equals_the_positive_is_no_negative(tmp_path, negative, 
         ({"text": "a sentence", "id": 1}, "a sentence"),
         (b"{curly} sentence {}", "{curly} sentence {}"),
         ({"title": "t"}, "without the field 'text'"),
+        (b'{"text": "a senten', "not JSON (Unterminated string"),
+        (b'{"text": "a"}, "b"', "not JSON (Extra data"),
     ],
 )
 def test_sentences_of_json_lines(tmp_path, line, expected):
@@ -197,3 +199,43 @@ def test_sentences_of_json_lines(tmp_path, line, expected):
     assert expected in (record.reason if isinstance(record, BadRecord) else [record.query])
     (record,) = read(SentenceReader({"text": "title"}), write(tmp_path / "data.txt", {"title": "t"}))
     assert record.positive == "t"
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.ndjson", "data.json", "data.jsonl.gz"])
+def test_sentences_of_json_files_are_json(tmp_path, name):
+    lines = [{"text": "an object"}, "a string", b"plain text", 3, ["a list"], None, " ", b'{"text": "cut', {"sentence": "last"}]
+    path = write(tmp_path / name, *lines)
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    records = read(SentenceReader(), path)
+    assert [r.query for r in records if isinstance(r, Triplet)] == ["an object", "a string", "last"]
+    reasons = {r.where: r.reason for r in records if isinstance(r, BadRecord)}
+    assert list(reasons) == [f"{name}:{line}" for line in range(3, 9)]
+    assert reasons[f"{name}:3"].startswith("not JSON (")
+    assert reasons[f"{name}:4"] == "a line is a JSON object or a JSON string, not a number"
+    assert reasons[f"{name}:7"] == "text is empty"
+
+
+@pytest.mark.parametrize("reader", [SentenceReader(), TripletReader()], ids=repr)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_array_is_refused(tmp_path, reader, indent):
+    path = write(tmp_path / "data.json", json.dumps([GOOD, GOOD], indent=indent).encode())
+    with pytest.raises(ValueError, match=r"^data\.json is one JSON array: write JSON lines, one record a line$"):
+        read(reader, path)
+
+
+def test_escaped_bom_is_removed(tmp_path):
+    path = write(tmp_path / "data.jsonl", {"text": "\ufeffHello"}, {"text": "\ufeff"})
+    assert b"\\ufeffHello" in path.read_bytes()
+    hello, empty = read(SentenceReader(), path)
+    assert (hello.query, str(empty)) == ("Hello", "data.jsonl:2: text is empty")
+
+
+@pytest.mark.parametrize("reader", [SentenceReader({"text": "query"}), TripletReader()], ids=repr)
+@pytest.mark.parametrize("name", ["none.csv", "none.tsv", "header.csv", "none.parquet", "bare.parquet"])
+def test_table_without_rows(tmp_path, reader, name):
+    path = write(tmp_path / name, *([b"query,positive,negative"] if name == "header.csv" else []))
+    if name.endswith(".parquet"):
+        pq.write_table(table().slice(0, 0) if name == "none.parquet" else pa.table({}), path)
+    assert reader.describe(DataFile(path, name)) == ""
+    assert read(reader, path) == []
