@@ -51,8 +51,8 @@ format: .venv/installed-dev ## Rewrite the code in the project's format
 	$(BIN)/python -m ruff format .
 	$(BIN)/python -m ruff check --fix .
 
-ui: .venv/installed ## Open the MLflow UI on the runs of this folder
-	$(BIN)/python -m mlflow ui --backend-store-uri "sqlite:///$(CURDIR)/mlflow.db" $(ARGS)
+ui: .venv/installed ## Open the MLflow UI on the store of MLFLOW_TRACKING_URI, or else on the runs of this folder
+	$(BIN)/python -m mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(CURDIR)/mlflow.db}" $(ARGS)
 
 doctor: .venv/installed ## Look at this machine: versions, devices, memory, disk, hub, store, and what that means for the experiments
 	$(BIN)/python -m src.doctor $(ARGS)

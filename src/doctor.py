@@ -24,6 +24,7 @@ from rich.table import Table
 from src.modules.plan.memory import always, while_sampling, while_updating
 from src.modules.plan.plan import plan
 from src.utils.machine import describe_machine, has_bfloat16, has_gpu, register_machine_resolvers
+from src.utils.mlflow_store import UNUSABLE, default_store
 from src.utils.outbox import first_line, store_errors
 from src.utils.run_info import PACKAGES
 from src.utils.secrets import redact
@@ -89,16 +90,17 @@ def services(cfg: DictConfig, seconds: float = 3.0) -> list[Finding]:
                 "name folders by policy.path= and datamodule.path=, or set HTTPS_PROXY or HF_ENDPOINT; the default experiment needs no hub"
             )
             hub = Finding("hub", f"{constants.ENDPOINT} does not answer{proxy} ({type(error).__name__})", advice)
-    uri = str(cfg.paths.tracking_uri)
+    uri = cfg.paths.tracking_uri or default_store()
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         return [hub, Finding("MLflow", redact(uri), "not there yet: the first run makes it")]
     os.environ |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(int(seconds))}
     from mlflow.tracking import MlflowClient
 
+    errors: tuple[type[Exception], ...] = (*UNUSABLE, *store_errors())
     try:
         count = len(MlflowClient(uri).search_experiments())
         store = Finding("MLflow", redact(uri), f"{count} experiments; `make ui` shows a store of this folder")
-    except store_errors() as error:
+    except errors as error:
         store = Finding(
             "MLflow", redact(uri), f"cannot be used ({first_line(error)}): start it, set paths.tracking_uri, or use logger=none"
         )

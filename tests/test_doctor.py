@@ -26,6 +26,10 @@ def test_services_that_are_away(compose, monkeypatch, tmp_path, offline):
     assert ("not asked" if offline else "does not answer (ConnectionError)") in hub.found
     assert store.meaning.startswith("cannot be used (")
     assert "secret" not in str(store)
+    (tmp_path / "damaged.db").write_text("no database, " * 9)
+    for uri in (f"sqlite:///{tmp_path}/damaged.db", "postgresql://me:secret@localhost/runs"):
+        cfg.paths.tracking_uri = uri
+        assert "cannot be used (" in doctor.services(cfg)[1].meaning
     cfg.paths.tracking_uri = f"sqlite:///{tmp_path}/none.db"
     assert doctor.services(cfg)[1].meaning == "not there yet: the first run makes it"
     assert not (tmp_path / "none.db").exists()

@@ -46,9 +46,10 @@ def test_base_and_trained_policy_side_by_side(compose, tiny_policy_folder, tmp_p
         assert data.params["rationale"] == ("none" if row == "Base" else "both")
 
 
-@pytest.mark.parametrize("store", ["absent", "deleted"])
+@pytest.mark.parametrize("store", ["absent", "deleted", "damaged"])
 def test_store_that_cannot_be_had_loses_nothing(compose, tiny_policy_folder, tmp_path, tracking_uri, capsys, caplog, store):
-    uri = tracking_uri if store == "deleted" else f"http://127.0.0.1:{free_port()}"
+    uri = {"deleted": tracking_uri, "damaged": f"sqlite:///{tmp_path}/damaged.db"}.get(store, f"http://127.0.0.1:{free_port()}")
+    (tmp_path / "damaged.db").write_text("no database, " * 9)
     places = ["benchmark=[MySTS]", f"data_dir={write_own_tasks(tmp_path / 'data')}", f"project={tmp_path.name}"]
     cfg = compose(*places, f"model={tiny_policy_folder}", "rationale=false", config_name="evaluate")
     cfg.paths.tracking_uri = uri

@@ -171,7 +171,7 @@ class PreparedDataModule(L.LightningDataModule):
         if self._prepared is not None:
             return
         found, limit = find_files(self.path, self.files, self.revision), self.limit()
-        self.read_as = " | ".join(dict.fromkeys(self.reader.describe(file) for file in found))
+        self.read_as = " | ".join(dict.fromkeys(filter(None, (self.reader.describe(file) for file in found))))
         log.info("read as %s", self.read_as)
         folder = prepare(found, self.reader, limit, self.cache_dir, self.num_proc)
         self.report = report = load_report(folder)

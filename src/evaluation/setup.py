@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -120,8 +121,16 @@ def keep_scores(cfg: DictConfig, rows: Sequence[Contender], scores: Mapping[str,
         log.warning("%s: the scores are not in MLflow but in %s; the same command sends them, and computes none again", error, file)
 
 
+def _new_run(cfg: DictConfig, name: str) -> Any:
+    """Returns a logger that starts a run; raises what the logger raises, and not Hydra's error around it."""
+    try:
+        return instantiate(cfg.logger, run_name=name, folder=None)
+    except InstantiationException as error:
+        raise error.__cause__ or error from None
+
+
 def _log_scores(cfg: DictConfig, row: Contender, scores: EvaluationScores, tasks: Sequence[Any]) -> None:
-    logger = instantiate(cfg.logger, run_name=f"{cfg.name}: {row.name}", folder=None)  # always a new run
+    logger = _new_run(cfg, f"{cfg.name}: {row.name}")
     own = cfg.copy()
     own.model, own.rationale = row.path, row.rationale
     log_run_info([logger], own, root=Path(cfg.paths.root), what=f"Scores of {row.name}: `{row.path}`")
@@ -145,7 +154,7 @@ def report_abilities(cfg: DictConfig, policies: Policies, base: str, console: Co
         write_atomic(file, ability_markdown(changes))
         if cfg.get("logger"):
             try:
-                logger = instantiate(cfg.logger, run_name=f"{cfg.name}: abilities of {name}", folder=None)
+                logger = _new_run(cfg, f"{cfg.name}: abilities of {name}")
                 log_run_info([logger], cfg, root=Path(cfg.paths.root), what=f"General abilities of {name} beside {Path(base).name}")
                 logger.log_metrics(ability_metrics(changes))
                 logger.finalize("success")

@@ -13,13 +13,21 @@ from mlflow.entities import Experiment, LifecycleStage
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from mlflow.utils.validation import MAX_ENTITY_KEY_LENGTH, MAX_PARAM_VAL_LENGTH
+from sqlalchemy.exc import SQLAlchemyError
 
+from src.utils.outbox import NO_ANSWER
 from src.utils.secrets import redact
 
 log = logging.getLogger(__name__)
 
-_REFUSED = re.compile(r"[^\w/. -]")
-"""Characters that MLflow takes in no name of a metric. Letters and digits of any script are taken; combining marks are not."""
+if os.environ.get("MLFLOW_TRACKING_URI") == "":  # configs/paths would take it for a store
+    del os.environ["MLFLOW_TRACKING_URI"]
+
+UNUSABLE = (*NO_ANSWER, SQLAlchemyError, ImportError)
+"""Errors of a store that cannot be opened: no server, a URI that is none, a damaged database, a database without its driver."""
+
+_REFUSED = re.compile(r"[^\w/. -]|^\.\.")
+"""What MLflow takes in no name of a metric or a parameter. Letters and digits of any script are taken; combining marks are not."""
 
 
 _NOTE = """Runs of `python train.py` and `python evaluate.py` with this `project=`.
@@ -39,10 +47,13 @@ def default_store() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(__file__).resolve().parents[2]}/mlflow.db"
 
 
-def metric_name(name: str) -> str:
-    """Returns the name under which MLflow takes a metric: the same, or with `_` for what it refuses and a digest, so that names differ."""
-    plain = _REFUSED.sub("_", name)
-    if plain == name and len(name) <= MAX_ENTITY_KEY_LENGTH:
+def mlflow_name(name: str) -> str:
+    """Returns the name under which MLflow takes a metric or a parameter.
+
+    That is the same, or one without what MLflow refuses and with a digest, so that names differ. It refuses paths that can be shorter.
+    """
+    plain = _REFUSED.sub("_", "/".join(part for part in name.split("/") if part not in ("", ".", "..")))
+    if name and plain == name and len(name) <= MAX_ENTITY_KEY_LENGTH:
         return name
     return f"{plain[: MAX_ENTITY_KEY_LENGTH - 7]}_{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 

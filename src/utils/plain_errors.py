@@ -9,14 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
 from src.utils.secrets import redact
 
+HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HFValidationError, *HfHubHTTPError.__bases__)
+"""Errors of the hub's client: absent, out of reach, no name of the hub. The bases are those of the HTTP library that it uses."""
+
 _ROOT = Path(__file__).resolve().parents[2]
 _OURS = (ValueError, LookupError, RuntimeError, TypeError, ImportError)
-_NETWORK = {"httpx", "requests", "urllib3", "huggingface_hub"}
+_NETWORK = {"httpx", "httpx2", "requests", "urllib3", "huggingface_hub"}
 _HYDRA, _BY_US = "HYDRA_FULL_ERROR", "GRACE_PLAIN_ERRORS"  # the second tells child processes that the user did not set the first
 
 
@@ -69,9 +73,14 @@ def said(error: BaseException) -> str | None:
         return " ".join(text.split())
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({first}): dry_run=true plans what fits; module.micro_batch_tokens= is the first to lower"
-    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK:
+    if isinstance(error, HUB_ERRORS) or type(error).__module__.partition(".")[0] in _NETWORK:
         return first
     return None
+
+
+def reason(error: Exception) -> str:
+    """Returns the first line of an error's message; its name if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _raised_here(error: BaseException) -> bool:

@@ -24,7 +24,7 @@ from mlflow.tracking import MlflowClient
 
 from src.utils.atomic import write_atomic
 from src.utils.data_contents import DataContents
-from src.utils.mlflow_store import experiment_id, follow_move, metric_name, param_value
+from src.utils.mlflow_store import UNUSABLE, default_store, experiment_id, follow_move, mlflow_name, param_value
 from src.utils.outbox import NO_ANSWER, Message, Outbox, first_line, is_refusal, retryable, summary
 from src.utils.run_history import History, log_data, log_model, replace_table
 from src.utils.secrets import redact
@@ -51,10 +51,13 @@ class RunLogger(MLFlowLogger):
         experiment_name: in MLflow.
         folder: for this logger's files; None starts a new run and makes a server that does not answer an error.
         seconds_between_tries: how long a server that did not answer is left alone.
-        tracking_uri: of the store.
+        tracking_uri: of the store; empty: the default one.
         artifact_location: of a local SQLite store; any other store has its own place for artifacts.
         system_metrics: seconds between two looks at the machine, from `watch_machine` on; None: never.
         settings: of MLFlowLogger.
+
+    Raises:
+        ConnectionError: the tracking URI is none, or its database cannot be opened.
     """
 
     def __init__(
@@ -74,8 +77,12 @@ class RunLogger(MLFlowLogger):
         started = {}
         if self._folder is not None and (self._folder / RUN).exists():
             started = json.loads((self._folder / RUN).read_text(encoding="utf-8"))
+        tracking_uri = tracking_uri or default_store()
         settings |= {"tracking_uri": tracking_uri, "artifact_location": artifact_location if tracking_uri.startswith("sqlite:") else None}
-        super().__init__(experiment_name, run_id=started.get("run_id"), **settings)
+        try:
+            super().__init__(experiment_name, run_id=started.get("run_id"), **settings)
+        except UNUSABLE as error:
+            raise ConnectionError(_no_store(tracking_uri, error)) from error
         self._experiment_id = started.get("experiment_id")
         self.resumed = self._run_id is not None
         queues = () if self._folder is None else (self._folder / UNSENT, self._folder / UNSENT_FILES)
@@ -103,11 +110,8 @@ class RunLogger(MLFlowLogger):
         try:
             self._experiment_id = experiment_id(self._mlflow_client, self._experiment_name, self._artifact_location)
             client: MlflowClient = super().experiment
-        except NO_ANSWER as error:
-            where = redact(self._tracking_uri)
-            raise ConnectionError(
-                f"no MLflow at {where}: {first_line(error)}. Start it, set paths.tracking_uri, or use logger=none"
-            ) from error
+        except UNUSABLE as error:
+            raise ConnectionError(_no_store(str(self._tracking_uri), error)) from error
         if self._folder is not None:
             write_atomic(self._folder / RUN, json.dumps({"run_id": self._run_id, "experiment_id": self._experiment_id}) + "\n")
         return client
@@ -132,7 +136,7 @@ class RunLogger(MLFlowLogger):
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
         """Logs parameters; those that a resumed run has stay, as MLflow changes none."""
         values = vars(params) if isinstance(params, Namespace) else params
-        self._send({"call": "log_batch", "params": {name: param_value(value) for name, value in flatten(values, "/")}})
+        self._send({"call": "log_batch", "params": {mlflow_name(name): param_value(value) for name, value in flatten(values, "/")}})
 
     @rank_zero_only
     def log_tags(self, tags: Mapping[str, str]) -> None:
@@ -142,7 +146,7 @@ class RunLogger(MLFlowLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         now = int(time() * 1000)
-        points = [[metric_name(key), float(value), now, step or 0] for key, value in metrics.items()]
+        points = [[mlflow_name(key), float(value), now, step or 0] for key, value in metrics.items()]
         self._send({"call": "log_batch", "metrics": points})
 
     @rank_zero_only
@@ -319,6 +323,10 @@ def flatten(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -
             yield from flatten(value, separator, f"{prefix}{key}{separator}")
         else:
             yield f"{prefix}{key}", value
+
+
+def _no_store(uri: str, error: Exception) -> str:
+    return f"no MLflow at {redact(uri)}: {first_line(error)}. Start it, set paths.tracking_uri, or use logger=none"
 
 
 def _renamed(file: Path, run_id: str) -> Path:

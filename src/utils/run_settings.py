@@ -27,6 +27,7 @@ _WITHOUT_EFFECT = {
 }
 """Last parts of names: places, and how much is computed at a time."""
 _DATA = "data."
+_NAMES_DATA = tuple(f"datamodule.{name}" for name in ("_target_", "path", "files", "revision", "columns", "train_packages"))
 _RENAMED_CLASSES = {"HFRollouts": "HFEngine", "VLLMRollouts": "VLLMEngine"}
 _SECOND_REWARD = "module.pathwise_reward"
 
@@ -83,11 +84,12 @@ def require_same_data(settings: Mapping[str, Any], checkpoint: str | None, allow
         allowed: go on nevertheless; `settings_changed` then names the change.
 
     Raises:
-        RuntimeError: the data changed, and no setting of the datamodule that would say so.
+        RuntimeError: the data changed, and none of the datamodule's settings that name the data.
     """
     before = read_settings(Path(checkpoint).parent.parent) if checkpoint is not None and not allowed else None
-    changed = [line for line in changes(_with_data(before or settings, settings), settings) if line.startswith((_DATA, "datamodule."))]
-    if changed and all(line.startswith(_DATA) for line in changed):
+    lines = changes(_with_data(before or settings, settings), settings)
+    changed = [line for line in lines if line.startswith(_DATA)]
+    if changed and not any(_within(line.partition("=")[0], _NAMES_DATA) for line in lines):
         raise RuntimeError(
             f"the training data is not what the run of {checkpoint} began with ({'; '.join(changed)}): put it back, start a new run, or go "
             "on with it as it is now, at the old place in a new order, by allow_changed_data=true"

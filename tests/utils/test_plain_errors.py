@@ -2,8 +2,11 @@
 
 import errno
 import logging
+import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -63,6 +66,53 @@ def test_traceback_goes_to_the_log_file(tmp_path, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(FileNotFoundError), plain_errors("train.py"):
         require_files(str(tmp_path))
+
+
+class AskingProxy(BaseHTTPRequestHandler):
+    """Wants a password."""
+
+    def do_CONNECT(self):
+        self.send_response(407)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+HUB_CODE = """
+from huggingface_hub import snapshot_download
+from src.datamodules.files import find_files
+from src.modules.policy.loading import find_model
+from src.utils.plain_errors import plain_errors
+for look in (find_model, lambda name: find_files(name, ["*.txt"]), snapshot_download):
+    try:
+        with plain_errors("x"):
+            look({name!r})
+    except SystemExit as ended:
+        print(ended)
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "name", "why"),
+    [
+        ({"HF_ENDPOINT": "foo://bar"}, "owner/name", "unsupported protocol 'foo://'"),
+        ({"HTTPS_PROXY": "http://127.0.0.1:{port}"}, "owner/name", "407 Proxy Authentication Required"),
+        ({}, "owner/na..me", "Cannot have -- or .. in repo_id"),
+    ],
+)
+def test_errors_of_the_hub_are_lines(tmp_path, variables, name, why):
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), AskingProxy)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    own = {key: value.format(port=proxy.server_port) for key, value in variables.items()}
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)} | own
+    done = subprocess.run([sys.executable, "-c", HUB_CODE.format(name=name)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    proxy.shutdown()
+    model, data, plain = done.stdout.splitlines()
+    assert model.startswith(f"x: no policy at '{name}': ")
+    assert data.startswith(f"x: no data at '{name}': ")
+    assert all(why in line for line in (model, data, plain))
 
 
 @pytest.mark.timeout(900)  # two processes: seconds on an idle machine, minutes on a busy one

@@ -1,7 +1,9 @@
 """What is recorded of a run, and which settings make it another run when it resumes."""
 
 import logging
+import os
 import subprocess
+import sys
 
 import pytest
 from hydra import compose as hydra_compose
@@ -89,6 +91,13 @@ def test_store_is_that_of_the_environment_where_no_setting_is_given(monkeypatch,
         assert hydra_compose("train", ["paths.tracking_uri=sqlite:///mine.db"]).logger.tracking_uri == "sqlite:///mine.db"
 
 
+def test_empty_variable_is_unset():
+    code = "import os, src.utils.run_logger, src.utils.mlflow_store as m; print(os.environ.get('MLFLOW_TRACKING_URI'), m.default_store())"
+    environment = os.environ | {"MLFLOW_TRACKING_URI": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["None", f"sqlite:///{ROOT}/mlflow.db"]
+
+
 # ---- settings
 
 
@@ -148,6 +157,10 @@ def test_data_under_the_same_settings_must_be_the_same(tmp_path):
         RuntimeError, match=r"\(data.digest=bb in place of aa; data.records=250 in place of 200\): .* allow_changed_data=true$"
     ):
         require_same_data(other, checkpoint, allowed=False)
+    with pytest.raises(RuntimeError, match="the training data is not what"):  # other settings do not say that the data is another
+        require_same_data(other | {"datamodule.batch_size": 8}, checkpoint, allowed=False)
+    for named in ("revision", "files", "columns.text", "_target_", "train_packages"):
+        require_same_data(other | {f"datamodule.{named}": "new"}, checkpoint, allowed=False)
     assert settings_changed(other, tmp_path, checkpoint)
 
 

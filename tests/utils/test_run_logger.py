@@ -15,12 +15,16 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.utils.validation import _validate_metric, _validate_param
 
 from src.utils.data_contents import DataContents
 from src.utils.outbox import Outbox
+from src.utils.plain_errors import said
 from src.utils.run_logger import RunLogger
 from tests.programs import free_port
 from tests.small_disk import small_disk
@@ -118,6 +122,8 @@ NAMES = [
     "eval/task/a:b",
     "eval/task/a;b",
     "a" * 400,
+    *("a//b", "a/", "/a", "/x", "../x", "..x", "a/./b", "a/../b", ".", "..", "", "a/b", "./..x"),
+    *("a(b)", "a+b", "x@y", "a" * 251, f"{'a' * 242}/{'b' * 9}", f"{'a' * 240}/../{'b' * 9}"),
 ]
 
 
@@ -127,6 +133,12 @@ def test_names_of_any_script_are_taken_and_differ(logger):
     found = ours.experiment.get_run(ours.run_id).data.metrics
     assert sorted(found.values()) == list(range(len(NAMES)))
     assert {name: found[name] for name in NAMES[:3]} == {name: float(i) for i, name in enumerate(NAMES[:3])}
+    ours.log_hyperparams({name: i for i, name in enumerate(NAMES)})
+    params = ours.experiment.get_run(ours.run_id).data.params
+    assert {name: int(value) for name, value in params.items()} == found
+    for name in found:
+        _validate_metric(name, 1.0, 0, 0)
+        _validate_param(name, "1")
 
 
 def test_data_is_linked_once(logger):
@@ -299,6 +311,33 @@ def test_missing_server_is_one_line(logger):
     with pytest.raises(ConnectionError, match=r"^no MLflow at http://me:\*\*\*@127.0.0.1:\d+: .*logger=none$") as caught:
         logger(tracking_uri=f"http://me:secret@127.0.0.1:{free_port()}").log_metrics({"loss": 1.0}, 1)
     assert "secret" not in str(caught.value)
+
+
+UNUSABLE = {
+    "./mlruns": "is in maintenance mode",
+    "foo://bar": "unsupported URI 'foo://bar'",
+    "sqlite:///damaged.db": "file is not a database",
+    "postgresql://me:secret@localhost/runs": "No module named 'psycopg",
+}
+
+
+@pytest.mark.parametrize("uri", UNUSABLE)
+def test_unusable_store_is_one_line(logger, tmp_path, monkeypatch, uri):
+    monkeypatch.chdir(tmp_path)
+    Path("damaged.db").write_text("no database, " * 9)
+    with pytest.raises(ConnectionError, match=r"^no MLflow at [^\n]*logger=none$") as caught:
+        logger(tracking_uri=uri)
+    assert UNUSABLE[uri] in str(caught.value)
+    assert "secret" not in str(caught.value)
+    wrapped = {"_target_": "src.utils.run_logger.RunLogger", "experiment_name": "x", "tracking_uri": uri}
+    with pytest.raises(InstantiationException) as within:
+        instantiate(wrapped)
+    assert said(within.value) == str(caught.value)
+
+
+def test_empty_uri_is_the_default_store(logger, monkeypatch, tracking_uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    assert logger(tracking_uri="")._tracking_uri == tracking_uri
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from src.modules.policy.packaged import local_path
 from src.modules.prompt.plain_text import control_tokens
+from src.utils.plain_errors import HUB_ERRORS, reason
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def find_model(path: str, revision: str | None = None) -> None:
             raise OSError("no such folder")
         # transformers would retry for half a minute; the card is there for its licence
         snapshot_download(path, revision=revision, allow_patterns=["config.json", "README.md"])
-    except OSError as error:
+    except HUB_ERRORS as error:
         raise not_found(path, error) from error
 
 
@@ -91,13 +92,13 @@ def _is_hub_name(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~"))
 
 
-def not_found(path: str, error: OSError) -> FileNotFoundError:
+def not_found(path: str, error: Exception) -> FileNotFoundError:
     """Returns an error of one line: why there is no model at `path`, what to download, and where to put it."""
-    reason = str(error).splitlines()[0]
+    why = reason(error)
     if not _is_hub_name(path):
-        return FileNotFoundError(f"no policy at {path!r}: give policy.path a folder with config.json, weights and tokenizer ({reason})")
+        return FileNotFoundError(f"no policy at {path!r}: give policy.path a folder with config.json, weights and tokenizer ({why})")
     return FileNotFoundError(
-        f"no policy at {path!r}: no such folder, and none from the hub ({reason}); where the hub is in reach, "
+        f"no policy at {path!r}: no such folder, and none from the hub ({why}); where the hub is in reach, "
         f"`hf download {path} --local-dir {path.split('/')[1]}`, copy that folder here, and give policy.path=<the folder>"
     )
 

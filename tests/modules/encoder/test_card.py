@@ -1,6 +1,9 @@
 """Model cards as the hub's own parser and sentence-transformers read them, and what is refused publication."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning as L
@@ -19,6 +22,7 @@ from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
 from src.modules.policy.packaged import SMOLLM2
 from tests.callbacks.conftest import fit, make_contrastive, make_module
+from tests.conftest import ROOT
 
 SETTINGS = EncoderSettings(instruction="Name the | `terms`.\nThen stop.", max_prompt_tokens=64, max_new_tokens=5)
 SCORE = EvalResult("Retrieval", "memory/x", "Docstrings", "ndcg_at_10", 0.4703, dataset_revision="abc")
@@ -144,7 +148,15 @@ def test_an_export_has_no_secrets(exported):
         ("notes.md", "hf_" + "a1B2" * 9, "notes.md: a token, a key or a password in its text"),
         ("notes.md", "http://me:letmein@tracking.example", "notes.md: a token, a key or a password in its text"),
         ("extra.json", '{"logger": {"api_key": "abcdefgh"}}', "extra.json: the setting logger.api_key"),
-        ("config.yaml", "password: from-the-environment-1", "config.yaml: a token, a key or a password in its text"),
+        ("config.md", "password: from-the-environment-1", "config.md: a token, a key or a password in its text"),
+        ("config.yaml", "logger:\n  api_key: 'abcdefgh'  # mine", "config.yaml: the setting api_key"),
+        ("start.sh", "set -e\nexport HF_TOKEN=abcdefgh", "start.sh: the setting HF_TOKEN"),
+        ("my.env", 'DB_PASSWORD="a b"', "my.env: the setting DB_PASSWORD"),
+        ("ID.PEM", "x", "ID.PEM: a file of keys"),
+        ("notes.md", "github_pat_" + "a1B2_" * 9, "notes.md: a token, a key or a password in its text"),
+        ("notes.md", "glpat-" + "a1B2" * 5, "notes.md: a token, a key or a password in its text"),
+        ("notes.md", "xoxb-" + "1234567890-" * 2 + "aB1c", "notes.md: a token, a key or a password in its text"),
+        ("tokenizer_config.json", '{"hf_token": "abcdefgh"}', "tokenizer_config.json: the setting hf_token"),
     ],
 )
 def test_secrets_are_refused(exported, name, content, why, monkeypatch):
@@ -154,6 +166,30 @@ def test_secrets_are_refused(exported, name, content, why, monkeypatch):
     with pytest.raises(SystemExit, match=r"^push: .* has secrets in it, and nothing was uploaded: ") as caught:
         main([str(exported), "someone/name"])
     assert str(caught.value).endswith(why)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", '{"boi_token": "<start_of_image>", "extra_special_tokens": {"eoi_token": "<end_of_image>"}}'),
+        ("special_tokens_map.json", '{"boi_token": {"content": "<start_of_image>"}}'),
+        ("vocab.json", '{"password": 7, "api_key": 8, "://me:word@": 9}'),
+        ("config.yaml", "api_key: ${oc.env:KEY}\npassword: null\nsecret: '***'\ntoken:\n  max_tokens: 64\n# token: is asked for"),
+        ("start.sh", "export HF_TOKEN=$1\nTOKEN=\n"),
+    ],
+)
+def test_names_of_tokens_and_references_are_no_secrets(exported, name, content):
+    (exported / name).write_text(content)
+    assert secrets_in(exported) == []
+
+
+@pytest.mark.parametrize(("endpoint", "repository"), [("foo://bar", "someone/name"), ("http://127.0.0.1:9", "owner/na..me")])
+def test_errors_of_the_hub_are_one_line(exported, tmp_path, endpoint, repository):
+    command = [sys.executable, "-m", "src.modules.encoder.push", str(exported), repository]
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_TOKEN": "x", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (1, 1), done.stderr
+    assert done.stderr.startswith("push: ")
 
 
 def test_what_cannot_be_published_is_one_line(exported, tmp_path, monkeypatch):
