@@ -1,4 +1,4 @@
-"""What differs between two runs: `python -m src.callbacks.compare_runs RUN RUN`. A run is an id of MLflow's or a run's folder."""
+"""Prints the differences of two runs: `python -m src.callbacks.compare_runs RUN RUN`. A run is an id of MLflow's or a run's folder."""
 
 import argparse
 import json

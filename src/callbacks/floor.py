@@ -1,4 +1,4 @@
-"""How far training is from the speed of the card."""
+"""Logs the distance of training from the speed of the card."""
 
 import logging
 from collections.abc import Sequence

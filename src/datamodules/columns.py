@@ -1,4 +1,4 @@
-"""Which column holds what: by setting, or recognised by the names that other projects give them."""
+"""Names the column of each role: by setting, or recognised by the names that other projects give them."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""What a data set held when a run read it."""
+"""Describes the content of a data set when a run read it."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Whether this Python can run the project. Any Python from 3.6 on reads this file, and it needs no package."""
+"""Checks that this Python can run the project. Any Python from 3.6 on reads this file, and it needs no package."""
 
 import sys
 from importlib.util import find_spec

@@ -19,7 +19,7 @@ _TAGS = ["sentence-transformers", "sentence-similarity", "feature-extraction", "
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What a run knows of its training, for the card; empty where it is not known.
+    """Facts of a training that a run knows, for the card; empty where it is not known.
 
     Attributes:
         method: its name in tables.

@@ -27,7 +27,7 @@ Penalty = Literal["relative", "constant", "mask", "none"]
 KLPlace = Literal["loss", "reward", "pairs"]
 
 TIS_CAP = 3.0
-"""What `tis_cap=auto` means for an engine that is not exact."""
+"""The value of `tis_cap=auto` for an engine that is not exact."""
 
 
 @dataclass(frozen=True)

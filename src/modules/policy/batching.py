@@ -2,11 +2,9 @@
 
 from collections.abc import Iterator
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from src.modules.policy.model import Policy
 from src.modules.types import Rollouts
@@ -66,20 +64,3 @@ def embed_all(policy: Policy, rollouts: Rollouts, tokens: int) -> Tensor:
     for rows in packed_batches(rollouts, order, 1, tokens):
         embeddings.append(policy.embed(rollouts[rows.to(rollouts.lengths.device)], groups=torch.arange(len(rows))))
     return torch.cat(embeddings)[order.argsort().to(policy.device)]
-
-
-def tokens_that_fit(free: int, config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Returns the tokens of prompts and rationales that may be written at a time in `free` bytes of memory, at least 1.
-
-    Each takes its keys and values, and one layer's states as if all were prompts that are read; 1 GiB is left for logits.
-
-    Args:
-        config: of the model.
-        dtype: of keys, values and states.
-    """
-    text: Any = config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    kept = 2 * text.num_hidden_layers * heads * head
-    read = 7 * text.hidden_size + 4 * text.intermediate_size
-    return max(1, (free - 2**30) // (dtype.itemsize * (kept + read)))

@@ -17,7 +17,7 @@ from src.modules.prompt.renderer import Prompts
 
 @dataclass(frozen=True)
 class Pace:
-    """How a device likes to decode.
+    """The pace of decoding on a device.
 
     Attributes:
         check: steps between two looks at which rows have finished; on a GPU a look waits for all that was launched.

@@ -92,8 +92,8 @@ def _last_token(tokenizer: Any) -> int:
 def require_same_weights(llm: Any, policy: Policy) -> None:
     """Compares log-probs of a known text, by the engine and by a plain pass of the policy.
 
-    It finds a copy that was not made, a layer that was left out and adapters that were not merged. What one small step
-    changes is below the tolerance of a bfloat16 engine; what many do is not.
+    It finds weights that were never copied, a layer that was left out, and adapters that have learned much and were not merged. A copy that
+    is some hundred small steps old is below the tolerance of a bfloat16 engine.
 
     Raises:
         EngineError: they differ by more than rounding explains.

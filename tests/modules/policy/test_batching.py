@@ -2,9 +2,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen2Config
 
-from src.modules.policy.batching import packed_batches, padded_batches, tokens_that_fit
+from src.modules.policy.batching import packed_batches, padded_batches
 from src.modules.types import Rollouts
 
 lengths = st.lists(st.tuples(st.integers(1, 20), st.lists(st.integers(0, 15), min_size=3, max_size=3)), min_size=1, max_size=5)
@@ -59,13 +58,3 @@ def test_padded_batches_keep_the_budget(lengths: list[int], tokens: int, extra: 
 @pytest.mark.parametrize(("rows", "fitting", "sizes"), [(16, 15, [8, 8]), (16, 16, [16]), (7, 3, [3, 2, 2]), (33, 16, [11, 11, 11])])
 def test_padded_batches_are_even(rows: int, fitting: int, sizes: list[int]) -> None:
     assert [len(part) for part in padded_batches(torch.full((rows,), 10), 10 * fitting)] == sizes
-
-
-def test_tokens_that_fit() -> None:
-    config = Qwen2Config(  # Qwen2.5-1.5B: 28 layers of 2 key-value heads of 128, 28,672 bytes of keys and values a token in bfloat16
-        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2
-    )
-    each = 28672 + 2 * (7 * 1536 + 4 * 8960)
-    assert tokens_that_fit(2**30 + 1000 * each, config, torch.bfloat16) == 1000
-    assert tokens_that_fit(2**30 + 1000 * each, config, torch.float32) == 500
-    assert tokens_that_fit(0, config, torch.float32) == 1
