@@ -1,8 +1,9 @@
 #!/bin/sh
 # Makes .venv and installs into it; `make` calls this.   install.sh <python> <extras, or ""> <dependency groups of pyproject.toml ...>
 #
-# With uv where it is on the PATH (under a minute), else with pip (some four). Both read pip's own settings (an index, find-links),
-# which decide between a CPU and a CUDA build of torch. constraints.txt fixes the versions that the project's numbers were measured with.
+# With uv: that of the PATH, else one that pip puts into .venv, else (no wheel of uv for this machine) with pip itself. All read pip's own
+# settings (an index, find-links), which decide between a CPU and a CUDA build of torch. constraints.txt fixes the versions that the
+# project's numbers were measured with.
 set -eu
 cd "$(dirname "$0")"
 python=$1 extras=$2
@@ -24,6 +25,8 @@ asked = subprocess.run([sys.executable, "-m", "pip", "config", "get", f"global.{
 print(separator.join((os.environ.get("PIP_" + name.upper().replace("-", "_")) or asked.stdout.strip().strip("'")).split()))
 END
 }
+export PATH="$PATH:$(pwd)/.venv/bin" # for the uv in it
+command -v uv >/dev/null || .venv/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: uv >/dev/null 2>&1 || true
 if command -v uv >/dev/null; then
   tool=uv minutes=1
   export UV_FIND_LINKS="${UV_FIND_LINKS:-$(told find-links ,)}" UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$(told index-url ' ')}"

@@ -53,14 +53,15 @@ def test_targets_work_in_a_folder_with_a_space(tmp_path):
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "python").write_text('#!/bin/sh\nfor word; do :; done\necho "opens $word"\n')
     (folder / ".venv" / "bin" / "python").chmod(0o755)
-    without = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    outer_make = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES"}  # it adds lines to the output, if tests run under one
+    without = {name: value for name, value in os.environ.items() if name not in outer_make | {"MLFLOW_TRACKING_URI"}}
     for variable, store in (({}, f"sqlite:///{folder}/mlflow.db"), ({"MLFLOW_TRACKING_URI": "sqlite:///$x y.db"}, "sqlite:///$x y.db")):
         make = ["make", "--silent", "--old-file=.venv/installed", "ui"]
         shown = subprocess.run(make, cwd=folder, env=without | variable, capture_output=True, text=True, check=True).stdout
         assert shown.strip() == f"opens {store}"
-    targets = subprocess.run(["make", "help"], cwd=folder, capture_output=True, text=True, check=True).stdout.split("\n")
+    targets = subprocess.run(["make", "help"], cwd=folder, env=without, capture_output=True, text=True, check=True).stdout.split("\n")
     for target in [line.split()[0] for line in targets if line.strip()]:
-        subprocess.run(["make", "-n", target], cwd=folder, capture_output=True, check=True)
+        subprocess.run(["make", "-n", target], cwd=folder, env=without, capture_output=True, check=True)
 
 
 LEFT_OUT = {"mistral-common", "torchvision", "torchaudio", "torchcodec", "setuptools"}
