@@ -26,11 +26,12 @@ from src.modules.objectives.advantages import grpo
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.losses import ppo_clip
 from src.modules.objectives.rewards import document
+from src.modules.objectives.shaping import ShapedRewards, shape_rewards
 from src.modules.policy.lora import add_lora
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import PromptRenderer
 from src.modules.rollouts.hf import HFEngine
-from src.modules.types import Rollouts, join
+from src.modules.types import RoleRollouts, Rollouts, dummy_rollouts, join
 from src.records import Triplet
 
 SENTENCES = (
@@ -205,3 +206,10 @@ class IdsAlone(HFEngine):
 
     def generate(self, *args: Any, **kwargs: Any) -> Rollouts:
         return replace(super().generate(*args, **kwargs), logprobs=None, embeddings=None, prefix_embeddings=None, prompt_embeddings=None)
+
+
+def shaped(algorithm: Algorithm, rewards: Tensor, lengths: Tensor, finished: Tensor, divergence: Tensor | None = None) -> ShapedRewards:
+    """Shapes rewards [G, K] of rationales with these lengths [G, K]; `divergence`, [G, K], is summed over their tokens."""
+    by_token = None if divergence is None else divergence.unsqueeze(2)
+    group = RoleRollouts(dummy_rollouts(0), (), rewards.unsqueeze(2), lengths, finished, divergence=by_token)
+    return shape_rewards(algorithm, rewards, group, lambda units: units.squeeze(2))

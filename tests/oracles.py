@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from src.modules.grace import GRACE
 from src.modules.objectives.advantages import grpo
 from src.modules.objectives.roles import role_reward, texts_of
-from src.modules.objectives.shaping import penalise_truncated
+from src.modules.objectives.shaping import truncated_reward
 from src.modules.policy.model import Policy
 from src.modules.types import ROLES, Embeddings, Role, Rollouts, without_rationales
 from src.records import Triplet
@@ -94,20 +94,9 @@ def document_oracle(
     return _table(b, k, reward)
 
 
-def novelty_oracle(
-    query: Tensor,
-    positive: Tensor,
-    negative: Tensor,
-    previous: Tensor,
-    lambda1: float,
-    lambda2: float,
-    temperature: float,
-    weight: float,
-) -> Tensor:
-    base = document_oracle(query, positive, negative, lambda1, lambda2, temperature, "mean")
-
+def novelty_oracle(base: Tensor, positive: Tensor, previous: Tensor, scale: float, weight: float) -> Tensor:
     def added(i: int, r: int) -> Tensor:
-        return -weight * torch.stack([_dot(positive[i, r], previous[j]) for j in range(len(previous))]).mean() / temperature
+        return -scale * weight * torch.stack([_dot(positive[i, r], previous[j]) for j in range(len(previous))]).mean()
 
     return base + _table(*positive.shape[:2], added)
 
@@ -483,8 +472,10 @@ def step_gradients(module: GRACE, batch: Sequence[Triplet]) -> tuple[Tensor, Ten
         own, logprobs = read_plainly(module.policy, part.rollouts)
         units[role] = own.unflatten(0, (-1, k))
         rewards = role_reward(module.reward, rollout_batch.embeddings, role)(part.embeddings)
-        shaped, keep = penalise_truncated(rewards, part.rollouts.finished.view(-1, k), algorithm.truncation, algorithm.truncation_size)
-        advantages = grpo(shaped, keep).flatten().unsqueeze(1)
+        finished = part.rollouts.finished.view(-1, k)
+        floor = truncated_reward(rewards, finished, algorithm.truncation, algorithm.truncation_size)
+        keep = finished if algorithm.truncation == "mask" else torch.ones_like(finished)
+        advantages = grpo(torch.where(finished | floor.isnan(), rewards, floor), keep).flatten().unsqueeze(1)
         credit = credit + (advantages * logprobs * keep.flatten().unsqueeze(1)).sum()
         tokens += int((part.rollouts.rationale_lengths * keep.flatten()).sum())
     ones = {role: unit[:, 0] for role, unit in units.items()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from src.modules.objectives.rewards import Novelty, document
 from src.utils.sharded_strategy import ShardedStrategy
 from tests.programs import Programs, free_port
 from tests.two_processes import BATCH, SCENARIOS, batches_of, fit
@@ -18,10 +19,9 @@ KINDS = ["ddp", "fsdp"]
 SIMILARITY = 2e-6
 """How far apart two computations of a cosine in float32 may be: 32 times 2^-24. Ranks sum up in another order than one process, so
 after a first step their weights differ by rounding as well."""
-GAIN = {"paper": 34, "document": 34, "Novelty": 44, "listwise": 80, "PlackettLuce": 1}
-"""What a reward makes of an error in all its cosines: weights of 1 + 2 (one for each negative) + 0.2 + 0.2, divided by 0.1 (`Novelty` in
-its scenario: 1 more); two terms of two cosines each, divided by 0.05; an order of sampled rankings, which
-rounding leaves alone."""
+GAIN = {"paper": 34, "document": 34, "listwise": 80, "PlackettLuce": 1}
+"""What a reward makes of an error in all its cosines: weights of 1 + 2 (one for each negative) + 0.2 + 0.2, divided by 0.1; two terms of
+two cosines each, divided by 0.05; an order of sampled rankings, which rounding leaves alone."""
 
 
 def as_torchrun(rank: int, port: int) -> dict[str, str]:
@@ -51,10 +51,18 @@ def of_two(folder: Path, kind: str) -> dict[str, Any]:
     return found
 
 
+def gain(reward: Any) -> float:
+    """What a reward makes of an error in all its cosines."""
+    if isinstance(reward, Novelty):
+        return gain(reward.reward) + 10 * reward.novelty_weight
+    name = getattr(reward, "__name__", type(reward).__name__)
+    assert name in GAIN, f"write into GAIN what {name} makes of an error in all its cosines: its weights divided by its temperature"
+    return GAIN[name]
+
+
 def rounding(name: str) -> float:
     """How far apart two computations of a scenario's rewards may be."""
-    reward = SCENARIOS[name]().reward_function
-    return SIMILARITY * GAIN[getattr(reward, "__name__", type(reward).__name__)]
+    return SIMILARITY * gain(SCENARIOS[name]().reward_function)
 
 
 def of_advantages(name: str, rewards: Tensor) -> float:
@@ -96,7 +104,7 @@ def test_two_processes_equal_one(kind: str, name: str, two: Path, one: dict[str,
 def test_gradients_summed_in_bfloat16_are_those_but_for_rounding(two: Path, one: dict[str, dict[str, Any]]) -> None:
     ours, theirs = of_two(two, "fsdp")["bfloat16 sums"]["weights"], one["several updates"]["weights"]
     start = dict(SCENARIOS["several updates"]().policy.named_parameters())
-    off, moved = (sum(float((a[name] - b[name]).square().sum()) for name in theirs) ** 0.5 for a, b in ((ours, theirs), (theirs, start)))
+    off, moved = (sum(float((a[name] - b[name]).detach().square().sum()) for name in theirs) ** 0.5 for a, b in ((ours, theirs), (theirs, start)))
     assert 1e-5 < off / moved < 2e-2
 
 
@@ -163,7 +171,7 @@ def test_resumed_processes_equal_unstopped(kind: str, two: Path) -> None:
 def test_fsdp_resumes_as_ddp(two: Path) -> None:
     ddp, fsdp = (of_two(two, kind)["gone on with"] for kind in KINDS)
     assert len(ddp["batches"]) == len(fsdp["batches"]) == 1
-    close(ddp["batches"][0]["reward"], fsdp["batches"][0]["reward"], SIMILARITY * GAIN["Novelty"])
+    close(ddp["batches"][0]["reward"], fsdp["batches"][0]["reward"], SIMILARITY * gain(Novelty(document, novelty_weight=1.0)))
     for key, weight in ddp["weights"].items():
         if "k_proj.bias" not in key:  # attention does not depend on it: its gradient is rounding, of which AdamW makes full steps
             torch.testing.assert_close(fsdp["weights"][key], weight, atol=1e-5, rtol=1e-5)

@@ -27,7 +27,10 @@ from tests.conftest import ROOT
 from tests.datamodules.builders import write_triplets
 from train import train
 
-PAGES = {page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))}
+PAGES = {
+    page: page.read_text(encoding="utf-8")
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "experiments" / "README.md", *(ROOT / "docs").glob("*.md"))
+}
 
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 

@@ -128,7 +128,7 @@ SCENARIOS: dict[str, Callable[[], GRACE]] = {
     "pathwise, a rank without tokens": lambda: module_with(
         OddOnesNeverEnd, reward=document, pathwise_weight=0.7, gradient_parts_every_n_rollout_batches=1, algorithm={"truncation": "mask"}
     ),
-    "a reward that remembers": lambda: module_with(reward=Novelty(novelty_weight=1.0), pathwise_weight=0.7),
+    "a reward that remembers": lambda: module_with(reward=Novelty(document, novelty_weight=1.0), pathwise_weight=0.7),
     "distillation": lambda: module_with(reward=listwise, distill_weight=0.7, algorithm={"updates_per_batch": 2}),
     "distillation alone, from a pass": lambda: module_with(
         WithoutStates, reward=listwise, score_function_weight=0.0, distill_weight=0.7, distill_loss="cosine"
@@ -234,7 +234,7 @@ def go_on(strategy: Callable[[], Any], folder: Path) -> dict[str, dict[str, Any]
         watch = Compared()
         checkpoint = folder / "one.ckpt" if name == "gone on with" else None
         trainer = trainer_of(strategy(), 2, [watch, RandomStates(), callback], batches=1, epochs=2)
-        module = module_with(reward=Novelty(novelty_weight=1.0), learning_rate=1e-3)  # whose second batch needs what it remembers
+        module = module_with(reward=Novelty(document, novelty_weight=1.0), learning_rate=1e-3)  # whose second batch needs what it remembers
         trainer.fit(module, loader(TWO_BATCHES), ckpt_path=checkpoint, weights_only=True)
         seen[name] = watch.seen
     return seen

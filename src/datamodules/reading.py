@@ -71,9 +71,10 @@ class TripletReader:
     def _select(self, file: str, names: Sequence[str]) -> Sequence[str]:
         roles = self._roles(names)
         if missing := self._missing(names, roles):
-            raise ValueError(
-                f"{file} has no column {missing}; it has {', '.join(names)}: name its columns, datamodule.columns.query=<name>"
-            )
+            advice = f"name it by datamodule.columns.{missing.split()[0].rstrip(',')}=<name>"
+            if missing == "negative":
+                advice += ", or set datamodule.reader.negatives=0 for pairs without negatives"
+            raise ValueError(f"{file} has no column {missing}; it has {', '.join(names)}: {advice}")
         return [name for columns in roles.values() for name in columns]
 
     def _triplet(self, file: DataFile, where: str, values: Any) -> Triplet:

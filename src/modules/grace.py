@@ -138,8 +138,14 @@ class GRACE(PolicyModule):
         self.rollout_batches += 1
         update |= distilled | ({} if gradients is None else {"pathwise_reward": gradients.mean_reward})
         self.batch_metrics = grace_metrics(
-            *(rollouts, reward, shaped, advantages["positive"]),
-            *(experience, update, seconds["update"], self.ranks),
+            batch=rollouts,
+            reward=reward,
+            shaped=shaped,
+            advantages=advantages["positive"],
+            learned_from=experience,
+            update=update,
+            seconds=seconds["update"],
+            ranks=self.ranks,
         )
         with torch.autocast(self.device.type, enabled=False):
             for function in (self.reward_function, self.pathwise_reward_function):
@@ -173,12 +179,12 @@ class GRACE(PolicyModule):
         require_finite_rewards({**reward.terms, "total": reward.total}, ids, self.rollout_batches)
         shaped, advantages = {}, {}
         for role, group in rollouts.roles.items():
-            function = role_reward(self.reward, rollouts.embeddings, role)
-            raw = self.algorithm.scores(reward, group.finished) if role == "positive" else function(group.embeddings)
+            reward_of = role_reward(self.reward, rollouts.embeddings, role)
+            raw = self.algorithm.scores(reward, group.finished) if role == "positive" else reward_of(group.embeddings)
             texts = [name for name in ids for _ in range(len(raw) // len(ids))]
             require_finite_rewards({f"{role} rollouts": raw}, texts, self.rollout_batches)
-            shaped[role] = shape_rewards(self.algorithm, raw, group, function)
-            advantages[role] = token_advantages(self.algorithm, shaped[role], group, function)
+            shaped[role] = shape_rewards(self.algorithm, raw, group, reward_of)
+            advantages[role] = token_advantages(self.algorithm, shaped[role], group, reward_of)
         return shaped, advantages
 
     def experience_of(
@@ -245,8 +251,16 @@ class GRACE(PolicyModule):
         h, every = self.hparams, self.hparams["gradient_parts_every_n_rollout_batches"]
         measures = h["pathwise_weight"] > 0 and h["score_function_weight"] > 0 and every and self.rollout_batches % every == 0
         return Updater(
-            *(self.policy, self.algorithm, self.ranks, h["temperature"], h["micro_batch_tokens"]),
-            *(h["score_function_weight"], h["pathwise_weight"] + h["distill_weight"] > 0, bool(measures), self._backward, self.take_step),
+            policy=self.policy,
+            algorithm=self.algorithm,
+            ranks=self.ranks,
+            temperature=h["temperature"],
+            micro_batch_tokens=h["micro_batch_tokens"],
+            score_function_weight=h["score_function_weight"],
+            embeds=h["pathwise_weight"] + h["distill_weight"] > 0,
+            measure_parts=bool(measures),
+            backward=self._backward,
+            take_step=self.take_step,
         )
 
     def _backward(self, loss: Tensor, last: bool) -> None:

@@ -145,13 +145,15 @@ class Reward:
 
     Attributes:
         terms: each term by name, [B, K] float32, before weighting.
-        weights: of each term in the total; a term of weight 0 is only logged.
-        total: [B, K] float32, the weighted sum on the scale that the policy gradient sees.
+        weights: of each term; a term of weight 0 is only logged.
+        total: [B, K] float32, scale * sum of weight * term; before shaping.
+        scale: of the total, such as 1 / temperature.
     """
 
     terms: dict[str, Tensor]
     weights: dict[str, float]
     total: Tensor
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)

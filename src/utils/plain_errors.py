@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import shutil
 import traceback
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HFValidationError, *HfHubHTT
 _ROOT = Path(__file__).resolve().parents[2]
 _OURS = (ValueError, LookupError, RuntimeError, TypeError, ImportError)
 _NETWORK = {"httpx", "httpx2", "requests", "urllib3", "huggingface_hub"}
+_TO_APPEND = re.compile(
+    r"To append to your config use \+\S+( Key '[^']*' is not in struct)?"
+)  # Hydra's advice on a setting that does not exist
 _HYDRA, _BY_US = "HYDRA_FULL_ERROR", "GRACE_PLAIN_ERRORS"  # the second tells child processes that the user did not set the first
 
 
@@ -70,7 +74,7 @@ def said(error: BaseException) -> str | None:
     if _raised_here(error) and isinstance(error, (OSError, *_OURS)):
         return text
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return " ".join(text.split())
+        return _TO_APPEND.sub("There is no such setting in what these choices compose to: see --cfg job.", " ".join(text.split()))
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({first}): dry_run=true plans what fits; module.micro_batch_tokens= is the first to lower"
     if isinstance(error, HUB_ERRORS) or type(error).__module__.partition(".")[0] in _NETWORK:

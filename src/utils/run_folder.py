@@ -184,6 +184,10 @@ class ReserveFolder(Callback):
 
     def on_run_end(self, config: DictConfig, **_: Any) -> None:
         self._held.close()
+        run = Path(config.hydra.run.dir)
+        for folder in (run, run.parent) if config.dry_run else ():  # Hydra made them
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _is_rank_zero() -> bool:

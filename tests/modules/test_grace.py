@@ -184,8 +184,8 @@ def test_rewards_are_float32_under_bfloat16(form: Any, gae_lambda: float | None)
     assert report.advantages.dtype == torch.float32
 
 
-class Novelty(torch.nn.Module):
-    """Minus the similarity to the previous batch's queries: a reward term that remembers."""
+class WithAParameter(torch.nn.Module):
+    """A reward that remembers, and has a weight that could be trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class Novelty(torch.nn.Module):
 
 def test_a_reward_that_remembers_is_told_once_a_batch_and_kept_in_checkpoints() -> None:
     def made() -> GRACE:
-        return make(Novelty(), pathwise_reward=Novelty(), pathwise_weight=0.5)
+        return make(WithAParameter(), pathwise_reward=WithAParameter(), pathwise_weight=0.5)
 
     module, again = made(), made()
     reports = fit(module, [TRIPLETS, TRIPLETS]).reports

@@ -23,7 +23,7 @@ from src.modules.objectives.losses import (
 from src.modules.types import Reward
 
 Penalty = Literal["relative", "constant", "mask", "none"]
-"""The penalty of a rollout that met the length limit; see shaping.penalise_truncated."""
+"""What is done to a rollout that the length limit cut before EOS; see shaping.truncated_reward."""
 KLPlace = Literal["loss", "reward", "pairs"]
 
 TIS_CAP = 3.0
@@ -42,7 +42,7 @@ class Algorithm:
         loss: (logprobs [N, T], old_logprobs [N, T], advantages [N, T], mask [N, T]) -> TokenLoss.
         aggregation: (lengths [n] of a minibatch's rollouts) -> weight of each rollout's tokens [n].
         updates_per_batch: optimiser steps a rollout batch, each on its share of the groups; 1 is on-policy.
-        truncation, truncation_size: see shaping.penalise_truncated.
+        truncation, truncation_size: `penalty` and `size` of shaping.truncated_reward.
         gae_lambda: None gives every token its rationale's advantage, as published; 0 to 1 gives each the advantage of what the reward
             gains from it on (see credit.token_returns).
         overlong: (lengths [B, K]) -> what is added to the rewards [B, K], such as shaping.soft_overlong.
@@ -51,9 +51,9 @@ class Algorithm:
         min_group_std, max_extra_batches: dynamic sampling; see training/dynamic_sampling.py.
         kl_coef: weight of the divergence from the reference, the policy as training began; 0 keeps no reference in memory.
         kl_estimator: k1, k2 or k3 of losses.py.
-        kl_in: `loss`, token by token; `reward`, the sum over a rollout's tokens is subtracted from its reward after truncation; with
-            `gae_lambda` each token's own part is subtracted from what it gained; `pairs`, the present policy's log-ratio, compared within
-            groups (see losses.paired_divergence).
+        kl_in: `loss`, token by token; `reward`, the sum over a rollout's tokens is subtracted from its reward, after the truncation
+            penalty (with `gae_lambda` each token's own part is subtracted from what it gained); `pairs`, the present policy's log-ratio,
+            compared within groups (see losses.paired_divergence).
         entropy_coef: weight of the entropy of each token's distribution, which is raised; see losses.entropy_loss.
         tis_cap, tis_floor, tis_level, tis_mode: see losses.importance_weights. A cap of None is no correction; `auto` is none for an exact
             engine and TIS_CAP for another (see `for_engine`). With a correction the old log-probs of the loss are the trainer's own, and
@@ -155,7 +155,7 @@ class Algorithm:
 
     def scores(self, reward: Reward, finished: Tensor) -> Tensor:
         """Returns [B, K] float32, what is shaped and compared: the reward's total, or the weighted sum of what `term_advantage` makes of
-        its terms. Rollouts that truncation leaves out (`finished`, [B, K] bool) have no part in it."""
+        its terms. With `truncation: mask` rollouts that are not `finished` ([B, K] bool) have no part in it."""
         if self.term_advantage is None:
             return reward.total
         keep = finished if self.truncation == "mask" else torch.ones_like(finished)

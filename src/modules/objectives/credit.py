@@ -14,38 +14,43 @@ from src.modules.objectives.shaping import RoleReward, ShapedRewards
 from src.modules.types import RoleRollouts, Rollouts
 
 
-def token_advantages(algorithm: Algorithm, shaped: ShapedRewards, group: RoleRollouts, reward: RoleReward) -> Tensor:
+def token_advantages(algorithm: Algorithm, shaped: ShapedRewards, group: RoleRollouts, reward_of: RoleReward) -> Tensor:
     """Returns [G, K, R] advantages of the rationales' tokens, 0 past their ends; [G, K, 1] without `gae_lambda`: one for all tokens.
 
     Args:
-        reward: of the role's rollouts; called for every prefix length with `gae_lambda`.
+        reward_of: called for every prefix length with `gae_lambda`.
+
+    Raises:
+        ValueError: `gae_lambda` without the embeddings of prefixes.
     """
-    if group.prefixes is None or algorithm.gae_lambda is None:
+    if algorithm.gae_lambda is None:
         baseline = () if shaped.baseline is None else (shaped.baseline,)
         return algorithm.advantage(shaped.rewards, shaped.keep, *baseline).unsqueeze(2)
-    after = prefix_rewards(reward, group.prefixes)
+    if group.prefixes is None:
+        raise ValueError(f"algorithm.gae_lambda={algorithm.gae_lambda} needs the embeddings of prefixes, and these rollouts have none")
+    after = prefix_rewards(reward_of, group.prefixes)
     # the reward of a prefix as long as the rationale is not the rationale's reward: the other rollouts are cut at that length too
     at_end = shaped.raw - after.gather(2, group.lengths.unsqueeze(2)).squeeze(2)
-    penalty, costs = shaped.rewards - shaped.raw, None
+    costs = None
     if group.divergence is not None:  # charged to the token that caused it
         costs = algorithm.kl_coef * group.divergence
-        penalty = penalty + costs.sum(dim=2)
         costs = torch.nn.functional.pad(costs, (0, after.shape[2] - 1 - costs.shape[2]))
     returns = token_returns(after, at_end, group.lengths, algorithm.gae_lambda, costs)
-    # a penalty is of the whole rationale and does not decay: at the end of one that is longer than the others it would meet no comparison
+    # The penalty is added to all tokens and does not decay. The last tokens of the longest rationale have no other rationale to be
+    # compared with, so a penalty on them alone would have no effect.
     reached = torch.arange(returns.shape[2], device=returns.device) < group.lengths.unsqueeze(2)
-    returns = returns + penalty.unsqueeze(2) * reached
+    returns = returns + shaped.penalty.unsqueeze(2) * reached
     return compare_by_position(algorithm.advantage, returns, group.lengths, shaped.keep)
 
 
-def prefix_rewards(reward: RoleReward, prefixes: Tensor) -> Tensor:
+def prefix_rewards(reward_of: RoleReward, prefixes: Tensor) -> Tensor:
     """Returns [G, K, R + 1] float32, the rewards if every rationale of a role were cut after t = 0 .. R tokens.
 
     Args:
-        reward: of the role's rollouts; the other roles are held.
+        reward_of: the reward of the role's rollouts; embeddings of the other roles are held.
         prefixes: [G, K, R + 1, D] unit vectors, constant past a rationale's end.
     """
-    return torch.stack([reward(prefixes[:, :, t]) for t in range(prefixes.shape[2])], dim=2)
+    return torch.stack([reward_of(prefixes[:, :, t]) for t in range(prefixes.shape[2])], dim=2)
 
 
 def token_returns(prefix_rewards: Tensor, at_end: Tensor, lengths: Tensor, gae_lambda: float, costs: Tensor | None = None) -> Tensor:
@@ -58,7 +63,7 @@ def token_returns(prefix_rewards: Tensor, at_end: Tensor, lengths: Tensor, gae_l
 
     Args:
         prefix_rewards: [B, K, R + 1].
-        at_end: [B, K], added to the gain of the last token: the shaped reward of the rationale minus F at its length.
+        at_end: [B, K], added to the gain of the last token: the raw reward of the rationale minus F at its length.
         lengths: [B, K] int64, tokens of each rationale, at least 1.
         gae_lambda: 0 to 1.
         costs: [B, K, R], subtracted from the gain of each token, such as its divergence; 0 past the end.

@@ -69,7 +69,7 @@ def reward_and_gradients(reward: RewardFunction, embeddings: Embeddings, roles: 
     terms = {name: term.detach() for name, term in found.terms.items()}
     known: dict[Any, Tensor] = {role: g for role, g in zip(asked, derivatives, strict=True) if g is not None}
     total = found.total.detach()
-    return Reward(terms, found.weights, total), RewardGradients(zeros | known, float(total.mean()))
+    return Reward(terms, found.weights, total, found.scale), RewardGradients(zeros | known, float(total.mean()))
 
 
 def pathwise_loss(embeddings: Tensor, gradients: Tensor) -> Tensor:

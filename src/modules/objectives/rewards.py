@@ -2,7 +2,8 @@
 
 B instances of the global batch, K rollouts of each positive, M negatives an instance, D hidden size. Equations are from GRACE (Sun et al.,
 arXiv 2510.04506, section 3), except for forms of this project, which say so. To try another reward, write one more function here with the
-same first argument and result, and one YAML in configs/reward that names it.
+same first argument and result, and one YAML in configs/reward that names it. A reward that remembers something between batches is an
+nn.Module, as `Novelty` is.
 
 In-batch terms are over the j in `Embeddings.others` of i: not i itself, and no instance with the same query or the same positive.
 """
@@ -33,7 +34,13 @@ def _in_float32(reward: RewardFunction, e: Embeddings) -> Reward:
 def combine(terms: dict[str, Tensor], weights: dict[str, float], scale: float = 1.0) -> Reward:
     """Returns the reward whose total is the weighted sum of the terms, times `scale`."""
     total = torch.stack([weights[name] * term for name, term in terms.items()]).sum(dim=0) * scale
-    return Reward(terms, weights, total)
+    return Reward(terms, weights, total, scale)
+
+
+def add_term(reward: Reward, name: str, term: Tensor, weight: float) -> Reward:
+    """Returns the reward with one more term, [B, K], on the scale of the others."""
+    total = reward.total + reward.scale * weight * term
+    return Reward({**reward.terms, name: term}, {**reward.weights, name: weight}, total, reward.scale)
 
 
 def consistency(positive: Tensor) -> Tensor:
@@ -184,40 +191,31 @@ def listwise(
 
 
 class Novelty(nn.Module):
-    """`document` with a term that remembers, this project's own: rollouts are to differ from what the previous batch asked for.
+    """Adds a term that remembers to another reward, this project's own: rollouts are to differ from what the previous batch asked for.
 
-    novelty = -mean_j sim(h_p[k], previous h_q[j]), over the queries of the previous global batch; 0 in the first batch.
-    total = (positive + negative + lambda1 consistency + lambda2 hard + w novelty) / temperature.
+    novelty = -mean_j sim(h_p[k], previous h_q[j]), over the queries of the previous global batch. The first batch has no such term.
 
-    The memory is a buffer, so that checkpoints have it; `remember` is given the embeddings of all ranks, so that it is the same on each.
+    Args:
+        reward: gives the other terms; the new one is on their scale.
+        novelty_weight: of the new term.
     """
 
     previous: Tensor
-    """[B, D], queries of the previous batch as they were embedded then; [0] before the first."""
+    """[B, D], queries of the previous batch as they were embedded then; [0] before the first. A buffer, so that checkpoints have it."""
 
-    def __init__(
-        self,
-        *,
-        novelty_weight: float = 0.2,
-        consistency_weight: float = 0.2,
-        hard_weight: float = 0.2,
-        temperature: float = 0.1,
-        hard_reduction: Literal["mean", "max"] = "mean",
-    ) -> None:
+    def __init__(self, reward: RewardFunction, *, novelty_weight: float = 0.2) -> None:
         super().__init__()
-        self.novelty_weight, self.temperature = novelty_weight, temperature
-        self.document = partial(
-            document, consistency_weight=consistency_weight, hard_weight=hard_weight, temperature=temperature, hard_reduction=hard_reduction
-        )
+        self.reward, self.novelty_weight = reward, novelty_weight
         self.register_buffer("previous", torch.zeros(0))
 
     def forward(self, e: Embeddings) -> Reward:
-        base = self.document(e)
-        novelty = torch.zeros_like(base.total)
-        if self.previous.numel():
-            novelty = -torch.einsum("ikd,jd->ikj", e.positive, self.previous).mean(dim=2)
-        return combine({**base.terms, "novelty": novelty}, {**base.weights, "novelty": self.novelty_weight}, 1 / self.temperature)
+        reward = self.reward(e)
+        if not self.previous.numel():
+            return reward
+        return add_term(reward, "novelty", -(e.positive @ self.previous.T).mean(dim=2), self.novelty_weight)
 
     def remember(self, e: Embeddings) -> None:
-        """Takes the queries of a batch, for the next one."""
+        """Takes the queries of a batch, of all ranks, for the next one."""
         self.previous = e.query.detach().clone()
+        if hasattr(self.reward, "remember"):
+            self.reward.remember(e)

@@ -1,7 +1,7 @@
-"""Reward shaping: what is added to raw rewards before advantages are computed. Pure functions.
+"""Reward shaping: what is added to the raw rewards of a group before advantages are computed. Pure functions.
 
-The order is: truncation penalty, overlong slope, cost of tokens, divergence from the reference; each is added to what the one before gave.
-A greedy rollout, if the baseline is one, is shaped by the numbers of its group and has no part in them; it is not charged for divergence.
+The order is: truncation penalty, overlong slope, cost of tokens, divergence from the reference. A greedy rollout, if the baseline is one,
+gets the same penalty and costs, but is not charged for divergence, and the group's penalty does not depend on it.
 """
 
 from collections.abc import Callable
@@ -23,92 +23,78 @@ class ShapedRewards:
 
     Attributes:
         raw: [G, K] float32, before shaping.
-        rewards: [G, K] float32, as the advantage function takes them.
-        keep: [G, K] bool, False on rollouts that are left out of baseline and loss.
-        baseline: [G] float32, shaped rewards of greedy rollouts; None without them.
+        penalty: [G, K] float32, what truncation, the overlong slope and the cost of tokens added to them.
+        rewards: [G, K] float32, raw + penalty - kl_coef * divergence, as the advantage function takes them.
+        keep: [G, K] bool, False on rollouts that are left out of the baseline and of the algorithm's loss (`truncation: mask`).
+        baseline: [G] float32, shaped rewards of the greedy rollouts; None without them.
     """
 
     raw: Tensor
+    penalty: Tensor
     rewards: Tensor
     keep: Tensor
     baseline: Tensor | None
 
 
-def shape_rewards(algorithm: Algorithm, raw: Tensor, group: RoleRollouts, reward: RoleReward) -> ShapedRewards:
+def shape_rewards(algorithm: Algorithm, raw: Tensor, group: RoleRollouts, reward_of: RoleReward) -> ShapedRewards:
     """Shapes the raw rewards [G, K] of a role's rollouts.
 
     Args:
-        reward: of the role's rollouts; called for greedy rollouts only, which are scored as one more of their group.
+        reward_of: called for greedy rollouts only, which are rewarded as one more of their group.
     """
-    k, lengths, finished, scored = raw.shape[1], group.lengths, group.finished, raw
-    divergence = None if group.divergence is None else group.divergence.sum(dim=2)
+    floor = truncated_reward(raw, group.finished, algorithm.truncation, algorithm.truncation_size)
+    charged = charge(algorithm, raw, group.lengths, group.finished, floor)
+    # last: a truncated rationale is charged for its distance like any other
+    rewards = charged if group.divergence is None else charged - algorithm.kl_coef * group.divergence.sum(dim=2)
+    keep = group.finished if algorithm.truncation == "mask" else torch.ones_like(group.finished)
+    baseline = None
     if group.greedy is not None:
-        together = reward(torch.cat([group.embeddings, group.greedy.embeddings], dim=1))
-        scored = torch.cat([raw, together[:, -1:]], dim=1)
-        lengths, finished = torch.cat([lengths, group.greedy.lengths], dim=1), torch.cat([finished, group.greedy.finished], dim=1)
-        divergence = None if divergence is None else torch.nn.functional.pad(divergence, (0, 1))
-    rewards, keep = shape(algorithm, scored, lengths, finished, divergence, k)
-    return ShapedRewards(raw, rewards[:, :k], keep[:, :k], None if group.greedy is None else rewards[:, k])
+        greedy = reward_of(torch.cat([group.embeddings, group.greedy.embeddings], dim=1))[:, -1:]
+        baseline = charge(algorithm, greedy, group.greedy.lengths, group.greedy.finished, floor).squeeze(1)
+    return ShapedRewards(raw, charged - raw, rewards, keep, baseline)
 
 
-def shape(
-    algorithm: Algorithm, rewards: Tensor, lengths: Tensor, finished: Tensor, divergence: Tensor | None = None, k: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Applies the truncation penalty, the overlong slope, the cost of tokens and the divergence, in this order.
+def charge(algorithm: Algorithm, rewards: Tensor, lengths: Tensor, finished: Tensor, floor: Tensor) -> Tensor:
+    """Returns [G, K] float32: rewards with the truncation penalty, the overlong slope and the cost of tokens.
 
     Args:
         rewards, lengths, finished: [G, K] float32, int64 and bool.
-        k: how many of the columns are the group; None: all.
-        divergence: [G, K] float32, from the reference, summed over each rollout's tokens; None subtracts nothing.
-
-    Returns:
-        rewards [G, K], and [G, K] bool that is False on rollouts to leave out.
+        floor: [G, 1], see truncated_reward.
     """
-    rewards, keep = penalise_truncated(rewards, finished, algorithm.truncation, algorithm.truncation_size, k)
-    if algorithm.overlong is not None:  # after a penalty, which would replace it
+    rewards = torch.where(finished | floor.isnan(), rewards, floor)
+    if algorithm.overlong is not None:  # after the penalty, which would replace it
         rewards = rewards + algorithm.overlong(lengths)
-    rewards = rewards - algorithm.token_cost * lengths
-    # last: a truncated rationale is charged for its distance like any other
-    return rewards if divergence is None else rewards - algorithm.kl_coef * divergence, keep
+    return rewards - algorithm.token_cost * lengths
 
 
-def penalise_truncated(
-    rewards: Tensor, finished: Tensor, penalty: Penalty = "relative", size: float = 1.0, k: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Replaces the rewards of rollouts that met the length limit.
+def truncated_reward(rewards: Tensor, finished: Tensor, penalty: Penalty = "relative", size: float = 1.0) -> Tensor:
+    """Returns [G, 1] float32, the reward that replaces those of a group's truncated rollouts; NaN where they keep their own.
 
-    The result goes to the advantage; the pathwise part of the gradient sees the raw rewards.
+    A rollout is truncated if the length limit cut it before EOS. The pathwise part of the gradient sees its raw reward.
 
     Args:
-        rewards, finished: [B, K] float32 and bool.
-        penalty: `relative`, the lowest finished reward of the group minus `size` times the standard deviation of all its rewards (the
-            scale of the reward itself; no penalty if all rewards of a group are equal); `constant`, -`size` as published (an advantage,
-            where rewards lie below it, as those of `listwise` do); `mask`, the rollout is left out of the group's baseline and of the
-            algorithm's loss; `none`, it keeps its reward.
+        rewards, finished: [G, K] float32 and bool.
+        penalty:
+            `relative`: the lowest finished reward of the group minus `size` times the standard deviation of all its rewards, which is the
+            scale of the reward itself. No penalty if no rollout of the group finished, or if all rewards are equal.
+            `constant`: -`size`, as published. Rewards that lie below it, as those of `listwise` do, are raised.
+            `mask`: no replacement; the rollout is left out of the group's baseline and of the algorithm's loss (ShapedRewards.keep).
+            `none`: no replacement.
         size: of the penalty.
-        k: how many of the columns are the group, whose numbers `relative` takes; None: all.
-
-    Returns:
-        rewards [B, K], and [B, K] bool that is False on rollouts to leave out. A group in which no rollout finished keeps its rewards
-        under `relative`.
 
     Raises:
         ValueError: an unknown penalty.
     """
-    everything = torch.ones_like(finished)
+    if penalty in ("mask", "none"):
+        return torch.full_like(rewards[:, :1], torch.nan)
     if penalty == "constant":
-        return torch.where(finished, rewards, -size), everything
-    if penalty == "mask":
-        return rewards, finished
-    if penalty == "none":
-        return rewards, everything
+        return torch.full_like(rewards[:, :1], -size)
     if penalty != "relative":
         raise ValueError(f"truncation penalty {penalty!r}: it is relative, constant, mask or none")
-    some = finished[:, :k].any(dim=1, keepdim=True)
-    lowest = rewards[:, :k].masked_fill(~finished[:, :k], torch.inf).min(dim=1, keepdim=True).values
+    lowest = rewards.masked_fill(~finished, torch.inf).min(dim=1, keepdim=True).values
     # of all rewards: a single finished one has no spread, and the others would not be penalised
-    std = rewards[:, :k].std(dim=1, keepdim=True, correction=0)
-    return torch.where(finished | ~some, rewards, lowest - size * std), everything
+    std = rewards.std(dim=1, keepdim=True, correction=0)
+    return torch.where(finished.any(dim=1, keepdim=True), lowest - size * std, torch.nan)
 
 
 def soft_overlong(lengths: Tensor, *, max_tokens: int, slope: float = 0.2, size: float = 1.0) -> Tensor:

@@ -148,13 +148,13 @@ def _time(cfg: DictConfig, work: Work, shape: Shape) -> list[str]:
     for phase, taken in zip(phases, seconds, strict=True):
         lines += [f"  {taken:8.2f}  {phase.what:28s} {phase.flops / 1e12:,.1f} TFLOP, {phase.bytes / 1e9:,.0f} GB"]
     known = _batches(cfg, work)
-    batches, hint = known or 1000, "" if known else "; trainer.limit_train_batches sets their number"
-    hours = f"{batches:,} batches take at least {batches * sum(seconds) / 3600:,.2f} hours"
-    return [*lines, f"  {sum(seconds):8.2f}  together; {hours}, without evaluation{hint}"]
+    batches = f"{known:,} batches (fewer if the data ends first)" if known else "1,000 batches (an example: the data decides)"
+    hours = f"{batches} take at least {(known or 1000) * sum(seconds) / 3600:,.2f} hours, without evaluation"
+    return [*lines, f"  {sum(seconds):8.2f}  together; {hours}"]
 
 
 def _batches(cfg: DictConfig, work: Work) -> int | None:
-    """Returns the rollout batches of the run; None if only the data knows."""
+    """Returns the most rollout batches of the run, by its limits; None without any."""
     steps, of_an_epoch = cfg.trainer.max_steps, cfg.trainer.limit_train_batches
     limits = [-(-steps // work.updates)] if steps > 0 else []
     if isinstance(of_an_epoch, int) and cfg.trainer.max_epochs:

@@ -99,7 +99,7 @@ def not_found(path: str, error: Exception) -> FileNotFoundError:
         return FileNotFoundError(f"no policy at {path!r}: give policy.path a folder with config.json, weights and tokenizer ({why})")
     return FileNotFoundError(
         f"no policy at {path!r}: no such folder, and none from the hub ({why}); where the hub is in reach, "
-        f"`hf download {path} --local-dir {path.split('/')[1]}`, copy that folder here, and give policy.path=<the folder>"
+        f"`hf download {path} --local-dir {path.split('/')[1]}`, copy that folder here, and give its path (policy.path=<the folder>)"
     )
 
 

@@ -13,7 +13,7 @@ from src.modules.types import Rollouts
 
 @dataclass(frozen=True)
 class Experience:
-    """B groups of K rollouts of this rank.
+    """Groups of K rollouts each, that this rank learns from; B is their number here.
 
     Attributes:
         rollouts: B*K, those of a text side by side.
@@ -22,7 +22,8 @@ class Experience:
         old_logprobs: [B*K, T] float32 of the sampling policy; None if one update makes them those of the update.
         reference_logprobs: [B*K, T] float32; None if the algorithm has no reference.
         instance_ids: B record ids.
-        embedding_gradients: [B*K, D] float32, derivative of the rewards in each rollout's unit vector; None without a pathwise term.
+        embedding_gradients: [B*K, D] float32, the derivative of the rewards in each rollout's unit vector, times pathwise_weight; None
+            without a pathwise term.
     """
 
     rollouts: Rollouts
@@ -65,7 +66,8 @@ class Context:
 
     Attributes:
         rollouts: N of them, one rollout each.
-        gradients: [N, D] float32, derivative of the rewards in the unit vector of each.
+        gradients: [N, D] float32, the derivative of the rewards, or of minus the distillation loss, in the unit vector of each, times
+            its weight.
         instances: [N] int64, place of their instance among this rank's.
     """
 

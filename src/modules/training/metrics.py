@@ -1,7 +1,7 @@
 """Metrics of one batch: the modules write them, the callbacks read them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -98,7 +98,7 @@ def grace_metrics(
     updated = 0 if learned_from is None else int((learned_from.rollouts.lengths * learned_from.keep.flatten()).sum())
     rollout_tokens, update_tokens = ranks.total(batch.rollout_tokens, updated)
     return GRACEMetrics(
-        reward=Reward({name: term.cpu() for name, term in reward.terms.items()}, reward.weights, reward.total.cpu()),
+        reward=replace(reward, terms={name: term.cpu() for name, term in reward.terms.items()}, total=reward.total.cpu()),
         other_rewards={role: part.raw.cpu() for role, part in shaped.items() if role != "positive"},
         advantages=(advantages.sum(dim=2) / positive.lengths if advantages.shape[2] > 1 else advantages[:, :, 0]).cpu(),
         finished=positive.finished.cpu(),

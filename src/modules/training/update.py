@@ -17,7 +17,7 @@ from src.modules.policy.batching import packed_batches
 from src.modules.policy.model import Policy
 from src.modules.training.experience import Context, Experience
 from src.modules.training.finite import require_finite
-from src.modules.types import dummy_rollouts
+from src.modules.types import Rollouts, dummy_rollouts
 
 FIRST_STEP_ALONE = (
     *("logprob_mismatch_mean", "logprob_mismatch_max"),
@@ -30,8 +30,8 @@ FIRST_STEP_ALONE = (
 class Minibatch:
     """This rank's part of one optimiser step: groups and context, each None if it has none.
 
-    `pathwise_scale` is the factor of the derivative of the rewards, which is summed over instances; `first` says that it is of
-    the first step of its batch.
+    `pathwise_scale` is the factor of the losses that move embeddings (pathwise and distillation), which are sums over instances; `first`
+    says that it is of the first step of its batch.
     """
 
     experience: Experience | None
@@ -42,7 +42,7 @@ class Minibatch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The loss of some sequences, and of the algorithm's loss what is logged.
+    """The loss of some sequences, and what is logged of the algorithm's part of it.
 
     Attributes:
         loss: scalar with a graph.
@@ -92,7 +92,7 @@ class Updater:
             instances: of the rollout batch, of all ranks.
 
         Returns:
-            Means over the steps of what `accumulate_gradients` returns and of grad_norm; updates, the number of steps; groups, how many
+            Means over the steps of what `_statistics` returns and of grad_norm; updates, the number of steps; groups, how many
             they learned from. Log-prob mismatches are those of the first step, whose policy is still the one that the engine sampled from.
         """
         sums, once = dict[str, float](), dict[str, float]()
@@ -113,7 +113,7 @@ class Updater:
 
     def _minibatches(self, experience: Experience | None, context: Context | None, instances: int) -> Iterator[Minibatch]:
         count, groups = self.algorithm.updates_per_batch, 0 if experience is None else len(experience)
-        # the mean over the instances of a step: those of the batch are shared out over so many of them
+        # the pathwise loss is a sum over instances, of which each step has its share: this makes it their mean
         scale = self.embeds * min(count, groups) / instances
         shares = torch.arange(instances // self.ranks.count).tensor_split(count)
         for own, share in zip(torch.arange(groups).tensor_split(count), shares, strict=True):
@@ -129,55 +129,73 @@ class Updater:
     def accumulate_gradients(self, minibatch: Minibatch) -> dict[str, float]:
         """Accumulates the gradient of a minibatch's loss; the same whatever the micro-batches and the number of ranks.
 
-        Ranks with fewer micro-batches than others add passes without effect: with sharded weights a pass needs every rank.
-
         Returns:
-            Over all ranks: loss, the algorithm's; and by token clip_fraction, approx_kl (to the sampling policy), entropy in nats, with a
-            reference kl_to_reference (k3), and logprob_mismatch_mean and _max where the engine reports log-probs. Empty without the
-            algorithm's loss.
+            What `_statistics` returns.
         """
-        experience, ranks, scored = minibatch.experience, self.ranks, self.score_function_weight != 0
-        kept = torch.empty(0, dtype=torch.long) if experience is None else experience.keep.flatten().nonzero().flatten().cpu()
-        lengths = kept if experience is None else experience.rollouts.rationale_lengths
-        everywhere, own = ranks.gather_uneven(lengths[kept])  # the algorithm's loss is divided by the groups of all ranks
-        weights = torch.zeros(lengths.shape, device=lengths.device)
-        weights[kept] = self.algorithm.aggregation(everywhere)[own]
-        tokens = max(int(everywhere.sum()), 1)
+        weights, tokens = self._token_weights(minibatch.experience)
         passes = list(self._passes(minibatch, weights))
-        count = int(ranks.largest(len(passes))[0])
-        if count and ranks.count > 1 and minibatch.pathwise_scale:
-            # gradients are exchanged as the last pass meets each weight, and a pass for embeddings alone meets neither the output layer
-            # nor what follows an inner layer: one more pass without effect meets all
-            count += 1
-        names = ["loss", "clip_fraction", "approx_kl", "entropy", *(["kl_to_reference"] if self.algorithm.kl_coef else [])]
-        sums = dict.fromkeys(names if scored else [], 0.0)
-        mismatch, compared, largest = 0.0, 0, -1.0
+        count = self._passes_of_all_ranks(len(passes), minibatch)
+        done: list[MicroBatch] = []
         for number in range(count):
             last = number == count - 1
             if number >= len(passes):
-                nothing = self.policy(dummy_rollouts(self.policy.pad_id).to(self.policy.device))[0]
-                self.backward(0.0 * nothing.sum(), last)
+                embeddings = self.policy(dummy_rollouts(self.policy.pad_id).to(self.policy.device))[0]
+                self.backward(0.0 * embeddings.sum(), last)
                 continue
             part = passes[number]()
-            if ranks.count == 1:  # of several, all stop at the gradient's norm: one that stopped here would leave the others waiting
+            if self.ranks.count == 1:  # of several, all stop at the gradient's norm: one that stopped here would leave the others waiting
                 require_finite(part.loss.detach(), part.instance_ids)
-            self.backward(part.loss * ranks.count, last)  # the mean over ranks is taken of what belongs to a sum
+            # the loss is a sum over the micro-batches of all ranks, and backward leaves each rank with the ranks' mean
+            self.backward(part.loss * self.ranks.count, last)
+            done.append(replace(part, loss=part.loss.detach()))
+        return self._statistics(done, tokens)
+
+    def _token_weights(self, experience: Experience | None) -> tuple[Tensor, int]:
+        """Returns [g*K] float32, the weights of each rollout's tokens in the algorithm's loss, and the number of kept tokens of all ranks.
+
+        The algorithm's aggregation sees the kept rollouts of all ranks; rollouts that are not kept have the weight 0.
+        """
+        kept = torch.empty(0, dtype=torch.long) if experience is None else experience.keep.flatten().nonzero().flatten().cpu()
+        lengths = kept if experience is None else experience.rollouts.rationale_lengths
+        of_all_ranks, this_rank = self.ranks.gather_uneven(lengths[kept])
+        weights = torch.zeros(lengths.shape, device=lengths.device)
+        weights[kept] = self.algorithm.aggregation(of_all_ranks)[this_rank]
+        return weights, max(int(of_all_ranks.sum()), 1)
+
+    def _passes_of_all_ranks(self, own: int, minibatch: Minibatch) -> int:
+        """Returns how many passes each rank makes: with sharded weights a pass needs every rank, so those with fewer add empty ones."""
+        count = int(self.ranks.largest(own)[0])
+        # Gradients are exchanged as the last pass meets each weight. A pass for embeddings alone meets neither the output layer nor what
+        # follows an inner layer; one more empty pass meets all.
+        extra = count > 0 and self.ranks.count > 1 and minibatch.pathwise_scale != 0
+        return count + int(extra)
+
+    def _statistics(self, done: Sequence[MicroBatch], tokens: int) -> dict[str, float]:
+        """Returns the statistics of a minibatch over all ranks.
+
+        Returns:
+            loss, the algorithm's; and by token clip_fraction, approx_kl (to the sampling policy), entropy in nats, with a reference
+            kl_to_reference (k3), and logprob_mismatch_mean and _max where the engine reports log-probs. Empty without the algorithm's loss.
+        """
+        names = ["loss", "clip_fraction", "approx_kl", "entropy", *(["kl_to_reference"] if self.algorithm.kl_coef else [])]
+        sums = dict.fromkeys(names if self.score_function_weight else [], 0.0)
+        for part in done:
             for name, value in part.values.items():
                 sums[name] += float(value / (1 if name == "loss" else tokens))
-            if len(part.mismatch):
-                mismatch, compared = mismatch + float(part.mismatch.sum()), compared + len(part.mismatch)
-                largest = max(largest, float(part.mismatch.max()))
-        *totals, mismatch, seen = ranks.total(*sums.values(), mismatch, compared)
+        differences = [part.mismatch for part in done if len(part.mismatch)]
+        mismatch, compared = sum(float(part.sum()) for part in differences), sum(len(part) for part in differences)
+        *totals, mismatch, compared = self.ranks.total(*sums.values(), mismatch, compared)
         found = dict(zip(sums, totals, strict=True))
-        if seen:
-            found |= {"logprob_mismatch_mean": mismatch / seen, "logprob_mismatch_max": ranks.largest(largest)[0]}
+        if compared:
+            largest = self.ranks.largest(max((float(part.max()) for part in differences), default=-1.0))[0]
+            found |= {"logprob_mismatch_mean": mismatch / compared, "logprob_mismatch_max": largest}
         return found
 
     def _accumulate_in_parts(self, minibatch: Minibatch) -> dict[str, float]:
         """Accumulates the same gradient part by part, with one more copy of it in memory.
 
         Returns:
-            What `accumulate_gradients` returns; and score_function_grad_norm, pathwise_grad_norm and gradient_parts_cosine.
+            What `_statistics` returns; and score_function_grad_norm, pathwise_grad_norm and gradient_parts_cosine.
         """
         stats = self.accumulate_gradients(replace(minibatch, context=None, pathwise_scale=0.0))
         before = {p: None if p.grad is None else p.grad.clone() for p in self.policy.parameters()}
@@ -208,38 +226,62 @@ class Updater:
                 yield partial(self._context_loss, context, part, minibatch.pathwise_scale)
 
     def micro_batch_loss(self, minibatch: Minibatch, experience: Experience, rows: Tensor, weights: Tensor) -> MicroBatch:
-        """Computes the loss of some rollouts.
+        """Computes the loss of some rollouts: the algorithm's, weighted, and the pathwise one.
 
         Args:
+            experience: of the minibatch.
             rows: [n] int64, of the experience.
             weights: [n] of their tokens in the algorithm's loss.
         """
-        part, k, algorithm = experience.rollouts[rows], experience.keep.shape[1], self.algorithm
-        gradients = (
-            experience.embedding_gradients[rows] if experience.embedding_gradients is not None and minibatch.pathwise_scale else None
-        )
-        embeds, scores = gradients is not None and bool(gradients.any()), self.score_function_weight != 0
-        logprobs, entropy, embeddings = self.policy(part, rows // k, self.temperature, logprobs=scores, embeddings=embeds)
-        loss, values, mismatch = weights.new_zeros(()), dict[str, Tensor](), weights.new_zeros(0)
-        if scores:
-            mask = part.rationale_mask
-            columns = mask.shape[1]
-            old, reference = (None if x is None else x[rows, :columns] for x in (experience.old_logprobs, experience.reference_logprobs))
-            old, advantages = logprobs.detach() if old is None else old, experience.advantages[rows, :columns]
-            tokens = algorithm.token_loss(logprobs, old, advantages, mask, reference, part.logprobs, entropy, rows // k)
-            own = (tokens.loss.sum(dim=1) * weights).sum()
-            loss = loss + self.score_function_weight * own
-            if minibatch.first and part.logprobs is not None:
-                mismatch = (logprobs.detach() - part.logprobs).abs()[mask]
-            mask = mask & (weights > 0).unsqueeze(1)  # rollouts that are left out of the loss are not logged
-            values = {"clip_fraction": tokens.clipped * mask, "approx_kl": tokens.kl * mask, "entropy": entropy * mask}
-            if reference is not None:
-                values["kl_to_reference"] = k3(logprobs.detach(), reference) * mask
-            values = {"loss": own.detach(), **{name: value.sum() for name, value in values.items()}}
-        if embeds and gradients is not None:
-            loss = loss + minibatch.pathwise_scale * pathwise_loss(embeddings, gradients)
+        part, k = experience.rollouts[rows], experience.keep.shape[1]
+        derivatives = None
+        if experience.embedding_gradients is not None and minibatch.pathwise_scale and experience.embedding_gradients[rows].any():
+            derivatives = experience.embedding_gradients[rows]
+        scored = self.score_function_weight != 0
+        logprobs, entropy, embeddings = self.policy(part, rows // k, self.temperature, logprobs=scored, embeddings=derivatives is not None)
         ids = [experience.instance_ids[group] for group in sorted({int(row) // k for row in rows})]
-        return MicroBatch(loss, values, mismatch, ids)
+        result = MicroBatch(weights.new_zeros(()), {}, weights.new_zeros(0), ids)
+        if scored:
+            result = self._algorithm_loss(experience, rows, part, weights, logprobs, entropy, minibatch.first, ids)
+        if derivatives is not None:
+            result = replace(result, loss=result.loss + minibatch.pathwise_scale * pathwise_loss(embeddings, derivatives))
+        return result
+
+    def _algorithm_loss(
+        self,
+        experience: Experience,
+        rows: Tensor,
+        part: Rollouts,
+        weights: Tensor,
+        logprobs: Tensor,
+        entropy: Tensor,
+        first: bool,
+        ids: list[str],
+    ) -> MicroBatch:
+        """Computes `score_function_weight` times the algorithm's loss of some rollouts, `part`, whose log-probs are [n, T] with a graph."""
+        mask, groups = part.rationale_mask, rows // experience.keep.shape[1]
+        columns = mask.shape[1]
+        old, reference = (None if x is None else x[rows, :columns] for x in (experience.old_logprobs, experience.reference_logprobs))
+        tokens = self.algorithm.token_loss(
+            logprobs,
+            logprobs.detach() if old is None else old,
+            experience.advantages[rows, :columns],
+            mask,
+            reference=reference,
+            engine=part.logprobs,
+            entropy=entropy,
+            groups=groups,
+        )
+        loss = (tokens.loss.sum(dim=1) * weights).sum()
+        mismatch = weights.new_zeros(0)
+        if first and part.logprobs is not None:
+            mismatch = (logprobs.detach() - part.logprobs).abs()[mask]
+        logged = mask & (weights > 0).unsqueeze(1)  # rollouts that are left out of the loss are not logged
+        values = {"clip_fraction": tokens.clipped, "approx_kl": tokens.kl, "entropy": entropy}
+        if reference is not None:
+            values["kl_to_reference"] = k3(logprobs.detach(), reference)
+        sums = {"loss": loss.detach(), **{name: (value * logged).sum() for name, value in values.items()}}
+        return MicroBatch(self.score_function_weight * loss, sums, mismatch, ids)
 
     def _context_loss(self, context: Context, rows: Tensor, pathwise_scale: float) -> MicroBatch:
         _, _, embeddings = self.policy(context.rollouts[rows], rows, logprobs=False, embeddings=True)

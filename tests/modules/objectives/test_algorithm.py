@@ -15,9 +15,9 @@ from src.modules.objectives.advantages import grpo, remax, rloo
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.losses import cispo, constant, gspo, ppo_clip, reinforce, sapo
 from src.modules.objectives.rewards import document, paper
-from src.modules.objectives.shaping import shape
 from src.modules.types import Embeddings, Reward
 from tests import oracles
+from tests.builders import shaped
 from tests.conftest import ROOT, Compose
 
 MAX_TOKENS = 8
@@ -69,9 +69,9 @@ def loss_of(algorithm: Algorithm, case: oracles.Case) -> torch.Tensor:
     finished = torch.ones_like(case.lengths, dtype=torch.bool)
     terms = {"first": case.rewards, "second": case.more, "flat": torch.full_like(case.more, 0.1)}
     raw = algorithm.scores(Reward(terms, {"first": 1.0, "second": 0.5, "flat": 0.2}, case.rewards), finished)
-    rewards, keep = shape(algorithm, raw, case.lengths, finished, divergence)
+    group = shaped(algorithm, raw, case.lengths, finished, divergence)
     greedy = (case.greedy,) if algorithm.greedy_baseline else ()
-    advantages = algorithm.advantage(rewards, keep, *greedy).flatten().unsqueeze(1) * mask
+    advantages = algorithm.advantage(group.rewards, group.keep, *greedy).flatten().unsqueeze(1) * mask
     groups = torch.arange(len(case.rewards)).repeat_interleave(case.rewards.shape[1])
     tokens = algorithm.token_loss(flat[0], flat[1], advantages, mask, flat[2], groups=groups).loss
     return (tokens.sum(dim=1) * algorithm.aggregation(case.lengths.flatten())).sum()

@@ -11,8 +11,9 @@ from src.modules.objectives.advantages import grpo, reinforce_pp, reinforce_pp_b
 from src.modules.objectives.algorithm import Algorithm
 from src.modules.objectives.credit import token_advantages
 from src.modules.objectives.losses import k3, ppo_clip
-from src.modules.objectives.shaping import shape, shape_rewards, soft_overlong
+from src.modules.objectives.shaping import shape_rewards, soft_overlong
 from src.modules.types import GreedyRollouts, RoleRollouts, Rollouts
+from tests.builders import shaped
 
 
 @pytest.mark.parametrize("k", [3, 7, 8])
@@ -80,7 +81,8 @@ def test_the_overlong_slope_adds_to_the_penalty(truncation: Any, expected: float
     rewards, lengths, finished = torch.tensor([[1.0, 3.0, 1.0]]), torch.tensor([[2, 5, 10]]), torch.tensor([[True, True, False]])
     overlong = partial(soft_overlong, max_tokens=10, slope=0.5, size=1.0)
     with_slope, without = (
-        shape(Algorithm(grpo, ppo_clip, truncation=truncation, overlong=given), rewards, lengths, finished)[0] for given in (overlong, None)
+        shaped(Algorithm(grpo, ppo_clip, truncation=truncation, overlong=given), rewards, lengths, finished).rewards
+        for given in (overlong, None)
     )
     torch.testing.assert_close(with_slope - without, torch.tensor([[0.0, 0.0, -1.0]]))
     if expected is not None:

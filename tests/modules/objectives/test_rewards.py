@@ -156,12 +156,23 @@ def test_bad_forms_are_named():
 
 
 @settings(max_examples=25, deadline=None)
-@given(shape=shapes, previous=st.integers(1, 6), weight=share, tau=st.floats(0.05, 1))
-def test_novelty_is_the_equation(shape, previous, weight, tau):
+@given(shape=shapes, previous=st.integers(1, 6), weight=share, tau=st.floats(0.05, 1), base=st.sampled_from([document, listwise]))
+def test_novelty_is_the_equation(shape, previous, weight, tau, base):
     b, k, m, d, seed = shape
     e, before = random_embeddings(b, k, m, d, seed), random_embeddings(previous, k, m, d, seed + 1)
-    reward = Novelty(novelty_weight=weight, temperature=tau)
-    torch.testing.assert_close(reward(e).total, document(e, temperature=tau).total)  # nothing is remembered yet
-    assert reward(e).terms["novelty"].eq(0).all()
+    inner = partial(base, temperature=tau)
+    reward, scale = Novelty(inner, novelty_weight=weight), 1.0 if base is listwise else 1 / tau
+    torch.testing.assert_close(reward(e).total, inner(e).total)  # nothing is remembered yet
+    assert "novelty" not in reward(e).terms  # nor is there a term that could be said to have no effect
     reward.remember(before)
-    agree(reward, lambda q, p, n: novelty_oracle(q, p, n, before.query, 0.2, 0.2, tau, weight), e)
+
+    def oracle(q, p, n):
+        return novelty_oracle(inner(Embeddings(q, p, n)).total, p, before.query, scale, weight)
+
+    agree(reward, oracle, e)
+
+
+def test_novelty_of_a_reward_that_remembers():
+    inner = Novelty(document, novelty_weight=1.0)
+    Novelty(inner).remember(random_embeddings(2, 2, 1, 4, 0))
+    assert len(inner.previous) == 2
