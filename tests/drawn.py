@@ -28,7 +28,7 @@ def taken(hidden: Tensor, weight: Tensor, draws: Tensor, temperature: float, *, 
     """
     spread = ((draws.double() - 1 / mean_length) / (1 - 1 / mean_length) * len(weight)).long().clamp(0, len(weight) - 1)
     ids = torch.where(draws < 1 / mean_length, end, spread)
-    logits = hidden / (temperature or 1.0) @ weight.T
+    logits = (hidden.to(weight.dtype) / (temperature or 1.0) @ weight.T).float()
     return ids, logits.log_softmax(dim=-1).gather(1, ids.unsqueeze(1)).squeeze(1)
 
 

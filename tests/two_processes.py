@@ -192,9 +192,11 @@ class SaveAfterTheFirst(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def trainer_of(strategy: Any, devices: int, callbacks: list[L.Callback], batches: int = 2, epochs: int = 1) -> L.Trainer:
+def trainer_of(
+    strategy: Any, devices: int, callbacks: list[L.Callback], batches: int = 2, epochs: int = 1, precision: Any = "32-true"
+) -> L.Trainer:
     more = {"max_epochs": epochs, "limit_train_batches": batches, "use_distributed_sampler": False, "plugins": [FolderCheckpoints()]}
-    return quiet_trainer(*callbacks, strategy=strategy, devices=devices, **more)
+    return quiet_trainer(*callbacks, strategy=strategy, devices=devices, precision=precision, **more)
 
 
 TWO_BATCHES = (BATCH, BATCH[::-1])
@@ -207,11 +209,11 @@ def batches_of(name: str) -> Any:
     return [[replace(triplet, negatives=()) for triplet in batch] for batch in TWO_BATCHES]
 
 
-def fit(module: GRACE, strategy: Any = "auto", devices: int = 1, batches: Any = TWO_BATCHES) -> dict[str, Any]:
+def fit(module: GRACE, strategy: Any = "auto", devices: int = 1, batches: Any = TWO_BATCHES, precision: str = "32-true") -> dict[str, Any]:
     """The results of two batches."""
     module.configure_optimizers = functools.partial(sgd, module)  # type: ignore[method-assign]
     watch = Compared()
-    trainer_of(strategy, devices, [watch]).fit(module, loader(batches))
+    trainer_of(strategy, devices, [watch], precision=precision).fit(module, loader(batches))
     return watch.seen
 
 
@@ -251,6 +253,8 @@ def main(folder: Path, rank: int) -> None:
         results |= go_on(strategy, folder / kind)
         if kind == "fsdp":
             results["bfloat16 sums"] = fit(SCENARIOS["several updates"](), ShardedStrategy("bfloat16"), 2)
+            gathered = ShardedStrategy(gather_dtype="bfloat16")
+            results["bfloat16 weights"] = fit(SCENARIOS["several updates"](), gathered, 2, precision="bf16-mixed")
         if rank == 0:
             torch.save(results, folder / f"{kind}.pt")
         for name, module in BROKEN.items():

@@ -282,7 +282,9 @@ class GRACE(PolicyModule):
         """Shards the policy's weights over the ranks, under a strategy for that."""
         strategy = self.trainer.strategy
         if isinstance(strategy, ShardedStrategy):
-            shard(self.policy, strategy.device_mesh["data_parallel"], strategy.reduce_dtype)
+            if strategy.gather_dtype != torch.float32 and self.trainer.precision != "bf16-mixed":
+                raise ValueError(f"trainer.strategy.gather_dtype=bfloat16 needs trainer.precision=bf16-mixed, not {self.trainer.precision}")
+            shard(self.policy, strategy.device_mesh["data_parallel"], strategy.reduce_dtype, strategy.gather_dtype)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

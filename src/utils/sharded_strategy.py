@@ -27,20 +27,24 @@ class ShardedStrategy(ModelParallelStrategy):
 
     Attributes:
         reduce_dtype: of gradients while they are summed over the ranks.
+        gather_dtype: of weights while they are gathered, for sampling and updates; each rank's share stays in float32.
 
     Raises:
-        ValueError: a `reduce_dtype` that is neither float32 nor bfloat16.
+        ValueError: a dtype that is neither float32 nor bfloat16.
     """
 
     def __init__(
         self,
         reduce_dtype: str = "float32",
+        gather_dtype: str = "float32",
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
-        if reduce_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"trainer.strategy.reduce_dtype={reduce_dtype}: it is float32 or bfloat16")
+        for name, dtype in {"reduce_dtype": reduce_dtype, "gather_dtype": gather_dtype}.items():
+            if dtype not in ("float32", "bfloat16"):
+                raise ValueError(f"trainer.strategy.{name}={dtype}: it is float32 or bfloat16")
         self.reduce_dtype: torch.dtype = getattr(torch, reduce_dtype)
+        self.gather_dtype: torch.dtype = getattr(torch, gather_dtype)
         super().__init__(save_distributed_checkpoint=False, process_group_backend=process_group_backend, timeout=timeout)
 
     def setup_environment(self) -> None:

@@ -23,8 +23,11 @@ from src.modules.policy.model import Policy
 from src.modules.types import dummy_rollouts
 
 
-def shard(policy: Policy, mesh: DeviceMesh, reduce_dtype: torch.dtype = torch.float32) -> None:
+def shard(policy: Policy, mesh: DeviceMesh, reduce_dtype: torch.dtype = torch.float32, gather_dtype: torch.dtype = torch.float32) -> None:
     """Shards the policy's weights over the ranks of a mesh, layer by layer; a second call does nothing.
+
+    Weights are gathered in `gather_dtype`. Under bfloat16 autocast products are the same with both; norms and the embedding table, which
+    autocast leaves in float32, are rounded by bfloat16.
 
     Gradients are summed in `reduce_dtype`, over the ranks and over the passes of a step on each: in bfloat16 what the 500th of many passes
     adds is lost, so few and large passes go with it.
@@ -39,7 +42,7 @@ def shard(policy: Policy, mesh: DeviceMesh, reduce_dtype: torch.dtype = torch.fl
     layers = getattr(policy.model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ValueError(f"trainer=fsdp cannot shard {type(policy.model).__name__}: it has no `layers`; use trainer=ddp")
-    precision = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     frozen = set() if policy.frozen_encoder is None else set(policy.frozen_encoder.parameters())

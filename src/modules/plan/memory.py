@@ -177,7 +177,34 @@ def always(shape: Shape, work: Work) -> list[Row]:
     rows = [Row("weights", 4 * p / parts, f"4 B x {p:,}{over}"), Row("AdamW's two moments", 8 * t / parts, f"8 B x {t:,}{over}")]
     if work.copies:
         rows.append(Row("reference, frozen encoder", 4 * p * work.copies, f"{work.copies} x 4 B x {p:,}"))
+    return rows if sharded else [*rows, *of_engine(shape, work)]
+
+
+def of_engine(shape: Shape, work: Work) -> list[Row]:
+    """Returns what rollout=hf allocates to write: keys and values, and the layers' weights in bfloat16.
+
+    On a GPU it keeps them from batch to batch, unless weights are sharded.
+    """
+    if not work.engine_tokens:
+        return []
+    width, each = shape.kv_heads * shape.head_dim, 4 if work.half else 8
+    prompts, sequences = max(_calls(work), key=lambda call: call[0] * work.prompt + call[1] * work.rationale)
+    positions = prompts * work.prompt + sequences * work.rationale
+    how = f"({prompts} prompts x {work.prompt} + {sequences} x {work.rationale} tokens) x {shape.layers} layers x {width} x {each} B"
+    rows = [Row("cache of keys and values", positions * shape.layers * width * each, how)]
+    if work.half and work.strategy != "fsdp":
+        layers = shape.layers * shape.layer
+        rows.append(Row("layers in bfloat16", 2 * layers, f"2 B x {layers:,} (rollout.cast_weights)"))
     return rows
+
+
+def _calls(work: Work) -> list[tuple[int, int]]:
+    """Returns, of each call of the engine, how many prompts are written about at a time, and how many sequences that is."""
+    calls = []
+    for texts, n in work.calls():
+        prompts = min(texts, max(1, work.engine_tokens // (work.prompt + n * work.rationale)))
+        calls.append((prompts, prompts * n))
+    return calls
 
 
 def while_sampling(shape: Shape, work: Work) -> list[Row]:
@@ -187,15 +214,9 @@ def while_sampling(shape: Shape, work: Work) -> list[Row]:
         rows.append(Row("weights, gathered", 4 * shape.parameters, f"4 B x {shape.parameters:,}"))
     if not work.engine_tokens:
         return rows
-    width, each = shape.kv_heads * shape.head_dim, 4 if work.half else 8
-    calls = []  # (prompts at a time, their sequences)
-    for texts, n in work.calls():
-        prompts = min(texts, max(1, work.engine_tokens // (work.prompt + n * work.rationale)))
-        calls.append((prompts, prompts * n))
-    prompts, sequences = max(calls, key=lambda call: call[0] * work.prompt + call[1] * work.rationale)
-    positions = prompts * work.prompt + sequences * work.rationale
-    how = f"({prompts} prompts x {work.prompt} + {sequences} x {work.rationale} tokens) x {shape.layers} layers x {width} x {each} B"
-    rows.append(Row("cache of keys and values", positions * shape.layers * width * each, how))
+    calls = _calls(work)
+    if work.strategy == "fsdp":
+        rows += of_engine(shape, work)
     read = max(prompts for prompts, _ in calls) * work.prompt
     per_read = 14 * shape.hidden + (8 if work.half else 16) * shape.intermediate
     rows.append(Row("reading the prompts", read * per_read, f"{read:,} tokens x {per_read:,} B of one layer"))

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from src.modules.plan.memory import Row, Shape, Work, always, find_config, shape_of, while_sampling, while_updating
 from src.modules.plan.speed import CARDS, batch_phases, find_card
+from src.modules.rollouts.hf import MOST_TOKENS
 
 _GIB = 2**30
 
@@ -50,7 +51,7 @@ def _work(cfg: DictConfig) -> Work:
         prompt=prompt,
         rationale=rationale,
         tokens=max(cfg.module.micro_batch_tokens, prompt + rationale),
-        engine_tokens=cfg.rollout.get("batch_tokens", 0),
+        engine_tokens=(cfg.rollout.batch_tokens or MOST_TOKENS) if "batch_tokens" in cfg.rollout else 0,
         half=str(cfg.trainer.precision) in ("bf16", "bf16-mixed"),
         token_credit=cfg.algorithm.gae_lambda is not None,
         checkpointing=cfg.policy.gradient_checkpointing,

@@ -1,4 +1,4 @@
-"""Cuts sequences into batches of a budget of tokens; a budget from free memory."""
+"""Cuts sequences into batches of a budget of tokens."""
 
 from collections.abc import Iterator
 from itertools import groupby

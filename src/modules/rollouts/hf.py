@@ -25,6 +25,9 @@ from src.modules.rollouts.engine import end_tokens
 from src.modules.rollouts.graphs import Graphs
 from src.modules.types import Rollouts, join
 
+MOST_TOKENS = 2**18
+"""Beyond so many tokens at a time a GPU writes no faster."""
+
 
 @dataclass(frozen=True)
 class _Written:
@@ -53,7 +56,8 @@ class HFEngine:
     Args:
         max_new_tokens: longest rationale, EOS included.
         batch_tokens: most tokens whose keys and values are held at once, a prompt's and `max_new_tokens` of each of its
-            rationales. A prompt that has more makes a batch alone.
+            rationales. A prompt that has more makes a batch alone. None: MOST_TOKENS, or fewer on a GPU that has less memory to spare
+            at the first call (see `token_budget`).
         cuda_graphs: whether steps are captured on a GPU. Those of sharded weights, which move, never are.
         cast_weights: under autocast, casts the weights of linear layers once a call and not at every token, which takes
             2 bytes a weight. Sharded weights are not copied.
@@ -61,11 +65,11 @@ class HFEngine:
 
     exact = True
 
-    def __init__(self, max_new_tokens: int, batch_tokens: int = 2**18, cuda_graphs: bool = True, cast_weights: bool = True) -> None:
+    def __init__(self, max_new_tokens: int, batch_tokens: int | None = None, cuda_graphs: bool = True, cast_weights: bool = True) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"rollout.max_new_tokens={max_new_tokens}: a rationale needs at least one token")
-        if batch_tokens < 1:
-            raise ValueError(f"rollout.batch_tokens={batch_tokens}: it must be at least 1")
+        if batch_tokens is not None and batch_tokens < 1:
+            raise ValueError(f"rollout.batch_tokens={batch_tokens}: it must be at least 1, or null")
         self.max_new_tokens = max_new_tokens
         self.batch_tokens = batch_tokens
         self.cuda_graphs = cuda_graphs
@@ -91,6 +95,8 @@ class HFEngine:
             Rollouts on the policy's device with log-probs, and, unless the encoder is frozen, with embeddings; rows
             i*n .. i*n + n - 1 belong to prompt i.
         """
+        if self.batch_tokens is None:
+            self.batch_tokens = token_budget(policy)  # once: another budget would be other shapes, and other graphs
         total, limit, device = len(prompts) * n, self.max_new_tokens, policy.device
         width = policy.head.shape[1]
         draws, ends = uniform_draws(seed, len(prompts), n, limit).to(device), end_tokens(policy)
@@ -131,6 +137,29 @@ class HFEngine:
         if self._graphs is None or places != self._places:
             self._graphs, self._places = Graphs(policy.device), places
         return self._graphs.run
+
+
+def token_budget(policy: Policy) -> int:
+    """Returns MOST_TOKENS, or as many as half of a GPU's free memory has keys and values for.
+
+    What the first update will add, gradients and AdamW's two moments, is not counted as free.
+    """
+    if policy.device.type != "cuda":
+        return MOST_TOKENS
+    unused = torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
+    free = torch.cuda.mem_get_info(policy.device)[0] + unused
+    return fitting_tokens(policy, free)
+
+
+def fitting_tokens(policy: Policy, free: int) -> int:
+    """Returns how many tokens' keys and values fit into half of `free` bytes, after gradients and AdamW's moments; 1 to MOST_TOKENS."""
+    trained = 12 * sum(weight.numel() for weight in policy.parameters() if weight.requires_grad and weight.grad is None)
+    config = policy.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    itemsize = 2 if torch.is_autocast_enabled(policy.device.type) else policy.head.dtype.itemsize
+    token = 2 * config.num_hidden_layers * heads * width * itemsize
+    return max(1, min(MOST_TOKENS, (free - trained) // 2 // token))
 
 
 def _rollouts(policy: Policy, prompts: Prompts, written: _Written, ends: Tensor) -> Rollouts:
