@@ -64,7 +64,9 @@ def fit(cfg: DictConfig, checkpoint: str | None) -> float | None:
         for logger in mlflow_loggers(trainer):
             logger.watch_machine()
         write_settings(folder, settings)
-        list_run(folder, Path(cfg.paths.output_root))
+        export = OmegaConf.select(cfg, "callbacks.export.folder", default=None)
+        for place in (folder, *([] if export is None else [Path(export)])):
+            list_run(place, Path(cfg.paths.output_root))
     trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)  # a checkpoint runs no code
     name, metrics = cfg.optimized_metric, trainer.callback_metrics
     if name is None:

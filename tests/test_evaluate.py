@@ -14,7 +14,7 @@ import evaluate
 from src.evaluation.setup import load_tasks, make_encoder
 from src.modules.encoder.export import load_policy
 from src.modules.rollouts.hf import HFEngine
-from tests.own_files import write_own_tasks
+from tests.own_files import describe, write_own_tasks
 from tests.programs import Program, Programs, free_port
 from tests.runs import mlflow_runs
 
@@ -25,8 +25,9 @@ SMALL = ["size=small", "packages.test=[networkx,rich]"]
 EVERYDAY = ["WordNetRetrieval", "WordNetSimilarity", "WordNetClassification", "WordNetPairs"]
 
 
-def test_base_and_trained_policy_side_by_side(compose, tiny_policy_folder, tmp_path, capsys):
-    trained = tmp_path / "runs" / "tiny" / "now" / "export"
+def test_base_and_trained_policy_side_by_side(compose, tiny_policy_folder, tmp_path, capsys, caplog):
+    caplog.set_level("INFO")
+    trained = tmp_path / "runs" / "tiny" / "now" / "of another name"
     shutil.copytree(tiny_policy_folder, trained)
     cfg = compose(*SMALL, f"base={tiny_policy_folder}", f"paths.output_root={tmp_path}/runs", "max_new_tokens=3", config_name="evaluate")
     scores = evaluate.evaluate(cfg)
@@ -35,6 +36,7 @@ def test_base_and_trained_policy_side_by_side(compose, tiny_policy_folder, tmp_p
     assert scores["Base"].tasks != scores["Base + reasoning"].tasks
     shown = capsys.readouterr().out
     assert f"Trained: {trained}" in shown
+    assert "the only export" in caplog.text
     assert f"{100 * scores['Base'].average:.2f}" in shown
     assert len(list(Path(cfg.results_dir).rglob("DocstringRetrieval.json"))) == 3
     client = MlflowClient(cfg.paths.tracking_uri)
@@ -50,7 +52,8 @@ def test_base_and_trained_policy_side_by_side(compose, tiny_policy_folder, tmp_p
 def test_store_that_cannot_be_had_loses_nothing(compose, tiny_policy_folder, tmp_path, tracking_uri, capsys, caplog, store):
     uri = {"deleted": tracking_uri, "damaged": f"sqlite:///{tmp_path}/damaged.db"}.get(store, f"http://127.0.0.1:{free_port()}")
     (tmp_path / "damaged.db").write_text("no database, " * 9)
-    places = ["benchmark=[MySTS]", f"data_dir={write_own_tasks(tmp_path / 'data')}", f"project={tmp_path.name}"]
+    describe(write_own_tasks(tmp_path / "data"), "检索", "STS", "data: sts.tsv\ncolumns: [score, sentence1, sentence2]")
+    places = ["benchmark=['检索']", f"data_dir={tmp_path / 'data'}", f"project={tmp_path.name}"]
     cfg = compose(*places, f"model={tiny_policy_folder}", "rationale=false", config_name="evaluate")
     cfg.paths.tracking_uri = uri
     if store == "deleted":

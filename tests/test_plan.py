@@ -44,7 +44,9 @@ def test_table_adds_up(compose):
 def test_time_on_a_card(compose):
     said = text(planned(compose, "plan.card=h100"))
     parts = [float(value) for value in re.findall(r"^ +([\d.]+)  .* TFLOP", said, flags=re.MULTILINE)]
-    total, hours = re.search(r"([\d.]+)  together; 1,000 batches \(an example: the data decides\) take at least ([\d.]+) hours", said).groups()
+    total, hours = re.search(
+        r"([\d.]+)  together; 1,000 batches \(an example: the data decides\) take at least ([\d.]+) hours", said
+    ).groups()
     assert len(parts) == 3
     assert float(total) == pytest.approx(sum(parts), abs=0.02)
     assert float(hours) == pytest.approx(float(total) / 3.6, rel=1e-3)

@@ -17,6 +17,7 @@ ONE_BATCH = [*TINY, "trainer.limit_train_batches=1"]
 def test_train_end_to_end(run_train, places, tracking_uri, tmp_path):
     done = run_train("debug=fast", "seed=7", *places)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "outputs" / "runs_elsewhere.txt").read_text() == f"{tmp_path}/out\n"  # where evaluate.py looks
     for expected in ("Base + reasoning", "GRACE", "Rationales", f"{tmp_path}/out/report.md", "rollout batch 2/2"):
         assert expected in done.stdout, done.stdout[-3000:]
     files = ["report.html", "report.md", "similarities.png", "rationales.md", "reward_terms.png", "test_scores.png"]

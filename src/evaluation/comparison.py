@@ -11,7 +11,7 @@ from rich.table import Table
 
 from src.evaluation.run_tasks import EvaluationScores
 from src.modules.encoder.export import CHECKPOINT_SUFFIX
-from src.modules.encoder.settings import RationaleFor, rationale_for
+from src.modules.encoder.settings import SETTINGS_FILE, RationaleFor, rationale_for
 from src.modules.policy.model import Policy
 from src.utils.run_folder import runs_elsewhere
 
@@ -78,8 +78,10 @@ def latest_export(output_root: Path | str) -> Path | None:
 
 def exports(output_root: Path | str) -> list[Path]:
     """Returns all exported policies, newest first: at any depth below `output_root`, and of the runs elsewhere that it lists."""
-    found = {file for place in (Path(output_root), *runs_elsewhere(Path(output_root))) for file in place.glob("**/export/config.json")}
-    return [file.parent for file in sorted(found, key=lambda file: (file.stat().st_mtime, str(file)), reverse=True)]
+    places = (Path(output_root), *runs_elsewhere(Path(output_root)))
+    found = {file.with_name("config.json") for place in places for file in place.glob(f"**/{SETTINGS_FILE}")}
+    whole = [file for file in found if file.is_file()]
+    return [file.parent for file in sorted(whole, key=lambda file: (file.stat().st_mtime, str(file)), reverse=True)]
 
 
 def how_it_was_found(export: Path, output_root: Path | str) -> str:

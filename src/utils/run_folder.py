@@ -99,9 +99,9 @@ def register_resolver() -> None:
 
 
 def list_run(folder: Path, output_root: Path) -> None:
-    """Adds a run's folder to the list in `output_root` of those that lie elsewhere, so that evaluate.py finds what the run exports."""
+    """Adds the folder of a run or of its export to the list in `output_root` of those that lie elsewhere, where evaluate.py looks too."""
     folder, output_root = folder.absolute(), output_root.absolute()
-    if not folder.is_relative_to(output_root) and folder not in runs_elsewhere(output_root):
+    if not any(folder.is_relative_to(place) for place in (output_root, *runs_elsewhere(output_root))):
         output_root.mkdir(parents=True, exist_ok=True)
         with open(output_root / ELSEWHERE, "a", encoding="utf-8") as file:
             file.write(f"{folder}\n")

@@ -23,9 +23,11 @@ _GROUPS = ("seed", "reward", "algorithm", "policy", "rollout", "module", "datamo
 _DUPLICATES = ("module.policy", "module.engine", "module.reward", "module.algorithm", "datamodule.limit")
 _WITHOUT_EFFECT = {
     *("cache_dir", "num_proc", "trust_remote_code", "micro_batch_tokens", "batch_tokens", "gradient_checkpointing"),
-    *("cpu_kv_cache_gib", "gpu_memory_utilization", "sleep", "tensor_parallel", "_convert_", "_partial_"),
+    *("cpu_kv_cache_gib", "gpu_memory_utilization", "sleep", "tensor_parallel", "cuda_graphs", "cast_weights", "_convert_", "_partial_"),
 }
-"""Last parts of names: places, and how much is computed at a time."""
+"""Last parts of names: places, and how and how much is computed at a time."""
+_MANNERS = {"algorithm.tis_mode", "module.distill_loss"}
+"""Settings that say how something is done which another setting switches on: an older run did not have it."""
 _DATA = "data."
 _NAMES_DATA = tuple(f"datamodule.{name}" for name in ("_target_", "path", "files", "revision", "columns", "train_packages"))
 _RENAMED_CLASSES = {"HFRollouts": "HFEngine", "VLLMRollouts": "VLLMEngine"}
@@ -59,14 +61,12 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Returns `name=new in place of old` for each setting that differs.
 
-    A renamed setting or a moved class is no difference, nor is one that only one of them has, with a value that switches it off.
+    A renamed setting or a moved class is no difference, nor is one that only one of them has, with a value that has no effect.
     """
     old, new = _current_names(before), _current_names(after)
-    return [
-        f"{name}={after.get(name)} in place of {old.get(name)}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not (name not in old and _is_off(new[name])) and not (name not in new and _is_off(old[name]))
-    ]
+    differ = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    in_force = [name for name in differ if (name in old or _acts(name, new[name])) and (name in new or _acts(name, old[name]))]
+    return [f"{name}={after.get(name)} in place of {old.get(name)}" for name in in_force]
 
 
 def data_settings(data: DataContents | None) -> dict[str, Any]:
@@ -125,12 +125,14 @@ def _current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
         nested = name.startswith(f"{_SECOND_REWARD}.")
         new = RENAMED.get(name.replace(_SECOND_REWARD, "reward", 1) if nested else name)
         current[name if new is None else new.replace("reward", _SECOND_REWARD, 1) if nested else new] = value
-    return current
+    if current.get("algorithm.tis_cap") == "auto" and current.get("rollout._target_") == "HFEngine":
+        current["algorithm.tis_cap"] = None  # what it is for an exact engine
+    return {name: value for name, value in current.items() if name.rpartition(".")[2] not in _WITHOUT_EFFECT}
 
 
-def _is_off(value: Any) -> bool:
-    """Returns whether a value is what a setting has that is not used: null, 0, false, empty, none."""
-    return not value or value == "none"
+def _acts(name: str, value: Any) -> bool:
+    """Returns whether a setting that an older run did not have changes what is computed; null, 0, false, empty and none do not."""
+    return name not in _MANNERS and bool(value) and value != "none"
 
 
 def _within(name: str, groups: tuple[str, ...]) -> bool:

@@ -13,6 +13,7 @@ def exported(root: Path, run: str, time: str, age: int) -> Path:
     folder = root / run / time / "export"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
+    (folder / "grace.json").write_text("{}")
     os.utime(folder / "config.json", (1000 - age, 1000 - age))
     return folder
 
@@ -34,6 +35,7 @@ def test_latest_export_wherever_it_lies(tmp_path):
         newest = exported(place.parent.parent, place.parent.name, place.name, age)
         assert latest_export(root) == newest
     list_run(tmp_path / "elsewhere", root)
+    list_run(tmp_path / "elsewhere" / "export", root)  # is in it
     assert (root / "runs_elsewhere.txt").read_text() == f"{tmp_path}/elsewhere\n"
     said = how_it_was_found(newest, root)
     assert said.startswith(f"{newest}, of ")

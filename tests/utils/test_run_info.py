@@ -1,5 +1,6 @@
 """What is recorded of a run, and which settings make it another run when it resumes."""
 
+import json
 import logging
 import os
 import subprocess
@@ -197,3 +198,12 @@ def test_renamed_settings_are_no_change(compose):
     assert changes(before, now) == []
     before["module.num_rollouts"] += 1
     assert changes(before, now) == [f"module.num_generations={now['module.num_generations']} in place of {before['module.num_rollouts']}"]
+
+
+def test_settings_without_effect_are_no_change_of_an_older_run(compose):
+    now = settings_of(compose("experiment=tiny_sup"))
+    old = json.loads((ROOT / "tests" / "utils" / "settings_of_an_older_run.json").read_text())  # of tiny_sup, as version 51fb5c1 wrote it
+    old["policy.path"] = now["policy.path"]
+    assert changes(old, now) == ["algorithm.advantage._target_=src.modules.objectives.advantages.rloo in place of grpo"]
+    with_vllm = changes(old, settings_of(compose("experiment=tiny_sup", "rollout=vllm")))
+    assert any(line.startswith("algorithm.tis_cap=auto") for line in with_vllm)

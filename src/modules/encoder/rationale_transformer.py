@@ -100,12 +100,14 @@ class RationaleTransformer(InputModule):
         prompts = [row[: int(length)] for row, length in zip(ids, mask.sum(dim=1), strict=True)]
         flipped, seen = self._padded([row.flip(0) for row in prompts])  # `generate` wants the padding on the left
         ends = end_ids(self.tokenizer, getattr(self.model, "generation_config", None))
+        rows, last = self.model.get_output_embeddings().weight.shape[0], max(self.tokenizer.get_vocab().values())  # type: ignore[operator]
         plain = GenerationConfig(
             max_new_tokens=self.settings["max_new_tokens"],
             do_sample=False,
             repetition_penalty=1.0,  # whatever the model's own generation config says
             no_repeat_ngram_size=0,
             eos_token_id=ends,
+            suppress_tokens=list(range(last + 1, rows)) or None,  # rows that pad the vocabulary: no token has them
             pad_token_id=self._pad_id(),
         )
         written = self.model.generate(  # type: ignore[operator]

@@ -32,10 +32,11 @@ def grpo(rewards: Tensor, keep: Tensor, *, std: bool = False, epsilon: float = 1
 
 
 def varies(values: Tensor, counted: Tensor, dim: int | tuple[int, ...]) -> Tensor:
-    """Returns whether the counted values differ. The mean of equal values may be off by a rounding, which a division by the deviation,
-    a rounding as well, would scale up to the size of an advantage."""
+    """Returns whether the counted values differ by more than rounding, 1e-6 of the largest: a division by the deviation, a rounding as
+    well, would scale that up to the size of an advantage."""
     high = values.masked_fill(~counted, -torch.inf).amax(dim=dim, keepdim=True)
-    return high > values.masked_fill(~counted, torch.inf).amin(dim=dim, keepdim=True)
+    low = values.masked_fill(~counted, torch.inf).amin(dim=dim, keepdim=True)
+    return high - low > 1e-6 * torch.maximum(high.abs(), low.abs())
 
 
 def rloo(rewards: Tensor, keep: Tensor) -> Tensor:

@@ -82,20 +82,25 @@ class TokenLoss:
     kl: Tensor
 
 
+def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Returns log r_t, [N, T], 0 where masked, bounded to [-20, 20] nats: r overflows. Beyond the bound its gradient is 0."""
+    return torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-20.0, 20.0)
+
+
 def ppo_clip(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float = 0.2, clip_high: float = 0.2
 ) -> TokenLoss:
     """Returns the clipped surrogate (Schulman et al., arXiv 1707.06347, eq. 7): -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A).
 
-    r_t = exp(logprobs - old_logprobs). If the two are equal (one update a rollout batch) its gradient is that of -A log pi(t), GRACE's
-    form. Different clips are DAPO's (arXiv 2503.14476, eq. 10): a larger clip_high lets unlikely tokens rise.
+    r_t = exp(logprobs - old_logprobs), see `_log_ratio`. If the two are equal (one update a rollout batch) its gradient is that of
+    -A log pi(t), GRACE's form. Different clips are DAPO's (arXiv 2503.14476, eq. 10): a larger clip_high lets unlikely tokens rise.
 
     Args:
         logprobs, old_logprobs: [N, T] float32 of the current and of the sampling policy.
         advantages: [N, T] float32.
         mask: [N, T] bool, True on the tokens that count.
     """
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    log_ratio = _log_ratio(logprobs, old_logprobs, mask)
     return _clipped(log_ratio.exp(), log_ratio, advantages, mask, clip_low, clip_high)
 
 
@@ -110,7 +115,7 @@ def gspo(
     Args:
         logprobs, old_logprobs, advantages, mask: as in `ppo_clip`.
     """
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    log_ratio = _log_ratio(logprobs, old_logprobs, mask)
     mean = log_ratio.detach().sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
     return _clipped((mean + log_ratio - log_ratio.detach()).exp(), log_ratio, advantages, mask, clip_low, clip_high)
 
@@ -135,7 +140,7 @@ def cispo(
     Args:
         logprobs, old_logprobs, advantages, mask: as in `ppo_clip`.
     """
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    log_ratio = _log_ratio(logprobs, old_logprobs, mask)
     ratio = log_ratio.detach().exp()
     weight = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = -weight * advantages * torch.where(mask, logprobs, 0.0)
@@ -147,15 +152,15 @@ def sapo(
 ) -> TokenLoss:
     """Returns -f(r_t) A with the soft gate f(r) = 4 / tau sigmoid(tau (r - 1)) (SAPO, Gao et al., arXiv 2511.20347).
 
-    The gradient fades with the distance of r from 1, where its factor is 1. log r is bounded to 20 nats, beyond which it has faded.
+    The gradient fades with the distance of r from 1, where its factor is 1.
 
     Args:
         logprobs, old_logprobs, advantages, mask: as in `ppo_clip`.
         tau_positive, tau_negative: tau for advantages above 0, and for the others; a larger one fades sooner.
     """
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
+    log_ratio = _log_ratio(logprobs, old_logprobs, mask)
     tau = torch.where(advantages > 0, tau_positive, tau_negative)
-    gate = torch.sigmoid(tau * (log_ratio.clamp(max=20.0).exp() - 1)) * 4 / tau
+    gate = torch.sigmoid(tau * (log_ratio.exp() - 1)) * 4 / tau
     return TokenLoss(-gate * advantages * mask, torch.zeros_like(log_ratio).detach(), _kl_of(log_ratio))
 
 
@@ -170,8 +175,7 @@ def reinforce(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
         logprobs, old_logprobs, advantages, mask: as in `ppo_clip`; the old ones serve for the estimate of the divergence alone.
     """
     own = torch.where(mask, logprobs, 0.0)
-    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)
-    return TokenLoss(-own * advantages, torch.zeros_like(log_ratio).detach(), k3(torch.zeros_like(log_ratio), log_ratio.detach()))
+    return TokenLoss(-own * advantages, torch.zeros_like(own).detach(), _kl_of(_log_ratio(logprobs, old_logprobs, mask)))
 
 
 # ---- aggregation: lengths [n] int64 of a minibatch's rollouts -> weights [n]; the loss is the sum of weight times the sum over tokens
@@ -218,7 +222,7 @@ def entropy_loss(logprobs: Tensor, old_logprobs: Tensor, entropy: Tensor, mask: 
         entropy: [N, T] float32 nats, without gradient.
     """
     own = torch.where(mask, logprobs, 0.0)
-    ratio = torch.where(mask, logprobs - old_logprobs, 0.0).detach().exp()
+    ratio = _log_ratio(logprobs, old_logprobs, mask).detach().exp()
     weight = ratio * (own.detach() + entropy.detach())
     return (weight * (own - own.detach()) - entropy.detach()) * mask
 

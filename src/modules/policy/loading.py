@@ -111,7 +111,8 @@ def require_files(path: str) -> None:
     folder = Path(path)
     if not folder.is_dir():
         return
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    weights = [file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in folder.glob(pattern)]
+    if (folder / "adapter_config.json").is_file() and not weights:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
         raise FileNotFoundError(
             f"no policy at {path!r}: it is a LoRA adapter of {base!r} (adapter_config.json); merge the two and name the folder that this "

@@ -68,14 +68,26 @@ def end_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> list[
     """
     named = getattr(generation_config, "eos_token_id", None)
     ends = {int(tokenizer.eos_token_id), *([named] if isinstance(named, int) else named or [])}
-    if not getattr(tokenizer, "chat_template", None):
-        return sorted(ends)
-    try:
-        chat = tokenizer.apply_chat_template([{"role": "user", "content": "text"}, {"role": "assistant", "content": _SLOT}], tokenize=False)
-    except TemplateError:  # it renders no answers
-        return sorted(ends)
-    after: list[int] = tokenizer(str(chat).partition(_SLOT)[2].strip(), add_special_tokens=False)["input_ids"]
+    after: list[int] = tokenizer(_closing_text(tokenizer), add_special_tokens=False)["input_ids"]
     return sorted({*ends, *(tokenizer.added_tokens_decoder.keys() & after[:1])})
+
+
+def unclosed_turn(tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> str | None:
+    """Returns the text that closes the assistant's turn in the chat template if none of `end_ids` is in it; None if one is, or no text."""
+    closing = _closing_text(tokenizer)
+    ids: list[int] = tokenizer(closing, add_special_tokens=False)["input_ids"]
+    return None if not closing or set(end_ids(tokenizer, generation_config)) & set(ids) else closing
+
+
+def _closing_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns what the chat template renders after an answer, stripped; empty without a template, or if it renders no answers."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ""
+    chat = [{"role": "user", "content": "text"}, {"role": "assistant", "content": _SLOT}]
+    try:
+        return str(tokenizer.apply_chat_template(chat, tokenize=False)).partition(_SLOT)[2].strip()
+    except TemplateError:
+        return ""
 
 
 class PromptRenderer:

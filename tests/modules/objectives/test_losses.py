@@ -73,10 +73,17 @@ def test_masked_positions_may_hold_anything():
         assert weights.tolist() == [[1.0, 0.0]]
 
 
-def test_large_ratios_have_finite_gradients():
-    new = torch.tensor([[150.0, -150.0, 0.0]], requires_grad=True)
+@pytest.mark.parametrize("loss", [ppo_clip, gspo, cispo, sapo, reinforce, entropy_loss])
+@pytest.mark.parametrize("ratio", [25.0, 99.0, 1e4])
+def test_large_ratios_have_finite_gradients(loss, ratio):
+    every = torch.ones(1, 3, dtype=torch.bool)
     for advantage in (1.0, -1.0):
-        sapo(new, torch.zeros(1, 3), torch.full((1, 3), advantage), torch.ones(1, 3, dtype=torch.bool)).loss.sum().backward()
+        new = torch.tensor([[-1.0, -1.0 - ratio, -1.0]], requires_grad=True)
+        third = torch.full((1, 3), advantage)
+        found = loss(new, new.detach() - torch.tensor([[ratio, -ratio, 0.0]]), third, every)
+        values = (found,) if loss is entropy_loss else (found.loss, found.clipped, found.kl)
+        assert all(torch.isfinite(value).all() for value in values)
+        values[0].sum().backward()
         assert torch.isfinite(new.grad).all()
 
 

@@ -18,6 +18,7 @@ def test_adapter_is_named_and_merged(tiny_policy_folder, tmp_path, own_tokenizer
     model.save_pretrained(folder)
     if own_tokenizer:
         base.tokenizer.save_pretrained(folder)
+        base.model.config.save_pretrained(folder)  # as some tools do
     with pytest.raises(FileNotFoundError, match=rf"it is a LoRA adapter of '{tiny_policy_folder}'") as caught:
         Policy.load(str(folder))
     command = shlex.split(str(caught.value).partition(": python -m ")[2])

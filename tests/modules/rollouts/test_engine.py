@@ -10,9 +10,9 @@ from src.modules.encoder.encoder import RationaleEncoder
 from src.modules.encoder.export import export
 from src.modules.encoder.settings import EncoderSettings
 from src.modules.policy.model import Policy
-from src.modules.prompt.renderer import end_ids
+from src.modules.prompt.renderer import end_ids, unclosed_turn
 from src.modules.rollouts.engine import end_tokens
-from tests.builders import SENTENCES, small_model, small_tokenizer
+from tests.builders import SENTENCES, loader, make, quiet_trainer, small_model, small_tokenizer
 from tests.chat_templates import CHATML, DROPS_SYSTEM, LLAMA3_LIKE, MERGES_SYSTEM, PLAIN_MARKS, QWEN3_LIKE, REFUSES_SYSTEM, tokenizer_with
 
 
@@ -51,3 +51,28 @@ def test_end_of_turn_ends_a_rationale_here_and_in_sentence_transformers(tmp_path
     assert min(lengths) < 20
     library = SentenceTransformer(str(tmp_path / "export"), trust_remote_code=True, device="cpu")
     torch.testing.assert_close(torch.tensor(library.encode(list(SENTENCES), rationale=True)), torch.tensor(vectors), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("template", "closing"), [(CHATML, None), (LLAMA3_LIKE, None), (None, None), (CHATML.replace("<|im_end|>", "### End"), "### End")]
+)
+def test_turn_that_no_token_closes_is_said(template: str | None, closing: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = tokenizer_with(template)
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    assert unclosed_turn(tokenizer, None) == closing
+    if template is not None:
+        module = make()
+        module.policy.model.resize_token_embeddings(len(tokenizer))
+        module.policy.tokenizer = tokenizer
+        quiet_trainer(max_steps=0).fit(module, loader([]))
+        assert ("closes an answer with '### End'" in caplog.text) == (closing is not None)
+
+
+def test_padded_rows_are_not_written_by_sentence_transformers(tmp_path: Path) -> None:
+    policy = Policy(small_model(len(small_tokenizer()) + 60, kind="untied"), small_tokenizer())
+    with torch.no_grad():
+        policy.model.lm_head.weight[-60:] *= 20  # the likeliest, if they could be drawn
+    export(policy, EncoderSettings(instruction="Name the terms.", max_prompt_tokens=128, max_new_tokens=8), tmp_path / "export")
+    ours = RationaleEncoder.from_pretrained(tmp_path / "export", device="cpu").encode(SENTENCES)
+    library = SentenceTransformer(str(tmp_path / "export"), trust_remote_code=True, device="cpu")
+    torch.testing.assert_close(torch.tensor(library.encode(list(SENTENCES), rationale=True)), torch.tensor(ours), atol=1e-4, rtol=0)
