@@ -131,6 +131,7 @@ def assert_same(ours: Any, theirs: Any, name: str) -> None:
 # ---- one process
 
 
+@pytest.mark.slow
 def test_killed_twice(runs, own, reference, tmp_path, tracking_uri):
     for hook in ("setup", "on_fit_start"):  # before anything was saved
         assert runs.run(tmp_path, *own, callback("KillIn", hook=hook)) == -signal.SIGKILL
@@ -148,7 +149,8 @@ def test_killed_ten_times(runs, small, tmp_path, tracking_uri):
     assert_alike(never, often, tracking_uri, batches=48)
 
 
-@pytest.mark.parametrize("every", [pytest.param(2, id="last batch saved"), pytest.param(3, id="saved before", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [pytest.param(2, id="last batch saved"), pytest.param(3, id="saved before")])
 def test_killed_at_the_end(runs, own, reference, tmp_path, tracking_uri, every):
     own = [*own, f"callbacks.checkpoint.every_n_rollout_batches={every}"]
     assert runs.run(tmp_path, *own, callback("KillIn", hook="on_train_end")) == -signal.SIGKILL
@@ -159,7 +161,12 @@ def test_killed_at_the_end(runs, own, reference, tmp_path, tracking_uri, every):
 
 
 @pytest.mark.parametrize(
-    ("number", "batch"), [(signal.SIGUSR1, 4), (signal.SIGTERM, 3), (signal.SIGINT, 2)], ids=["mid_epoch", "last_of_an_epoch", "ctrl_c"]
+    ("number", "batch"),
+    [
+        pytest.param(signal.SIGUSR1, 4, id="mid_epoch", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 3, id="last_of_an_epoch", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 2, id="ctrl_c"),
+    ],
 )
 def test_signalled(runs, own, reference, tmp_path, tracking_uri, number, batch):
     stop = callback("KillAt", batch=batch, seconds=0, signal_number=int(number))
@@ -179,6 +186,7 @@ def test_signalled_in_an_update(runs, own, reference, tmp_path, tracking_uri):
     assert_alike(reference, tmp_path, tracking_uri)
 
 
+@pytest.mark.slow
 def test_signalled_in_the_last_update(runs, own, reference, tmp_path, tracking_uri):
     stop = callback("KillAt", batch=7, seconds=0, signal_number=int(signal.SIGTERM), updating=True)
     runs.succeed(tmp_path, *own, "optimized_metric=reward/total/mean", stop)
@@ -207,6 +215,7 @@ def test_ranks_signalled(runs, own, reference_of_two, tmp_path, tracking_uri, si
     assert_alike(reference_of_two, tmp_path, tracking_uri)
 
 
+@pytest.mark.slow
 def test_rank_killed(runs, own, reference_of_two, tmp_path, tracking_uri):
     statuses = runs.run_ranks(tmp_path, *own, callback("KillAt", batch=5, seconds=0, rank=1))
     assert statuses == [1, -signal.SIGKILL], runs.log.read_text()[-3000:]

@@ -3,15 +3,18 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, LoggedModelStatus, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, LoggedModelOutput, LoggedModelStatus, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_LOGGED_ARTIFACTS
 from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE, MAX_DATASET_NAME_SIZE
 
 from src.utils.outbox import Message
+from src.utils.secrets import redact
 
 MACHINE = "system/"
 """Metrics of the machine, which MLflow's own thread logs at steps of its own."""
@@ -64,6 +67,35 @@ class History:
         for point in points:
             if point.step <= self.last_step:
                 self.steps.setdefault(point.key, set()).add(point.step)
+
+
+def read_history(client: MlflowClient, run_id: str, waiting: Iterable[Message], store: str, run_file: Path | None) -> History:
+    """Returns what MLflow holds of a run, and which of its values wait.
+
+    Args:
+        store: URI of the store.
+        run_file: names the run in the folder that started it.
+
+    Raises:
+        RuntimeError: the store has no such run, or it was deleted there.
+    """
+    history = History()
+    try:
+        history.read(client, run_id, waiting)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST" or run_file is None:
+            raise
+        raise RuntimeError(
+            f"MLflow at {redact(store)} has no run {run_id}, which this folder started: set paths.tracking_uri to its "
+            f"store, or remove {run_file} to log to a new run"
+        ) from error
+    if client.get_run(run_id).info.lifecycle_stage == LifecycleStage.DELETED:
+        uri = redact(store)
+        raise RuntimeError(
+            f"the MLflow run {run_id}, which this folder started, was deleted at {uri}: restore it (MLFLOW_TRACKING_URI={uri!r} "
+            f"mlflow runs restore --run-id {run_id}), or remove {run_file} to log to a new run"
+        )
+    return history
 
 
 def log_data(client: MlflowClient, run_id: str, context: str, name: str, source: str, digest: str, **counts: int) -> None:

@@ -17,16 +17,15 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from matplotlib.figure import Figure
-from mlflow.entities import LifecycleStage
-from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
 from src.utils.atomic import write_atomic
 from src.utils.data_contents import DataContents
+from src.utils.delivery import Delivery
 from src.utils.mlflow_store import UNUSABLE, default_store, experiment_id, follow_move, mlflow_name, param_value
-from src.utils.outbox import NO_ANSWER, Message, Outbox, first_line, is_refusal, retryable, summary
-from src.utils.run_history import History, log_data, log_model, replace_table
+from src.utils.outbox import NO_ANSWER, Message, Outbox, first_line
+from src.utils.run_history import History, log_data, log_model, read_history, replace_table
 from src.utils.secrets import redact
 
 log = logging.getLogger(__name__)
@@ -86,8 +85,8 @@ class RunLogger(MLFlowLogger):
         self._experiment_id = started.get("experiment_id")
         self.resumed = self._run_id is not None
         queues = () if self._folder is None else (self._folder / UNSENT, self._folder / UNSENT_FILES)
-        self._outboxes = [Outbox(file, seconds_between_tries) for file in queues]  # of values and of files, or none
-        self._warned: set[str] = set()
+        outboxes = [Outbox(file, seconds_between_tries) for file in queues]  # of values and of files, or none
+        self._delivery = Delivery(self._deliver, outboxes, tracking_uri)
         self._system_metrics = system_metrics
         self._monitor: SystemMetricsMonitor | None = None
         self._history: History | None = None if self.resumed else History()
@@ -121,7 +120,7 @@ class RunLogger(MLFlowLogger):
         if not self.resumed or self._folder is None:
             return
         old = str(self._run_id)
-        for outbox in self._unsent():
+        for outbox in self._delivery.unsent():
             log.warning("messages that MLflow did not accept for run %s stay in %s", old, _renamed(outbox.file, old))
         for file in (self._folder / RUN, self._folder / UNSENT, self._folder / UNSENT_FILES):
             if file.exists():
@@ -203,80 +202,20 @@ class RunLogger(MLFlowLogger):
             self._monitor = None
         if isinstance(sys.exc_info()[1], SIGTERMException):
             status = "KILLED"
-        waiting = self._unsent()
-        if waiting:
-            away, places = waiting[0] is self._outboxes[0], " and ".join(str(outbox.file) for outbox in waiting)
-            what = "does not answer" if away else "does not store files"
-            log.warning("MLflow still %s: unsent messages are in %s, and are sent by the next ckpt_path=last", what, places)
-            if away:
-                return
+        if not self._delivery.settle():
+            return
         try:
             super().finalize(status)
         except NO_ANSWER as error:
-            if not self._outboxes:
+            if self._folder is None:
                 raise
             log.warning("MLflow does not answer (%s): the run is left open there", first_line(error))
 
     # ---- how it is sent
 
     def _send(self, message: Message) -> None:
-        """Delivers a message, or queues it behind those that wait."""
         _ = self.experiment
-        if not self._outboxes:
-            self._deliver(message)
-            return
-        values, files = self._outboxes
-        outbox = values if message["call"] == "log_batch" else files
-        if reachable := self._flush(values):  # else files are not tried
-            self._flush(files)
-        error = None
-        if reachable and not outbox.waits:
-            error = self._try(message)
-            if error is None:
-                return
-        outbox.put(message)
-        what = "does not answer" if isinstance(error, NO_ANSWER) else "does not store files"
-        if error is not None and what not in self._warned:
-            self._warned.add(what)
-            log.warning(
-                "MLflow at %s %s (%s): training goes on; messages are kept in %s and sent when it does",
-                *(redact(self._tracking_uri), what, first_line(error), outbox.file),
-            )
-
-    def _flush(self, outbox: Outbox, force: bool = False) -> bool:
-        """Sends what waits, if it is due; returns whether nothing waits. Messages that the server rejects are dropped with a warning."""
-
-        def send(message: Message) -> bool:
-            try:
-                return self._try(message) is None
-            except MlflowException as error:
-                log.warning("MLflow refuses %s, which waited (%s): it is dropped", summary(message), first_line(error))
-                return True
-
-        if outbox.waits and (force or outbox.is_due):
-            sent = outbox.empty(send)
-            if sent and not outbox.waits:
-                self._warned.clear()
-                log.warning("MLflow answers again: %d messages that waited were sent", sent)
-        return not outbox.waits
-
-    def _unsent(self) -> list[Outbox]:
-        """Tries all outboxes now; returns those that still wait. Files are not tried if values wait, as the server is away."""
-        waiting: list[Outbox] = []
-        for outbox in self._outboxes:
-            if outbox.waits and (waiting or not self._flush(outbox, force=True)):
-                waiting.append(outbox)
-        return waiting
-
-    def _try(self, message: Message) -> Exception | None:
-        """Delivers a message; returns the error if it may pass, raises it if the server rejects the content."""
-        try:
-            self._deliver(message)
-        except retryable() as error:
-            if is_refusal(error):
-                raise
-            return error
-        return None
+        self._delivery.send(message)
 
     def _deliver(self, message: Message) -> None:
         client, run_id = self._mlflow_client, str(self._run_id)
@@ -294,24 +233,11 @@ class RunLogger(MLFlowLogger):
             getattr(client, call)(run_id, **arguments)
 
     def _read_history(self, client: MlflowClient, run_id: str) -> History:
-        try:
-            history = History()
-            history.read(client, run_id, self._outboxes[0].messages() if self._outboxes else ())
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST" or self._folder is None:
-                raise
-            raise RuntimeError(
-                f"MLflow at {redact(self._tracking_uri)} has no run {run_id}, which this folder started: set paths.tracking_uri to its "
-                f"store, or remove {self._folder / RUN} to log to a new run"
-            ) from error
-        run = client.get_run(run_id).info
-        if run.lifecycle_stage == LifecycleStage.DELETED:
-            store = redact(self._tracking_uri)
-            raise RuntimeError(
-                f"the MLflow run {run_id}, which this folder started, was deleted at {store}: restore it (MLFLOW_TRACKING_URI={store!r} "
-                f"mlflow runs restore --run-id {run_id}), or remove {self._folder and self._folder / RUN} to log to a new run"
-            )
-        follow_move(client, client.get_experiment(run.experiment_id), self._artifact_location)
+        """Returns what MLflow holds of the folder's run, which is taken up again."""
+        history = read_history(
+            client, run_id, self._delivery.waiting_values(), str(self._tracking_uri), self._folder and self._folder / RUN
+        )
+        follow_move(client, client.get_experiment(client.get_run(run_id).info.experiment_id), self._artifact_location)
         client.update_run(run_id, status="RUNNING")
         return history
 

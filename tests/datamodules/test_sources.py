@@ -33,7 +33,8 @@ def test_model_and_data_out_of_reach_are_two_lines(compose, experiment, download
     model, data = str(caught.value).splitlines()
     assert model.startswith("train.py: no policy at 'Qwen/Qwen2.5-1.5B-Instruct'")
     assert (
-        "`hf download Qwen/Qwen2.5-1.5B-Instruct --local-dir Qwen2.5-1.5B-Instruct`, copy that folder here, and give policy.path=" in model
+        "`hf download Qwen/Qwen2.5-1.5B-Instruct --local-dir Qwen2.5-1.5B-Instruct`, copy that folder here, and give its path (policy.path="
+        in model
     )
     assert data.startswith("no data at 'hf://datasets/")
     assert download in data

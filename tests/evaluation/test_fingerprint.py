@@ -105,6 +105,7 @@ print(revision(RationaleEncoder.from_pretrained(sys.argv[1], device="cpu")))
 """
 
 
+@pytest.mark.slow
 def test_another_process_and_folder_give_the_same(tiny_policy_folder, tmp_path):
     own = RationaleEncoder.from_pretrained(tiny_policy_folder, device="cpu")
     own.policy.model.save_pretrained(tmp_path)

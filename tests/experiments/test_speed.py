@@ -70,6 +70,7 @@ def run_benchmark(main: Callable[[list[str]], None], folder: Path, *options: str
     return (folder / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_rollouts(tmp_path):
     text = run_benchmark(rollouts.main, tmp_path, "--prompts", "3", "--new-tokens", "4", "--rollouts", "1", "2")
     assert text.count("| transformers generate |") == text.count("| transformers continuous batching |") == 2
@@ -89,6 +90,7 @@ def test_steps_of_a_model_with_another_vocabulary():
     assert result["bytes"] < 1024 * MIB  # 0 or less where the step lives on memory that the warm-up freed
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path):
     sizes = ["--instances", "2", "--rollouts", "2", "--new-tokens", "3", "--doublings", "0"]
     assert run_benchmark(scaling.main, tmp_path, *sizes).count("\n| ") >= len(scaling.WAYS)

@@ -97,9 +97,9 @@ for look in (find_model, lambda name: find_files(name, ["*.txt"]), snapshot_down
 @pytest.mark.parametrize(
     ("variables", "name", "why"),
     [
-        ({"HF_ENDPOINT": "foo://bar"}, "owner/name", "unsupported protocol 'foo://'"),
+        pytest.param({"HF_ENDPOINT": "foo://bar"}, "owner/name", "unsupported protocol 'foo://'", marks=pytest.mark.slow),
         ({"HTTPS_PROXY": "http://127.0.0.1:{port}"}, "owner/name", "407 Proxy Authentication Required"),
-        ({}, "owner/na..me", "Cannot have -- or .. in repo_id"),
+        pytest.param({}, "owner/na..me", "Cannot have -- or .. in repo_id", marks=pytest.mark.slow),
     ],
 )
 def test_errors_of_the_hub_are_lines(tmp_path, variables, name, why):

@@ -380,7 +380,7 @@ def test_server_that_goes_and_returns_misses_nothing(logger, tracking_uri, tmp_p
         first.log_figure(Figure(), "figures/empty.png")
         assert time.monotonic() - start < 60
         first.finalize("failed")  # the process ends
-    said = [record.message for record in caplog.records if record.name == "src.utils.run_logger"]
+    said = [record.message for record in caplog.records if record.name == "src.utils.delivery"]
     assert len(said) == 2  # once, and at the end
     assert f"http://127.0.0.1:{port} does not answer" in said[0]
     assert f"in {folder}/unsent.jsonl and {folder}/unsent_files.jsonl" in said[1]

@@ -187,6 +187,7 @@ np.savez(out, theirs=theirs, plain=encoder.encode(texts, rationale=False), writt
 """
 
 
+@pytest.mark.slow
 def test_vectors_in_another_process(model: SentenceTransformer, encoder: RationaleEncoder, folder: Path, tmp_path: Path) -> None:
     arguments = [str(folder), json.dumps(TEXTS[::-1]), str(tmp_path / "vectors.npz"), str(ROOT)]
     command = [sys.executable, "-c", AFTER_A_RESTART, *arguments]

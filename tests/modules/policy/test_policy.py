@@ -152,6 +152,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 def test_frozen_encoder_on_the_hub_is_read_back(saved: Path, exported: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
