@@ -109,7 +109,8 @@ def log_model(client: MlflowClient, run_id: str, name: str, path: str, step: int
     """Links a model to a run: its place, and the scores of the run (mteb/..., test/...) that were measured at its step."""
     run = client.get_run(run_id)
     full = re.sub(r"[^\w-]+", "-", f"{run.info.run_name}-{name}")
-    model = client.create_logged_model(run.info.experiment_id, full, run_id, tags={"path": path}, model_type="encoder").model_id
+    shown: dict[str, Any] = {"tags": {"path": path}, "params": {"path": path, "rollout_batch": str(step)}, "model_type": "encoder"}
+    model = client.create_logged_model(run.info.experiment_id, full, run_id, **shown).model_id
     client.finalize_logged_model(model, LoggedModelStatus.READY)
     client.log_outputs(run_id, [LoggedModelOutput(model, step)])
     scores = [key for key in run.data.metrics if key.startswith(("mteb/", "test/")) and not key.startswith("test/base")]
