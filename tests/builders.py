@@ -11,8 +11,12 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -66,11 +70,26 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": True, "head_dim": 16}),
     "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": False}),
 }
+WINDOWED: dict[str, tuple[Any, Any, dict[str, Any]]] = {  # layers that see the last 8 tokens: all, or one of two
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 8}),
+    "qwen2_window": (Qwen2ForCausalLM, Qwen2Config, {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,  # a scale of scores that is not the usual one
+        {
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "head_dim": 8,
+            "query_pre_attn_scalar": 5,
+            "tie_word_embeddings": False,
+        },
+    ),
+}
 
 
 def small_model(vocab_size: int, seed: int = 0, kind: str = "qwen2", **config: Any) -> Any:
     """Two layers of 32 with random weights, wide enough apart that outputs differ clearly; four heads, two of keys and values."""
-    model, config_class, own = KINDS[kind]
+    model, config_class, own = (KINDS | WINDOWED)[kind]
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     settings = {**shape, "vocab_size": vocab_size, "max_position_embeddings": 256, "initializer_range": 0.2, **own, **config}
     with torch.random.fork_rng():

@@ -23,7 +23,7 @@ TEXTS = ["x", *SENTENCES, SENTENCES[0] + " " + SENTENCES[1], ""]
 
 
 def random_policy(kind: str, **config: Any) -> Policy:
-    """A policy of one of KINDS with random weights."""
+    """A policy of one of KINDS or WINDOWED with random weights."""
     tokenizer = small_tokenizer()
     return Policy(small_model(config.pop("vocab_size", len(tokenizer)), kind=kind, **config), tokenizer)
 

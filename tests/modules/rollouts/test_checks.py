@@ -22,6 +22,7 @@ OWN = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "mistral": {"sliding_window": None},
+    "llama4_text": {"intermediate_size_mlp": 48, "num_local_experts": 2},
 }
 
 
@@ -40,6 +41,12 @@ def test_supported_backbones(kind: str) -> None:
     policy = Policy(random_model(kind), small_tokenizer()).train()
     require_readable(policy)
     assert policy.training
+
+
+def test_chunks_are_refused() -> None:
+    policy = Policy(random_model("llama4_text"), small_tokenizer())
+    with pytest.raises(ValueError, match=r"layers of Llama4ForCausalLM attend within chunks of tokens \(its attention_chunk_size\)"):
+        require_readable(policy)
 
 
 @pytest.mark.parametrize("kind", ["bloom", "stablelm", "lfm2"])

@@ -17,6 +17,7 @@ from src.modules.rollouts import decoder
 from src.modules.rollouts.engine import end_tokens
 from src.modules.rollouts.hf import HFEngine, uniform_draws
 from src.modules.types import Rollouts
+from tests.builders import WINDOWED
 from tests.vllm_builders import end_often, prompts_of, random_policy
 
 
@@ -47,7 +48,9 @@ def written_one_by_one(policy: Policy, prompts: Prompts, n: int, limit: int, tem
     return rationales
 
 
-@pytest.mark.parametrize(("kind", "n", "temperature"), [("qwen2", 3, 1.0), ("qwen3", 1, 0.0), ("llama", 5, 0.8)])
+@pytest.mark.parametrize(
+    ("kind", "n", "temperature"), [("qwen2", 3, 1.0), ("qwen3", 1, 0.0), ("llama", 5, 0.8), *((kind, 3, 1.0) for kind in WINDOWED)]
+)
 def test_ids_are_those_of_whole_passes(gpu_pace: None, kind: str, n: int, temperature: float) -> None:
     policy = ending(kind)
     prompts = prompts_of(policy)
@@ -84,9 +87,9 @@ class NothingRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_step_reads_nothing_from_the_device(gpu_pace: None, temperature: float) -> None:
-    policy, steps = ending(), list[object]()
+@pytest.mark.parametrize(("kind", "temperature"), [("qwen2", 0.0), ("qwen2", 1.0), ("gemma3", 1.0)])
+def test_step_reads_nothing_from_the_device(gpu_pace: None, kind: str, temperature: float) -> None:
+    policy, steps = ending(kind), list[object]()
 
     def watched(self: decoder.Decoder) -> None:
         steps.append(self.key)
@@ -229,7 +232,7 @@ class TestGPU:
     pytestmark = on_gpu
 
     @pytest.mark.parametrize(("n", "temperature"), [(1, 0.0), (4, 1.0)])
-    @pytest.mark.parametrize("kind", ["qwen2", "untied", "llama"])
+    @pytest.mark.parametrize("kind", ["qwen2", "untied", "llama", "gemma3"])
     def test_graphs_change_rounding_alone(self, kind: str, n: int, temperature: float) -> None:
         policy, engine = gpu_policy(kind), HFEngine(40)
         plain = HFEngine(40, cuda_graphs=False).generate(policy, prompts_of(policy), n, temperature, seed=3, prefixes=True)

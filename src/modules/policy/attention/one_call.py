@@ -4,6 +4,8 @@ A call for each prompt would launch kernels by the hundred, each of a shape that
 and backward, for any lengths; blocks of tokens that do not see each other are left out.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,13 +21,15 @@ LEAST_HEAD_SIZE = 16
 _compiled = torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
-def packed_block_mask(until: Tensor) -> BlockMask:
+def packed_block_mask(until: Tensor, positions: Tensor | None = None, window: int | None = None) -> BlockMask:
     """Returns the mask of a packed row, padded to whole blocks, in which token k is seen by the tokens k to until[k] - 1.
 
-    It follows from the largest and the smallest `until` of each block; [L, L] never exists.
+    With a window, those see it whose position is less than `window` after its own. The mask follows from the largest and the smallest
+    `until` and position of each block; [L, L] never exists.
 
     Args:
         until: [L] int64.
+        positions: [L] int64, of the tokens in their sequences; read with a window alone.
     """
     length = max(2, -(-len(until) // BLOCK)) * BLOCK  # torch would compile again for a single block
     alone = torch.arange(len(until), length, device=until.device) + 1  # a token of padding sees itself
@@ -38,12 +42,26 @@ def packed_block_mask(until: Tensor) -> BlockMask:
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < until[key])
 
+    seen: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = visible
+    if positions is not None and window is not None:
+        places = torch.cat([positions, positions[-1:].expand(len(alone))]).int()
+        left = places + window  # the first position that does not see a token; as a tensor, so that no window is compiled into the kernel
+        newest, oldest = places.view(-1, BLOCK).amax(dim=1), places.view(-1, BLOCK).amin(dim=1)
+        reached = oldest.unsqueeze(1) - newest < window  # without it no pair of tokens of two blocks is near enough
+        near = newest.unsqueeze(1) - oldest < window  # with it all are
+        partial, full = reached & (partial | full & ~near), full & near
+
+        def visible_within(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key <= query) & (query < until[key]) & (places[query] < left[key])
+
+        seen = visible_within
+
     def listed(marked: Tensor) -> tuple[Tensor, Tensor]:
         """Returns how many blocks each row of blocks has, and their numbers first."""
         order = marked.int().argsort(dim=1, descending=True, stable=True)
         return marked.sum(dim=1, dtype=torch.int32)[None, None], order.int()[None, None]
 
-    return BlockMask.from_kv_blocks(*listed(partial), *listed(full), BLOCK, visible, (length, length))
+    return BlockMask.from_kv_blocks(*listed(partial), *listed(full), BLOCK, seen, (length, length))
 
 
 def one_call_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scaling: float) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from src.modules.policy.attention.shared_prompt import require_supported
+from src.modules.policy.attention.shared_prompt import causal_mask, masked_attention, require_supported
 from src.modules.policy.buffers import Buffers
 from src.modules.policy.products import product
 
@@ -57,6 +57,7 @@ class SharedPromptCache:
         self.bias = buffers("bias", (len(self.groups), prompt_tokens + columns), torch.float32, device)  # of prompt and rationale
         self.bias[:, :prompt_tokens].masked_fill_(padding[self.groups], -torch.inf)
         self.bias[:, prompt_tokens:] = -torch.inf
+        self._narrowed: dict[int, Tensor] = {}
 
     def _kept(self, name: str, values: Tensor) -> Tensor:
         return self.buffers(name, values.shape, values.dtype, values.device).copy_(values)
@@ -81,7 +82,22 @@ class SharedPromptCache:
     def positions(self) -> Tensor:
         """Returns [N, 1] int64, the positions of the tokens that are fed, and lets attention see their column."""
         self.bias.index_fill_(1, self.prompt_tokens + self.column, 0.0)
+        self._narrowed = {}
         return (self.prompt_lengths[self.groups] + self.column).unsqueeze(1)
+
+    def bias_within(self, window: int | None) -> Tensor:
+        """Returns [N, P + used] float32, `bias` for layers that see the last `window` tokens; made once a step."""
+        bias = self.bias[:, : self.prompt_tokens + self.used]
+        if window is None or window >= bias.shape[1]:
+            return bias
+        if window not in self._narrowed:
+            columns = torch.arange(bias.shape[1], device=bias.device)
+            prompt, own = columns[: self.prompt_tokens], columns[: self.used]
+            left = self.column - window  # the last column that is out of sight
+            left_of_prompt = (self.prompt_lengths[self.groups] + left).unsqueeze(1)
+            unseen = torch.cat([prompt <= left_of_prompt, (own <= left).expand(len(bias), -1)], dim=1)
+            self._narrowed[window] = bias.masked_fill(unseen, -torch.inf)
+        return self._narrowed[window]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any) -> tuple[Tensor, Tensor]:
         """Keeps the keys and values, [rows, H, tokens, d], of a layer."""
@@ -155,24 +171,33 @@ def sampling_attention(
     attention_mask: Tensor | None,
     scaling: float,
     rollout_cache: SharedPromptCache,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention in the form that transformers calls: [N, heads, tokens, d] queries -> [N, tokens, heads, d].
 
     While prompts are read, attention is causal; later one new token a row attends to its prompt and its tokens so far.
     Raises ValueError as `require_supported`.
+
+    Args:
+        sliding_window: how many tokens this layer sees, the query's own included; None for all.
     """
     cache = rollout_cache
     if cache.reading:
-        require_supported(kwargs, query.shape[2] + cache.columns)
-        output = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-        return output.transpose(1, 2), None
-    output = _one_token(query.squeeze(2).to(value.dtype), scaling, cache, int(module.layer_idx))  # type: ignore[arg-type]
+        require_supported(kwargs)
+        visible = causal_mask(query.shape[2], sliding_window, query.device)
+        return masked_attention(query, key, value, visible, scaling).transpose(1, 2), None
+    bias = cache.bias_within(sliding_window)
+    output = _one_token(query.squeeze(2).to(value.dtype), scaling, bias, cache, int(module.layer_idx))  # type: ignore[arg-type]
     return output.to(value.dtype).unsqueeze(1), None
 
 
-def _one_token(query: Tensor, scaling: float, cache: SharedPromptCache, layer: int) -> Tensor:
-    """Returns the attention of queries [N, heads, d] to prompts and rationales so far, [N, heads, d] float32."""
+def _one_token(query: Tensor, scaling: float, bias: Tensor, cache: SharedPromptCache, layer: int) -> Tensor:
+    """Returns the attention of queries [N, heads, d] to prompts and rationales so far, [N, heads, d] float32.
+
+    Args:
+        bias: [N, P + used].
+    """
     keys, values = (prompt.flatten(0, 1) for prompt in cache.prompt[layer])  # [G * kv, P, d]
     own_keys, own_values = (own.flatten(0, 1)[:, : cache.used] for own in cache.own[layer])  # [N * kv, used, d]
     (n, heads, d), g, s = query.shape, len(cache.prompt_lengths), cache.slots
@@ -188,8 +213,7 @@ def _one_token(query: Tensor, scaling: float, cache: SharedPromptCache, layer: i
 
     to_prompt = to_rows(product(to_slots(query), keys.transpose(1, 2)))
     to_own = product(query.flatten(0, 1), own_keys.transpose(1, 2)).view(n, kv, -1, cache.used)
-    bias = cache.bias[:, None, None, : cache.prompt_tokens + cache.used]
-    weights = torch.softmax(torch.add(bias, torch.cat([to_prompt, to_own], dim=-1), alpha=scaling), dim=-1)
+    weights = torch.softmax(torch.add(bias[:, None, None], torch.cat([to_prompt, to_own], dim=-1), alpha=scaling), dim=-1)
     on_prompt, on_own = weights.split([cache.prompt_tokens, cache.used], dim=-1)
     from_own = product(on_own.flatten(0, 1), own_values).view(n, kv, -1, d)
     return (to_rows(product(to_slots(on_prompt), values)) + from_own).reshape(n, heads, d)

@@ -51,23 +51,23 @@ def checkpoint_contexts(model: PreTrainedModel) -> Callable[[], tuple[AbstractCo
     return lambda: (nullcontext(), attention_set_to(model, config._attn_implementation))
 
 
-def require_supported(kwargs: Mapping[str, Any], longest: int) -> None:
-    """Raises ValueError if a layer asks its attention for sinks, a soft cap or a window below `longest` tokens: none is computed here.
+def require_supported(kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError if a layer asks its attention for sinks or a soft cap: neither is computed here.
 
     Args:
         kwargs: what the layer passes to its attention.
-        longest: tokens of the longest prompt with its rationale.
     """
-    window = kwargs.get("sliding_window")
-    if window is not None and window < longest:
-        raise ValueError(
-            f"a layer of the model sees the last {window} tokens (its sliding_window), and a prompt with its rationale has up to {longest}"
-            f": keep module.max_prompt_tokens and rollout.max_new_tokens within {window} together"
-        )
     if unread := [name for name in ("s_aux", "softcap") if kwargs.get(name) is not None]:
         raise ValueError(
             f"the model's attention has {', '.join(unread)}, which rollouts that share a prompt do not support; use a model without"
         )
+
+
+def causal_mask(tokens: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Returns [T, T] bool, in which a token sees the last `window` tokens, itself included; None where plain causal attention is that."""
+    if window is None or tokens <= window:
+        return None
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,10 @@ class Group:
         entries = (column < lengths.unsqueeze(1)).flatten().nonzero().flatten()
         visible = torch.ones(longest, prompt + longest, dtype=torch.bool).tril(prompt)
         return cls(prompt, total, padded.to(device), entries.to(device), visible.to(device))
+
+    def visible_within(self, window: int | None) -> Tensor:
+        """Returns `visible`, of the last `window` tokens alone."""
+        return self.visible if window is None else self.visible.triu(self.prompt - window + 1)
 
 
 @dataclass(frozen=True)
@@ -137,9 +141,14 @@ class PackedRollouts:
         return int(self.position_ids.max()) + 1
 
     @cached_property
-    def block_mask(self) -> BlockMask:
-        """The mask of the whole row."""
-        return packed_block_mask(self.until)
+    def _block_masks(self) -> dict[int | None, BlockMask]:
+        return {}
+
+    def block_mask(self, window: int | None = None) -> BlockMask:
+        """Returns the mask of the whole row, made once for all layers that see the last `window` tokens."""
+        if window not in self._block_masks:
+            self._block_masks[window] = packed_block_mask(self.until, self.position_ids[0], window)
+        return self._block_masks[window]
 
 
 def pack(rollouts: Rollouts, groups: Tensor) -> PackedRollouts:
@@ -213,6 +222,7 @@ def packed_attention(
     scaling: float,
     packed: PackedRollouts,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention in the form that transformers calls: [1, heads, L, d] queries -> [1, L, heads, d].
@@ -220,16 +230,22 @@ def packed_attention(
     One call for the row on a GPU; on a CPU, and with dropout, which that call does not have, one for each prompt and for its rationales.
 
     Raises ValueError as `require_supported`.
+
+    Args:
+        sliding_window: how many tokens this layer sees, the query's own included; None for all.
     """
-    require_supported(kwargs, packed.longest)
+    require_supported(kwargs)
+    window = sliding_window if sliding_window is not None and sliding_window < packed.longest else None
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, rotation has made float32 of these two
     if value.is_cuda and not dropout and value.shape[3] >= LEAST_HEAD_SIZE:
-        return one_call_attention(query, key, value, packed.block_mask, scaling).transpose(1, 2), None
-    return grouped_attention(query, key, value, packed.groups, scaling, dropout).transpose(1, 2), None
+        return one_call_attention(query, key, value, packed.block_mask(window), scaling).transpose(1, 2), None
+    return grouped_attention(query, key, value, packed.groups, scaling, dropout, window).transpose(1, 2), None
 
 
-def grouped_attention(query: Tensor, key: Tensor, value: Tensor, groups: Sequence[Group], scaling: float, dropout: float = 0.0) -> Tensor:
-    """Returns the attention [1, heads, L, d] of a packed row, group by group.
+def grouped_attention(
+    query: Tensor, key: Tensor, value: Tensor, groups: Sequence[Group], scaling: float, dropout: float = 0.0, window: int | None = None
+) -> Tensor:
+    """Returns the attention [1, heads, L, d] of a packed row, group by group, to the last `window` tokens.
 
     One masked call for all would compute every pair of tokens in the row, and on a CPU took twice as long.
     """
@@ -238,12 +254,23 @@ def grouped_attention(query: Tensor, key: Tensor, value: Tensor, groups: Sequenc
     outputs = []
     for group, prompt, rationales in zip(groups, parts[::2], parts[1::2], strict=True):
         q, k, v = (states.transpose(0, 1).unsqueeze(0) for states in prompt)
-        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling, enable_gqa=True)
+        output = masked_attention(q, k, v, causal_mask(group.prompt, window, q.device), scaling, dropout)
         outputs.append(output[0].transpose(0, 1))
         if group.rationales:
-            attend = partial(_rationales_attention, group, dropout, scaling)
+            attend = partial(_rationales_attention, group, window, dropout, scaling)
             outputs.append(attend(*prompt[1:], *rationales) if dropout else _Recomputed.apply(attend, *prompt[1:], *rationales))
     return torch.cat(outputs).transpose(0, 1).unsqueeze(0)
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scaling: float, dropout: float = 0.0) -> Tensor:
+    """Returns the attention [N, heads, tokens, d] of queries to keys that are visible, [tokens, keys] bool; None is causal."""
+    grouped = query.shape[1] != key.shape[1]
+    if visible is not None and grouped and query.device.type != "cpu":  # only the CPU's fast kernel reads grouped heads with a mask
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        grouped = False
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=visible, dropout_p=dropout, is_causal=visible is None, scale=scaling, enable_gqa=grouped
+    )
 
 
 class _Recomputed(torch.autograd.Function):
@@ -269,7 +296,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _rationales_attention(
-    group: Group, dropout: float, scaling: float, prompt_key: Tensor, prompt_value: Tensor, *rationales: Tensor
+    group: Group, window: int | None, dropout: float, scaling: float, prompt_key: Tensor, prompt_value: Tensor, *rationales: Tensor
 ) -> Tensor:
     """Returns the attention of the K rationales of a group, each over the prompt and itself; [tokens, heads, d].
 
@@ -282,13 +309,7 @@ def _rationales_attention(
         torch.cat([shared.transpose(0, 1).expand(len(query), -1, -1, -1), own], dim=2)
         for shared, own in ((prompt_key, key), (prompt_value, value))
     )
-    grouped = query.shape[1] != key.shape[1]
-    if grouped and query.device.type != "cpu":  # with a mask, only the CPU's fast kernel reads grouped heads as they are
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        grouped = False
-    output = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=group.visible, dropout_p=dropout, scale=scaling, enable_gqa=grouped
-    )
+    output = masked_attention(query, key, value, group.visible_within(window), scaling, dropout)
     return output.transpose(1, 2).flatten(0, 1).index_select(0, group.real)
 
 

@@ -183,7 +183,7 @@ def test_own_attention_is_restored_after_an_error() -> None:
     rollouts, groups = grouped_rollouts(policy, LENGTHS)
     policy.hidden_states(rollouts, groups)
     assert policy.model.config._attn_implementation == "sdpa"
-    policy.model.base_model.layers[1].self_attn.sliding_window = 4
-    with pytest.raises(ValueError, match="sliding_window"):
+    policy.model.base_model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         policy.hidden_states(rollouts, groups)
     assert policy.model.config._attn_implementation == "sdpa"
