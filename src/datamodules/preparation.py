@@ -196,7 +196,7 @@ class _Worker:
                         pa.RecordBatch.from_pydict({name: [getattr(t, name) for t in kept] for name in SCHEMA.names}, SCHEMA)
                     )
                 report += Report(len(records), len(kept), len(triplets) - len(kept), len(bad), first_bad=bad)
-        return report + Report(**tally)
+        return report + Report(equal_negatives=tally["equal_negatives"])
 
 
 def in_batches(records: Iterable[Triplet | BadRecord]) -> Iterator[list[Triplet | BadRecord]]:

@@ -19,7 +19,7 @@ _JSON_LINES = ("jsonl", "ndjson", "json")
 _BEGINS_AS_OBJECT = re.compile(r'(\[\s*)?\{\s*"')  # or as an array of objects
 
 Tally = Counter[str]
-"""How many texts were left out of records, by the name of the count in preparation.Report."""
+"""How many texts were left out of records, by the name that preparation.Report has for the count."""
 
 
 class Reader(Protocol):
