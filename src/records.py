@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Triplet:
-    """One training instance.
+    """One training instance. Its texts have no white space around them, as in prompts: texts that a model reads alike are equal.
 
     Attributes:
         id: file and line, or a qualified Python name; errors name the record by it.
@@ -27,6 +27,9 @@ class Triplet:
         for field, text in (("query", self.query), ("positive", self.positive), *(("negative", n) for n in self.negatives)):
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"record {self.id!r}: {field} is empty; every text of a triplet needs at least one character")
+        stripped = {"query": self.query.strip(), "positive": self.positive.strip(), "negatives": tuple(n.strip() for n in self.negatives)}
+        for field, texts in stripped.items():
+            object.__setattr__(self, field, texts)
 
     @property
     def texts(self) -> list[str]:

@@ -133,6 +133,12 @@ def test_ranks_had_different_tokens(one: dict[str, dict[str, Any]]) -> None:
     assert 0 < gathered[1] < 2 * len(BATCH)
 
 
+def test_ranks_shared_a_query(one: dict[str, dict[str, Any]]) -> None:
+    for name, results in one.items():
+        expected = 1 if name == "the same query on two ranks" else 0
+        assert [batch["numbers"]["false_negatives"] for batch in results["batches"]] == [expected, expected]
+
+
 def test_gradient_parts_were_measured(one: dict[str, dict[str, Any]]) -> None:
     for name, measured in {
         "pathwise": [True, True],

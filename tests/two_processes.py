@@ -139,6 +139,7 @@ SCENARIOS: dict[str, Callable[[], GRACE]] = {
         pathwise_weight=0.7,
         algorithm={"advantage": rloo, "loss": reinforce, "kl_coef": 0.1, "kl_estimator": "k1", "kl_in": "pairs", "updates_per_batch": 2},
     ),
+    "the same query on two ranks": lambda: module_with(reward=listwise, pathwise_weight=0.7),
     "pathwise, no negatives": lambda: module_with(reward=document, pathwise_reward=listwise, pathwise_weight=0.7),
 }
 BROKEN: dict[str, Callable[[], GRACE]] = {
@@ -171,7 +172,7 @@ class Compared(L.Callback):
                 "lengths": r.rationale_lengths,
                 "update": r.update,
                 "mismatch": r.logprob_mismatch,
-                "numbers": {**numbers, "unrelated": r.unrelated_similarity},
+                "numbers": {**numbers, "unrelated": r.unrelated_similarity, "false_negatives": r.false_negatives},
             }
         )
 
@@ -204,9 +205,11 @@ TWO_BATCHES = (BATCH, BATCH[::-1])
 
 def batches_of(name: str) -> Any:
     """What a scenario is trained on."""
-    if not name.endswith("no negatives"):
-        return TWO_BATCHES
-    return [[replace(triplet, negatives=()) for triplet in batch] for batch in TWO_BATCHES]
+    if name.endswith("no negatives"):
+        return [[replace(triplet, negatives=()) for triplet in batch] for batch in TWO_BATCHES]
+    if name == "the same query on two ranks":
+        return [[replace(triplet, query=BATCH[0].query) if triplet.id == "f:1" else triplet for triplet in batch] for batch in TWO_BATCHES]
+    return TWO_BATCHES
 
 
 def fit(module: GRACE, strategy: Any = "auto", devices: int = 1, batches: Any = TWO_BATCHES, precision: str = "32-true") -> dict[str, Any]:

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeElapsedColumn
 
 from src.datamodules.files import DataFile
 from src.datamodules.prompt_limit import PromptLimit
-from src.datamodules.reading import Reader
+from src.datamodules.reading import Reader, Tally
 from src.datamodules.rows import BadRecord, Chunk, open_parquet
 from src.records import Triplet
 from src.utils.atomic import make_folder_once
@@ -38,7 +38,7 @@ SHOWN = 20
 MALFORMED = "malformed.txt"
 """The file in a prepared folder with every bad record as `file:line: reason`; absent if there are none."""
 
-_FORMAT = 3  # raise when the prepared content changes, so that older folders are not used
+_FORMAT = 4  # raise when the prepared content changes, so that older folders are not used
 _CHUNK_BYTES = 8 * 2**20
 _BATCH_RECORDS, _BATCH_CHARACTERS = 512, 4 * 2**20  # tokenised at once
 _REPORT_FILE = "report.json"
@@ -54,6 +54,7 @@ class Report:
         kept: those that can be trained on.
         too_long: those with a text whose prompt is longer than the limit.
         bad: malformed ones.
+        equal_negatives: negatives that were left out of records because they equal the query or the positive.
         first_bad: the first SHOWN of them, as `file:line: reason`.
         all_bad: path of the file that lists all of them.
         digest: of the files' content, 16 hexadecimal digits; empty in folders that earlier versions prepared.
@@ -63,13 +64,15 @@ class Report:
     kept: int = 0
     too_long: int = 0
     bad: int = 0
+    equal_negatives: int = 0
     first_bad: list[str] = field(default_factory=list)
     all_bad: str = field(default="", compare=False)
     digest: str = field(default="", compare=False)
 
     def __add__(self, other: "Report") -> "Report":
-        records, kept, too_long = self.records + other.records, self.kept + other.kept, self.too_long + other.too_long
-        return Report(records, kept, too_long, self.bad + other.bad, [*self.first_bad, *other.first_bad][:SHOWN])
+        names = ("records", "kept", "too_long", "bad", "equal_negatives")
+        counts = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return Report(**counts, first_bad=[*self.first_bad, *other.first_bad][:SHOWN])
 
     def bad_lines(self) -> str:
         """The first bad records, one a line, and where all are listed."""
@@ -179,9 +182,9 @@ class _Worker:
     folder: Path
 
     def __call__(self, index: int, chunk: Chunk) -> Report:
-        report = Report()
+        report, tally = Report(), Tally()
         with pa.OSFile(str(self.folder / f"{index:06d}.arrow"), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
-            for records in in_batches(self.reader.read(chunk)):
+            for records in in_batches(self.reader.read(chunk, tally)):
                 triplets = [record for record in records if isinstance(record, Triplet)]
                 bad = [str(record) for record in records if isinstance(record, BadRecord)]
                 if bad:
@@ -192,8 +195,8 @@ class _Worker:
                     writer.write_batch(
                         pa.RecordBatch.from_pydict({name: [getattr(t, name) for t in kept] for name in SCHEMA.names}, SCHEMA)
                     )
-                report += Report(len(records), len(kept), len(triplets) - len(kept), len(bad), bad)
-        return report
+                report += Report(len(records), len(kept), len(triplets) - len(kept), len(bad), first_bad=bad)
+        return report + Report(equal_negatives=tally["equal_negatives"])
 
 
 def in_batches(records: Iterable[Triplet | BadRecord]) -> Iterator[list[Triplet | BadRecord]]:

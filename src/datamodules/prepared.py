@@ -179,6 +179,8 @@ class PreparedDataModule(L.LightningDataModule):
             f"{', '.join(self.path)}: {report.records:,} records, of which {report.kept:,} can be used, {report.too_long:,} have a text "
             f"whose prompt is longer than module.max_prompt_tokens={limit.max_prompt_tokens}, and {report.bad:,} are malformed"
         )
+        if report.equal_negatives:
+            counts += f"; {report.equal_negatives:,} negatives that equal the query or the positive of their record are left out"
         if report.bad and self.on_bad_record == "stop":
             raise ValueError(f"{counts}:\n{report.bad_lines()}\ncorrect them, or leave them out with datamodule.on_bad_record=skip")
         if not report.kept:

@@ -1,5 +1,7 @@
 """Makes checked triplets of the rows of files."""
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,13 +16,17 @@ from src.records import Triplet
 _PEEKED = 1000  # rows in which names of columns are looked for
 _TABLES = ("parquet", "csv", "tsv")
 _JSON_LINES = ("jsonl", "ndjson", "json")
+_BEGINS_AS_OBJECT = re.compile(r'(\[\s*)?\{\s*"')  # or as an array of objects
+
+Tally = Counter[str]
+"""How many texts were left out of records, by the name that preparation.Report has for the count."""
 
 
 class Reader(Protocol):
     """Makes triplets of a file's content. A dataclass: its `repr` is part of the name of a prepared folder."""
 
-    def read(self, chunk: Chunk) -> Iterator[Triplet | BadRecord]:
-        """Yields the records of a chunk, malformed ones as BadRecord."""
+    def read(self, chunk: Chunk, tally: Tally | None = None) -> Iterator[Triplet | BadRecord]:
+        """Yields the records of a chunk, malformed ones as BadRecord; adds to `tally` what it leaves out of good ones."""
 
     def describe(self, file: DataFile) -> str:
         """Returns on one line how a file is read."""
@@ -54,8 +60,9 @@ class TripletReader:
         """Roles that every record must have."""
         return ("query", "positive", "negative") if self.negatives else ("query", "positive")
 
-    def read(self, chunk: Chunk) -> Iterator[Triplet | BadRecord]:
-        return (record for _, record in parsed(records(chunk, self._select), partial(self._triplet, chunk.file)))
+    def read(self, chunk: Chunk, tally: Tally | None = None) -> Iterator[Triplet | BadRecord]:
+        make = partial(self._triplet, chunk.file, Tally() if tally is None else tally)
+        return (record for _, record in parsed(records(chunk, self._select), make))
 
     def describe(self, file: DataFile) -> str:
         return in_words(self._roles(first_names(file)))
@@ -77,7 +84,7 @@ class TripletReader:
             raise ValueError(f"{file} has no column {missing}; it has {', '.join(names)}: {advice}")
         return [name for columns in roles.values() for name in columns]
 
-    def _triplet(self, file: DataFile, where: str, values: Any) -> Triplet:
+    def _triplet(self, file: DataFile, tally: Tally, where: str, values: Any) -> Triplet:
         if not isinstance(values, dict):
             raise ValueError(f"a record is a JSON object with {', '.join(self.needed)}, not {kind_of(values)}")
         roles = self._roles(tuple(values))
@@ -85,21 +92,29 @@ class TripletReader:
             named = f"; it has {', '.join(values)} (datamodule.columns)" if values else ""
             raise ValueError(f"no field {missing}{named}")
         query, positive = (_first(name, values[name]) for name in (roles["query"][0], roles["positive"][0]))
-        negatives = self._negatives([(name, values[name]) for name in roles.get("negative", ())], positive)
+        negatives = self._negatives([(name, values[name]) for name in roles.get("negative", ())], {query.strip(), positive.strip()}, tally)
         source = values[roles["source"][0]] if "source" in roles else None
         return Triplet(where, query, positive, negatives, file.stem if source in (None, "", b"") else checked_text("source", source))
 
-    def _negatives(self, columns: list[tuple[str, Any]], positive: str) -> tuple[str, ...]:
-        """Returns the first M that differ from the positive."""
+    def _negatives(self, columns: list[tuple[str, Any]], own: set[str], tally: Tally) -> tuple[str, ...]:
+        """Returns the first M that differ from the own texts, query and positive; adds those that were passed over to `tally`."""
         values = [(name, text) for name, value in columns for text in (value if isinstance(value, list) else [value])]
         if len(values) < self.negatives:
             names = ", ".join(name for name, _ in columns)
             raise ValueError(f"{names} has {len(values)} texts, datamodule.reader.negatives={self.negatives} asks for more")
         texts = (checked_text(name, text) for name, text in values)
-        kept = tuple(islice((text for text in texts if text.strip() != positive.strip()), self.negatives))
-        if len(kept) < self.negatives:
-            raise ValueError("a negative equals the positive, and would cancel what it teaches")
-        return kept
+        kept: list[str] = []
+        passed = 0
+        while len(kept) < self.negatives:
+            text = next(texts, None)
+            if text is None:
+                raise ValueError("a negative equals the query or the positive, and would cancel what they teach")
+            if text.strip() in own:
+                passed += 1
+            else:
+                kept.append(text)
+        tally["equal_negatives"] += passed
+        return tuple(kept)
 
 
 @dataclass(frozen=True)
@@ -107,7 +122,8 @@ class SentenceReader:
     """Reads one text a line, which is its own query and positive (unsupervised). Blank lines are skipped.
 
     A line that is a JSON object, and a row of parquet, CSV or TSV, gives the text of a column: the one that `columns` names, `text` or
-    `sentence`, or the only one of a table. A line of .jsonl, .ndjson or .json is such an object or a JSON string, which is the text.
+    `sentence`, or the only one of a table. A line of .jsonl, .ndjson or .json is such an object or a JSON string, which is the text. A line
+    of text that is a JSON array, or begins as an object does and is none, is malformed.
 
     Attributes:
         columns: the name of `text`, see `given_columns`.
@@ -118,7 +134,7 @@ class SentenceReader:
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", given_columns(dict(self.columns), ("text",)))
 
-    def read(self, chunk: Chunk) -> Iterator[Triplet | BadRecord]:
+    def read(self, chunk: Chunk, tally: Tally | None = None) -> Iterator[Triplet | BadRecord]:
         is_text = chunk.file.format not in (*_TABLES, *_JSON_LINES)
         rows = parsed(text_lines(chunk), _text_or_object) if is_text else records(chunk, self._select)
         return (record for _, record in parsed(rows, partial(self._triplet, chunk.file)))
@@ -136,7 +152,9 @@ class SentenceReader:
         if not roles:
             wanted = dict(self.columns).get("text", ("text",))[0]
             what = "no column" if table else "a JSON object without the field"
-            raise ValueError(f"{what} {wanted!r}; it has {', '.join(names)}: datamodule.columns.text=<name>")
+            triplets = len(roles_of(tuple(names), (), ("query", "positive"))) == 2
+            advice = "datamodule.columns.text=<name>" + (", or datamodule=triplets" if triplets else "")
+            raise ValueError(f"{what} {wanted!r}; it has {', '.join(names)}: {advice}")
         return roles["text"][0]
 
     def _select(self, file: str, names: Sequence[str]) -> Sequence[str]:
@@ -169,13 +187,20 @@ def _first(name: str, value: Any) -> str:
 
 
 def _text_or_object(where: str, line: str) -> Any:
-    """Returns the JSON object that a line of text is, else the line, such as a sentence in braces. A cut object raises ValueError."""
+    """Returns the JSON object that a line of text is, else the line, such as a sentence in braces.
+
+    Raises:
+        ValueError: the line is a JSON array (but for numbers alone, such as [1]), or begins as a JSON object and is none.
+    """
     text = line.strip()
-    if text.startswith('{"'):
-        return json_value(where, text)
-    if not (text.startswith("{") and text.endswith("}")):
-        return text
     try:
-        return json_value(where, text)
+        value = json_value(where, text) if text.startswith(("{", "[")) else text
     except ValueError:
+        if _BEGINS_AS_OBJECT.match(text):
+            raise
         return text
+    if not isinstance(value, list):
+        return value
+    if all(isinstance(item, int | float) for item in value):
+        return text
+    raise ValueError("a line is text or a JSON object, not a list")

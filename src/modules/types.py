@@ -117,8 +117,8 @@ class Embeddings:
         query: [B, D] float32, one rollout each.
         positive: [B, K, D] float32.
         negative: [B, M, D] float32, M >= 0, one rollout each.
-        same: [B, B] bool, True where two instances have the same query or the same positive, so that neither is a negative of the other
-            (roles.same_texts); None if all differ.
+        same: [B, B] bool, True where two instances share a text, so that neither is a negative of the other (roles.same_texts); None if
+            no two do.
     """
 
     query: Tensor

@@ -15,7 +15,7 @@ from src.datamodules import preparation
 from src.datamodules.files import DataFile
 from src.datamodules.preparation import MALFORMED, SHOWN, Report, in_batches, load_report, prepare, scan
 from src.datamodules.prompt_limit import PromptLimit
-from src.datamodules.reading import SentenceReader, TripletReader
+from src.datamodules.reading import SentenceReader, Tally, TripletReader
 from src.datamodules.rows import BadRecord, Chunk, json_rows
 from src.modules.prompt.renderer import PromptRenderer
 from src.records import Triplet
@@ -128,10 +128,10 @@ def test_missing_tokenizer(tmp_path):
 class KilledByOne(SentenceReader):
     """A reader whose process is killed in its second chunk, as the system kills one that takes too much memory."""
 
-    def read(self, chunk: Chunk) -> Iterator[Triplet | BadRecord]:
+    def read(self, chunk: Chunk, tally: Tally | None = None) -> Iterator[Triplet | BadRecord]:
         if chunk.start > 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().read(chunk)
+        return super().read(chunk, tally)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -159,10 +159,10 @@ preparation.prepare([DataFile(path, path.name)], Stuck(), limit(), sys.argv[2], 
 class Stuck(SentenceReader):
     """A reader that hangs in its second chunk, and has the name, and so the cache folder, of one that does not."""
 
-    def read(self, chunk: Chunk) -> Iterator[Triplet | BadRecord]:
+    def read(self, chunk: Chunk, tally: Tally | None = None) -> Iterator[Triplet | BadRecord]:
         if chunk.start > 0:
             time.sleep(600)
-        return super().read(chunk)
+        return super().read(chunk, tally)
 
     def __repr__(self) -> str:
         return repr(SentenceReader())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from src.datamodules import preparation
 from src.datamodules.files import DataFile
 from src.datamodules.preparation import prepare
 from src.datamodules.prepared import PreparedDataModule, PreparedTriplets, TripletBatches, held_out
@@ -135,6 +136,24 @@ def test_malformed_records_are_skipped_on_request(tmp_path, caplog):
         for said in ("1 malformed records", "data.jsonl:21: not JSON", "1 have a text whose prompt", "module.max_prompt_tokens=60"):
             assert said in caplog.text
     assert len(module.prepared) == 20
+
+
+def test_negatives_that_are_left_out_are_counted_and_said(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(preparation, "_CHUNK_BYTES", 600)
+    equal = b'{"query": "q", "positive": "p", "negative": ["p ", "q", "n"]}'
+    path = write_triplets(tmp_path / "data.jsonl", 20, equal, equal)
+    for _ in range(2):  # prepared, and found prepared
+        caplog.clear()
+        module = data(path, num_proc=2)
+        with caplog.at_level(logging.INFO):
+            module.prepare_data()
+        assert (module.report.records, module.report.kept, module.report.equal_negatives) == (22, 22, 4)
+        assert "4 negatives that equal the query or the positive of their record are left out" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        data(write_triplets(tmp_path / "other.jsonl", 20)).prepare_data()
+    assert "20 can be used" in caplog.text
+    assert "negatives that equal" not in caplog.text
 
 
 def test_small_sources_are_warned_about(tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +11,7 @@ import pytest
 from src.datamodules.files import DataFile
 from src.datamodules.preparation import scan
 from src.datamodules.reading import SentenceReader, TripletReader
-from src.datamodules.rows import BadRecord
+from src.datamodules.rows import BadRecord, Chunk
 from src.records import Triplet
 from tests.datamodules.builders import read, write
 
@@ -138,8 +139,8 @@ def test_parquet_rows(tmp_path, kind):
         ({"query": ["a", "b", ""]}, "query is empty"),
         ({"query": ["a", "b", None]}, "query must be text, not null"),
         ({"positive": ["a", "b", "c\0"]}, "positive has a NUL character"),
-        ({"negative": [["a"], ["b"], []]}, "negative has 0 texts"),
-        ({"negative": [["a"], ["b"], ["", "c"]]}, "negative is empty"),
+        ({"negative": [["g"], ["h"], []]}, "negative has 0 texts"),
+        ({"negative": [["g"], ["h"], ["", "i"]]}, "negative is empty"),
         (
             {"query": pa.Array.from_buffers(pa.string(), 3, pa.array([b"a", b"b", b"\xff"]).buffers())},
             "query is not UTF-8 (byte 1 is 0xff)",
@@ -174,14 +175,24 @@ def test_bom_is_removed_wherever_files_were_joined(tmp_path):
     assert [record.query for record in read(SentenceReader(), tmp_path / "data.txt")] == ["one", "two", "threefour"]
 
 
-@pytest.mark.parametrize(("negative", "expected"), [(["a fox is an animal"], None), ([" a fox is an animal ", "a sock"], ("a sock",))])
-def test_a_negative_that_equals_the_positive_is_no_negative(tmp_path, negative, expected):
-    (record,) = read(TripletReader(), write(tmp_path / "data.jsonl", {**GOOD, "negative": negative}))
+@pytest.mark.parametrize(
+    ("negative", "expected", "left_out"),
+    [
+        (["a fox is an animal"], None, 0),
+        (["what is a fox "], None, 0),
+        ([" a fox is an animal ", "a sock"], ("a sock",), 1),
+        (["what is a fox", "a fox is an animal", "a sock", "what is a fox"], ("a sock",), 2),  # the last would not be used anyway
+    ],
+)
+def test_a_negative_that_equals_the_query_or_the_positive_is_no_negative(tmp_path, negative, expected, left_out):
+    path, tally = write(tmp_path / "data.jsonl", {**GOOD, "negative": negative}), Counter()
+    (record,) = TripletReader().read(Chunk(DataFile(path, path.name)), tally)
     if expected is None:
         assert isinstance(record, BadRecord)
-        assert "negative equals the positive" in record.reason
+        assert "negative equals the query or the positive" in record.reason
     else:
         assert record.negatives == expected
+    assert tally["equal_negatives"] == left_out
 
 
 @pytest.mark.parametrize(
@@ -192,6 +203,18 @@ def test_a_negative_that_equals_the_positive_is_no_negative(tmp_path, negative, 
         ({"title": "t"}, "without the field 'text'"),
         (b'{"text": "a senten', "not JSON (Unterminated string"),
         (b'{"text": "a"}, "b"', "not JSON (Extra data"),
+        (b'{ "text": "cut sente', "not JSON (Unterminated string"),
+        (b'  { "text": "a sentence"}', "a sentence"),
+        (b'[{"text": "a"}]', "a line is text or a JSON object, not a list"),
+        (b'[ {"text": "a"}, {"text": "cut', "not JSON (Unterminated string"),
+        (b'["a", "b"]', "a line is text or a JSON object, not a list"),
+        (b'["Hello"] he said.', '["Hello"] he said.'),
+        (b'["Hello," he said, "you"]', '["Hello," he said, "you"]'),
+        (b"[1] See the appendix.", "[1] See the appendix."),
+        (b"[12]", "[12]"),
+        (b"[{x}] is a set of sets", "[{x}] is a set of sets"),
+        (b"{x} is a set", "{x} is a set"),
+        (b"{ x | x > 0 }", "{ x | x > 0 }"),
     ],
 )
 def test_sentences_of_json_lines(tmp_path, line, expected):
@@ -199,6 +222,19 @@ def test_sentences_of_json_lines(tmp_path, line, expected):
     assert expected in (record.reason if isinstance(record, BadRecord) else [record.query])
     (record,) = read(SentenceReader({"text": "title"}), write(tmp_path / "data.txt", {"title": "t"}))
     assert record.positive == "t"
+
+
+@pytest.mark.parametrize(
+    ("record", "advised"), [(GOOD, True), ({"anchor": "a", "positive": "p"}, True), ({"query": "q", "id": "1"}, False)]
+)
+def test_triplets_read_as_sentences_name_their_datamodule(tmp_path, record, advised):
+    (bad,) = read(SentenceReader(), write(tmp_path / "data.jsonl", record))
+    assert "datamodule.columns.text=<name>" in bad.reason
+    assert ("or datamodule=triplets" in bad.reason) == advised
+    rows = [",".join(record).encode(), b",".join([b"x"] * len(record))]
+    with pytest.raises(ValueError, match=r"datamodule\.columns\.text=<name>") as caught:
+        read(SentenceReader(), write(tmp_path / "data.csv", *rows))
+    assert ("or datamodule=triplets" in str(caught.value)) == advised
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.ndjson", "data.json", "data.jsonl.gz"])

@@ -1,5 +1,6 @@
 """The baselines' module in real fits of the small policy."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from peft import LoraConfig
 
 from src.callbacks.checkpoint import RolloutCheckpoint
+from src.callbacks.metrics import batch_metrics
 from src.modules.contrastive import Contrastive
 from src.modules.encoder.export import load_policy
 from src.modules.objectives.info_nce import info_nce
@@ -35,6 +37,15 @@ def test_step_gradient_is_that_of_one_graph(tokens: int) -> None:
     assert module.batch_metrics is not None
     assert module.batch_metrics.update["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)
     assert off(watch.gradients[0], flat(trained(reference.policy))) < 1e-4
+
+
+@pytest.mark.parametrize("pairs", ["supervised", "dropout"])
+def test_equal_texts_are_counted_and_logged(pairs: str) -> None:
+    twin = replace(TRIPLETS[0], id="twin", query="Another query of the first document.")
+    policy = small_policy(attention_dropout=0.2)
+    for batch, expected in (([*TRIPLETS, twin], 1.0), (TRIPLETS, 0.0)):
+        report = fit(make(policy, pairs=pairs), [batch]).reports[0]
+        assert batch_metrics(report)["contrastive/false_negatives"] == expected
 
 
 def test_training_tells_pairs_apart() -> None:

@@ -5,7 +5,10 @@ arXiv 2510.04506, section 3), except for forms of this project, which say so. To
 same first argument and result, and one YAML in configs/reward that names it. A reward that remembers something between batches is an
 nn.Module, as `Novelty` is.
 
-In-batch terms are over the j in `Embeddings.others` of i: not i itself, and no instance with the same query or the same positive.
+In-batch terms are over the j in `Embeddings.others` of i: not i itself, and no instance that has the query or the positive of i as its own
+query or positive. Hard negatives are the record's, and all of them count: also one that is the positive of another instance with the same
+query, which pairs.py leaves out. Two records contradict each other there, and it shows only in a batch that happens to hold both: a mask
+[B, M] that every reward would have to heed would mend little.
 """
 
 from collections.abc import Callable

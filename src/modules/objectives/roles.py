@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,13 +24,17 @@ def ids_of(batch: Sequence[Triplet], role: Role) -> tuple[str, ...]:
 
 
 def same_texts(batch: Sequence[Triplet], device: torch.device) -> Tensor | None:
-    """Returns [B, B] bool, True where two instances have the same query or the same positive; None if no two have."""
-    same = torch.zeros(len(batch), len(batch), dtype=torch.bool)
-    for role in ("query", "positive"):
-        _, texts = np.unique(texts_of(batch, role), return_inverse=True)
-        numbers = torch.from_numpy(texts)
-        same |= numbers.unsqueeze(0) == numbers.unsqueeze(1)
-    return same.to(device) if int(same.sum()) > len(batch) else None
+    """Returns [B, B] bool, True where two instances share a text, be it the query or the positive of either; None if no two do."""
+    texts = [(triplet.query, triplet.positive) for triplet in batch]
+    place = {text: i for i, text in enumerate(dict.fromkeys(text for pair in texts for text in pair))}
+    numbers = torch.tensor([[place[text] for text in pair] for pair in texts])  # [B, 2]
+    same = (numbers[:, None, :, None] == numbers[None, :, None, :]).any(dim=3).any(dim=2)
+    return same.to(device) if pairs_sharing(same) else None
+
+
+def pairs_sharing(same: Tensor | None) -> int:
+    """Returns how many pairs of instances share a text; `same` is what `same_texts` returned."""
+    return 0 if same is None else int(same.sum() - len(same)) // 2
 
 
 def role_reward(reward: RewardFunction, embeddings: Embeddings, role: Role) -> Callable[[Tensor], Tensor]:

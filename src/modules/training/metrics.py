@@ -10,6 +10,7 @@ from torch import Tensor
 from src.modules.distributed.ranks import Ranks
 from src.modules.objectives.info_nce import cosines
 from src.modules.objectives.pairs import Pairs
+from src.modules.objectives.roles import pairs_sharing
 from src.modules.objectives.shaping import ShapedRewards
 from src.modules.training.experience import Experience
 from src.modules.types import Reward, Role, RolloutBatch
@@ -46,7 +47,7 @@ class GRACEMetrics:
         rationale_lengths: [B, K] int64, tokens.
         distinct_rationales: share of different rationales among the B*K.
         unrelated_similarity: mean cosine between positives of different instances; nan if B = 1.
-        false_negatives: pairs of instances with the same query or positive, which are left out of in-batch terms.
+        false_negatives: pairs of instances that share a text as query or positive, which are left out of each other's in-batch terms.
         update: what Updater.update returns, and with a pathwise term pathwise_reward, the mean of the reward that it differentiates.
         logprob_mismatch: mean and largest absolute difference between the log-probs of engine and trainer, in nats a token; nan if no
             step was taken or the engine does not report them.
@@ -105,7 +106,7 @@ def grace_metrics(
         rationale_lengths=positive.lengths.cpu(),
         distinct_rationales=batch.distinct_rationales,
         unrelated_similarity=unrelated_similarity(batch.embeddings.positive),
-        false_negatives=0 if batch.embeddings.same is None else int(batch.embeddings.same.sum() - len(batch.instance_ids)) // 2,
+        false_negatives=pairs_sharing(batch.embeddings.same),
         logprob_mismatch=(update.pop("logprob_mismatch_mean", torch.nan), update.pop("logprob_mismatch_max", torch.nan)),
         update=update,
         seconds=dict(zip(phases, ranks.largest(*phases.values()), strict=True)),
@@ -133,7 +134,7 @@ class ContrastiveMetrics:
         accuracy: share of the queries whose own document is the most similar of all candidates.
         positive_similarity: mean cosine of queries and their documents.
         unrelated_similarity: mean cosine of different documents of the batch.
-        false_negatives: pairs of a query and another document that belongs to it, which are left out.
+        false_negatives: see Pairs.
         update: loss (InfoNCE, nats), grad_norm (before clipping), and updates, which is 1.
         seconds: of the phase update.
         update_tokens: tokens of all texts, without padding.
@@ -168,7 +169,7 @@ def contrastive_metrics(
         accuracy=float((similarity.argmax(dim=1) == pairs.own).float().mean()),
         positive_similarity=float(similarity[torch.arange(len(queries)), pairs.own].mean()),
         unrelated_similarity=float((among.sum() - among.trace()) / (n * (n - 1))),
-        false_negatives=int(pairs.left_out.sum()),
+        false_negatives=pairs.false_negatives,
         update=update,
         seconds=seconds,
         update_tokens=tokens,

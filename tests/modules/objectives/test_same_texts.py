@@ -1,4 +1,4 @@
-"""Instances with the same query or the same positive are not negatives of each other."""
+"""Instances that share a text, as query or as positive, are not negatives of each other."""
 
 from dataclasses import replace
 from functools import partial
@@ -85,7 +85,10 @@ def test_two_instances_with_one_query_can_reach_the_best_reward() -> None:
     assert listwise(perfect, centre="none").terms["to_query"].eq(0).all()  # log 1/2 without the mask
 
 
-@pytest.mark.parametrize(("query", "positive", "expected"), [("q1", "p9", 1), ("q9", "p1", 1), ("q9", "p9", 0)])
+@pytest.mark.parametrize(
+    ("query", "positive", "expected"),
+    [("q1", "p9", 1), ("q9", "p1", 1), ("q9", "p9", 0), (" q1\n", "p9", 1), ("p1", "q1", 1), ("p1", "p9", 1), ("q9", "q1 ", 1)],
+)
 def test_same_texts_compares_queries_and_positives(query: str, positive: str, expected: int) -> None:
     batch = [Triplet("f:1", "q1", "p1", ()), Triplet("f:2", "q2", "p2", ()), Triplet("f:3", query, positive, ())]
     same = same_texts(batch, torch.device("cpu"))
