@@ -14,11 +14,12 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, distributed
+from torch.distributed.fsdp import FSDPModule
 
 from src.callbacks.export import Export
 from src.callbacks.monitoring import undisturbed
 from src.callbacks.random_states import RandomStates
-from src.modules.distributed.fsdp import summon_full_params
+from src.modules.distributed.fsdp import summon_full_params, unsharded_copy
 from src.modules.grace import GRACE
 from src.modules.objectives.advantages import reinforce_pp_baseline, remax, rloo
 from src.modules.objectives.losses import ppo_clip, reinforce
@@ -179,7 +180,9 @@ class Compared(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         with undisturbed(pl_module):
             self.seen["embeddings"] = torch.from_numpy(pl_module.encoder().encode(SENTENCES))
-            self.seen["weights"] = {name: p.detach().clone() for name, p in pl_module.policy.named_parameters()}
+        whole = unsharded_copy(pl_module.policy) if isinstance(pl_module.policy, FSDPModule) else pl_module.policy
+        if whole is not None:
+            self.seen["weights"] = {name: p.detach().clone() for name, p in whole.named_parameters()}
 
 
 class SaveAfterTheFirst(L.Callback):

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from src.callbacks.final_report import FinalReport
 from src.callbacks.rationale_table import RationaleTable
-from src.modules.distributed.fsdp import summon_full_params, unsharded_copy
+from src.modules.distributed.fsdp import unsharded_copy
 from src.modules.encoder.card import TrainingFacts, write_card
 from src.modules.encoder.export import export
 from src.modules.encoder.settings import EncoderSettings, RationaleFor, rationale_for
@@ -50,10 +50,10 @@ class Export(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         policy: Policy = pl_module.policy
         settings = self._exported(pl_module)
-        with summon_full_params(policy):
-            if trainer.is_global_zero:
-                export(unsharded_copy(policy) if isinstance(policy, FSDPModule) else policy, settings, self.folder, self.dtype)
-                log.info("exported to %s", self.folder)
+        whole = unsharded_copy(policy) if isinstance(policy, FSDPModule) else policy
+        if trainer.is_global_zero and whole is not None:
+            export(whole, settings, self.folder, self.dtype)
+            log.info("exported to %s", self.folder)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Writes the card again: by now other callbacks have scored the policy."""

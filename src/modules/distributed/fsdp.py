@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -98,8 +99,14 @@ def global_dot(left: Tensor, right: Tensor) -> float:
     return float(product.full_tensor() if isinstance(product, DTensor) else product)
 
 
-def unsharded_copy(policy: Policy) -> Policy:
-    """Returns a copy of the policy in CPU memory; within `summon_full_params`, as `copy.deepcopy` refuses a sharded module."""
+def unsharded_copy(policy: Policy) -> Policy | None:
+    """Returns a copy of a sharded policy in CPU memory, in float32 whatever its weights are gathered in; None on all ranks but the first.
+
+    All ranks call it together, outside of `summon_full_params`.
+    """
+    weights = get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not weights:
+        return None
     with no_init_weights():  # they are copied below
         model = type(policy.model)(copy.deepcopy(policy.model.config))
     model.generation_config = copy.deepcopy(policy.model.generation_config)
@@ -107,7 +114,7 @@ def unsharded_copy(policy: Policy) -> Policy:
     if lora is not None:
         add_lora(model, LoraConfig(**lora))
     model.tie_weights()
-    model.load_state_dict(dict(policy.model.named_parameters(remove_duplicate=False)))
+    model.load_state_dict(weights)
     plain = Policy(model, policy.tokenizer, "live", policy.pooling, policy.layer)
     plain.frozen_encoder = copy.deepcopy(policy.frozen_encoder)
     return plain

@@ -100,7 +100,7 @@ class RationaleTransformer(InputModule):
         prompts = [row[: int(length)] for row, length in zip(ids, mask.sum(dim=1), strict=True)]
         flipped, seen = self._padded([row.flip(0) for row in prompts])  # `generate` wants the padding on the left
         ends = end_ids(self.tokenizer, getattr(self.model, "generation_config", None))
-        rows, last = self.model.get_output_embeddings().weight.shape[0], max(self.tokenizer.get_vocab().values())  # type: ignore[operator]
+        rows, last = self.model.get_output_embeddings().weight.shape[0], max(self.tokenizer.get_vocab().values())
         plain = GenerationConfig(
             max_new_tokens=self.settings["max_new_tokens"],
             do_sample=False,

@@ -183,12 +183,12 @@ class Updater:
             for name, value in part.values.items():
                 sums[name] += float(value / (1 if name == "loss" else tokens))
         differences = [part.mismatch for part in done if len(part.mismatch)]
-        mismatch, compared = sum(float(part.sum()) for part in differences), sum(len(part) for part in differences)
-        *totals, mismatch, compared = self.ranks.total(*sums.values(), mismatch, compared)
+        own = sum(float(part.sum()) for part in differences), sum(len(part) for part in differences)
+        *totals, mismatch, tokens_compared = self.ranks.total(*sums.values(), *own)
         found = dict(zip(sums, totals, strict=True))
-        if compared:
+        if tokens_compared:
             largest = self.ranks.largest(max((float(part.max()) for part in differences), default=-1.0))[0]
-            found |= {"logprob_mismatch_mean": mismatch / compared, "logprob_mismatch_max": largest}
+            found |= {"logprob_mismatch_mean": mismatch / tokens_compared, "logprob_mismatch_max": largest}
         return found
 
     def _accumulate_in_parts(self, minibatch: Minibatch) -> dict[str, float]:
