@@ -58,7 +58,7 @@ class SimilarityHistograms(MonitoringCallback[GRACE]):
 
 
 def similarities(embeddings: Embeddings) -> Similarities:
-    """Returns the cosines of queries to their documents, to their hard negatives and to the documents of other records.
+    """Returns the cosines of queries to their documents, to their hard negatives and to the documents of other records that share no text.
 
     A kind without pairs is left out.
     """
@@ -67,6 +67,6 @@ def similarities(embeddings: Embeddings) -> Similarities:
     kinds = {
         "positive": cross.diagonal(),
         "hard negative": torch.einsum("id,imd->im", query, embeddings.negative).flatten(),
-        "unrelated": cross[~torch.eye(len(query), dtype=torch.bool, device=cross.device)],
+        "unrelated": cross[embeddings.others],
     }
     return {kind: values.tolist() for kind, values in kinds.items() if len(values)}

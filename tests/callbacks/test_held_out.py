@@ -116,6 +116,8 @@ def test_similarities_by_kind_of_pair():
     assert found["hard negative"] == pytest.approx([0.0, 0.6])
     assert found["unrelated"] == pytest.approx([0.6, 0.0])
     assert "hard negative" not in similarities(Embeddings(query, positive, torch.zeros(2, 0, 2)))
+    alike = Embeddings(query, positive, torch.zeros(2, 0, 2), same=torch.ones(2, 2, dtype=torch.bool))  # the two share a text
+    assert "unrelated" not in similarities(alike)
 
 
 def test_similarity_histograms(module, mlflow_logger, tmp_path):
