@@ -25,9 +25,11 @@ asked = subprocess.run([sys.executable, "-m", "pip", "config", "get", f"global.{
 print(separator.join((os.environ.get("PIP_" + name.upper().replace("-", "_")) or asked.stdout.strip().strip("'")).split()))
 END
 }
-export PATH="$PATH:$(pwd)/.venv/bin" # for the uv in it
-command -v uv >/dev/null || .venv/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: uv >/dev/null 2>&1 || true
-if command -v uv >/dev/null; then
+works() { uv --version >/dev/null 2>&1; }
+works || export PATH="$(pwd)/.venv/bin:$PATH"
+works || .venv/bin/python -m pip install --quiet --disable-pip-version-check --retries 0 --timeout 10 --only-binary :all: uv >/dev/null 2>&1 || true
+with_pip() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+if works; then
   tool=uv minutes=1
   export UV_FIND_LINKS="${UV_FIND_LINKS:-$(told find-links ,)}" UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$(told index-url ' ')}"
   export UV_INDEX="${UV_INDEX:-$(told extra-index-url ' ')}" UV_CONSTRAINT="${UV_CONSTRAINT:-$(told constraint ' ')}"
@@ -35,10 +37,12 @@ if command -v uv >/dev/null; then
   for name in UV_FIND_LINKS UV_DEFAULT_INDEX UV_INDEX UV_CONSTRAINT SSL_CERT_FILE; do
     eval "[ -n \"\$$name\" ]" || unset "$name"
   done
-  get() { uv pip install --quiet --python .venv/bin/python "$@"; }
+  get() { # pip knows settings that uv does not (a proxy, a client's certificate)
+    uv pip install --quiet --python .venv/bin/python "$@" || { echo "  uv did not install: pip tries, in some 4 min" >&2; with_pip "$@"; }
+  }
 else
   tool=pip minutes=4
-  get() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+  get() { with_pip "$@"; }
 fi
 
 echo "Installing into .venv with $tool: about $minutes min from a near index, once; then the work begins ..."

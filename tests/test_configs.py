@@ -60,6 +60,12 @@ def test_option_composes(group, name, compose):
     compose("experiment=tiny_sup", f"{group}={name}")
 
 
+@pytest.mark.parametrize("base", ["document", "listwise"])
+def test_novelty_stands_on_another_reward(base, compose):
+    cfg = compose("experiment=tiny_sup", "reward=novelty", *([] if base == "document" else [f"reward@reward.reward={base}"]))
+    assert instantiate(cfg.reward).reward.func.__name__ == base
+
+
 @pytest.mark.parametrize("rollout", options("rollout"))
 def test_rollout_composes_for_evaluation(rollout, compose):
     cfg = compose(f"rollout@engine={rollout}", config_name="evaluate")

@@ -92,7 +92,8 @@ def _settings(module: Any) -> Iterator[tuple[str, str]]:
     """Yields names and values of what decides on a training."""
     if isinstance(module, GRACE):
         yield "K, rationales of a text", str(module.hparams["num_generations"])
-        yield "reward", _named(module.reward_function)
+        base = getattr(module.reward_function, "reward", None)
+        yield "reward", _named(module.reward_function) + (f" on {_named(base)}" if callable(base) else "")
         yield "advantage", _named(module.algorithm.advantage)
     for name in ("pairs", "temperature", "learning_rate", "seed"):
         if name in module.hparams:

@@ -22,9 +22,8 @@ HUB_ERRORS: tuple[type[Exception], ...] = (OSError, HFValidationError, *HfHubHTT
 _ROOT = Path(__file__).resolve().parents[2]
 _OURS = (ValueError, LookupError, RuntimeError, TypeError, ImportError)
 _NETWORK = {"httpx", "httpx2", "requests", "urllib3", "huggingface_hub"}
-_TO_APPEND = re.compile(
-    r"To append to your config use \+\S+( Key '[^']*' is not in struct)?"
-)  # Hydra's advice on a setting that does not exist
+_TO_APPEND = re.compile(r"To append to your (config|default list) use \+.*?(?= full_key:|$)")
+"""Hydra's advice on a setting that does not exist."""
 _HYDRA, _BY_US = "HYDRA_FULL_ERROR", "GRACE_PLAIN_ERRORS"  # the second tells child processes that the user did not set the first
 
 

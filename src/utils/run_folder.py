@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,7 @@ class ReserveFolder(Callback):
         self._held.close()
         run = Path(config.hydra.run.dir)
         for folder in (run, run.parent) if config.dry_run else ():  # Hydra made them
-            if folder.is_dir() and not any(folder.iterdir()):
+            with suppress(OSError):  # not empty, or removed by another process
                 folder.rmdir()
 
 

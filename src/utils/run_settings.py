@@ -26,8 +26,8 @@ _WITHOUT_EFFECT = {
     *("cpu_kv_cache_gib", "gpu_memory_utilization", "sleep", "tensor_parallel", "cuda_graphs", "cast_weights", "_convert_", "_partial_"),
 }
 """Last parts of names: places, and how and how much is computed at a time."""
-_MANNERS = {"algorithm.tis_mode", "module.distill_loss"}
-"""Settings that say how something is done which another setting switches on: an older run did not have it."""
+_AS_BEFORE = {"algorithm.tis_mode": "truncate", "module.distill_loss": "similarity"}
+"""What settings that an older run did not have are to be, for what it computed."""
 _DATA = "data."
 _NAMES_DATA = tuple(f"datamodule.{name}" for name in ("_target_", "path", "files", "revision", "columns", "train_packages"))
 _RENAMED_CLASSES = {"HFRollouts": "HFEngine", "VLLMRollouts": "VLLMEngine"}
@@ -132,7 +132,7 @@ def _current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _acts(name: str, value: Any) -> bool:
     """Returns whether a setting that an older run did not have changes what is computed; null, 0, false, empty and none do not."""
-    return name not in _MANNERS and bool(value) and value != "none"
+    return bool(value) and value not in ("none", _AS_BEFORE.get(name))
 
 
 def _within(name: str, groups: tuple[str, ...]) -> bool:

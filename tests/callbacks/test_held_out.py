@@ -124,7 +124,11 @@ def test_similarity_histograms(module, mlflow_logger, tmp_path):
     callback, resumed = SimilarityHistograms(str(tmp_path / "out" / "similarities.png"), records=4), SimilarityHistograms()
     fit(module, [callback], tmp_path, batches=2, logger=mlflow_logger)
     assert artifacts(mlflow_logger, "similarities") == {"step_0.json", "step_2.json"}
-    assert {kind: len(values) for kind, values in callback.before.items()} == {"positive": 4, "hard negative": 4, "unrelated": 8}  # two pairs of instances share a text
+    assert {kind: len(values) for kind, values in callback.before.items()} == {
+        "positive": 4,
+        "hard negative": 4,
+        "unrelated": 8,
+    }  # two pairs of instances share a text
     assert (tmp_path / "out" / "similarities.png").read_bytes().startswith(b"\x89PNG")
     resumed.load_state_dict(callback.state_dict())
     assert resumed.before == callback.before

@@ -114,8 +114,8 @@ def _save_sentence_transformers_files(folder: Path, settings: EncoderSettings, d
 def load_policy(path: Path | str, trust_remote_code: bool = False) -> tuple[Policy, EncoderSettings]:
     """Loads the policy of an exported folder, of the hub, or of a training checkpoint (*.ckpt), and its encoder's settings.
 
-    Without settings (any instruct model) they are the paper's. The weights are float32. `trust_remote_code` lets Python
-    files that come with a model run.
+    Without settings (any instruct model) they are the paper's. The weights are float32 and not to be trained. `trust_remote_code` lets
+    Python files that come with a model run.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -123,7 +123,8 @@ def load_policy(path: Path | str, trust_remote_code: bool = False) -> tuple[Poli
     """
     path = str(path)
     if Path(path).suffix == CHECKPOINT_SUFFIX:
-        return _load_checkpoint(Path(path), trust_remote_code)
+        policy, settings = _load_checkpoint(Path(path), trust_remote_code)
+        return policy.requires_grad_(False), settings
     is_folder_name = Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1  # no hub name looks like that
     if is_folder_name and not Path(path).is_dir():
         raise FileNotFoundError(
@@ -131,7 +132,8 @@ def load_policy(path: Path | str, trust_remote_code: bool = False) -> tuple[Poli
             "a training checkpoint (*.ckpt) or a model on the hub"
         )
     settings = EncoderSettings.load(local_path(path))
-    return Policy.load(path, pooling=settings.pooling, layer=settings.layer, trust_remote_code=trust_remote_code), settings
+    policy = Policy.load(path, pooling=settings.pooling, layer=settings.layer, trust_remote_code=trust_remote_code)
+    return policy.requires_grad_(False), settings
 
 
 def _load_checkpoint(file: Path, trust_remote_code: bool) -> tuple[Policy, EncoderSettings]:

@@ -65,6 +65,7 @@ class Work:
         half: whether arithmetic is in bfloat16 (autocast).
         token_credit: whether embeddings after every token are kept.
         checkpointing: whether activations inside a layer are recomputed.
+        gathered: bytes of a weight that `trainer=fsdp` gathers.
         copies: of the weights beside the policy (a reference, a frozen encoder).
         reference: whether a reference scores the rationales.
         pathwise: whether queries and negatives take part in the update.
@@ -88,6 +89,7 @@ class Work:
     copies: int
     reference: bool = False
     pathwise: bool = False
+    gathered: int = 4
 
     @property
     def ranks(self) -> int:
@@ -211,7 +213,7 @@ def while_sampling(shape: Shape, work: Work) -> list[Row]:
     """Returns what is held in addition while rationales are written."""
     rows = []
     if work.strategy == "fsdp" and work.ranks > 1:
-        rows.append(Row("weights, gathered", 4 * shape.parameters, f"4 B x {shape.parameters:,}"))
+        rows.append(Row("weights, gathered", work.gathered * shape.parameters, f"{work.gathered} B x {shape.parameters:,}"))
     if not work.engine_tokens:
         return rows
     calls = _calls(work)
@@ -234,8 +236,8 @@ def while_updating(shape: Shape, work: Work) -> list[Row]:
     rows = [Row("gradients", 4 * t, f"4 B x {t:,}, unsharded until ranks exchange them")]
     if work.strategy == "fsdp" and work.ranks > 1:
         rows.append(Row("gradients, sharded", 4 * t / work.ranks, f"4 B x {t:,} / {work.ranks}"))
-        gathered = 4 * (shape.parameters - shape.layers * shape.layer) + 8 * shape.layer
-        rows.append(Row("weights, gathered in part", gathered, f"4 B x (all but the layers + 2 x {shape.layer:,})"))
+        gathered = work.gathered * (shape.parameters - shape.layers * shape.layer + 2 * shape.layer)
+        rows.append(Row("weights, gathered in part", gathered, f"{work.gathered} B x (all but the layers + 2 x {shape.layer:,})"))
     kept = 1 if work.checkpointing else shape.layers
     if work.half:
         how = f"2 B x {kept} layers x {shape.layer:,}, kept for the backward pass"

@@ -57,6 +57,7 @@ def _work(cfg: DictConfig) -> Work:
         checkpointing=cfg.policy.gradient_checkpointing,
         reference=cfg.algorithm.kl_coef > 0,
         pathwise=cfg.module.pathwise_weight > 0 or cfg.module.distill_weight > 0,
+        gathered=2 if OmegaConf.select(cfg, "trainer.strategy.gather_dtype", default=None) == "bfloat16" else 4,
         copies=int(cfg.algorithm.kl_coef > 0 and cfg.policy.lora is None) + int(cfg.policy.encoder == "frozen"),
     )
 

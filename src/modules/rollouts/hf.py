@@ -4,12 +4,13 @@ The hidden state of a token depends on the tokens before it alone, so the states
 pass would compute again: log-probs and embeddings come with the rollouts.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.fsdp import FSDPModule
 
 from src.modules.policy.attention.shared_cache import SAMPLING_ATTENTION
@@ -25,8 +26,11 @@ from src.modules.rollouts.engine import end_tokens
 from src.modules.rollouts.graphs import Graphs
 from src.modules.types import Rollouts, join
 
-MOST_TOKENS = 2**18
-"""Beyond so many tokens at a time a GPU writes no faster."""
+LEAST_TOKENS, MOST_TOKENS = 2**14, 2**18
+"""Of a budget from free memory: with fewer tokens at a time a GPU idles, and with more it writes no faster."""
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -148,18 +152,25 @@ def token_budget(policy: Policy) -> int:
         return MOST_TOKENS
     unused = torch.cuda.memory_reserved(policy.device) - torch.cuda.memory_allocated(policy.device)
     free = torch.cuda.mem_get_info(policy.device)[0] + unused
-    return fitting_tokens(policy, free)
+    budget = fitting_tokens(policy, free)
+    if budget < MOST_TOKENS:
+        log.info("rollout.batch_tokens=%d, as %.1f GiB of the GPU are free", budget, free / 2**30)
+    return budget
 
 
 def fitting_tokens(policy: Policy, free: int) -> int:
-    """Returns how many tokens' keys and values fit into half of `free` bytes, after gradients and AdamW's moments; 1 to MOST_TOKENS."""
-    trained = 12 * sum(weight.numel() for weight in policy.parameters() if weight.requires_grad and weight.grad is None)
+    """Returns how many tokens' keys and values fit into half of `free` bytes, after gradients and AdamW's moments.
+
+    It is LEAST_TOKENS to MOST_TOKENS.
+    """
+    ranks = distributed.get_world_size() if isinstance(policy, FSDPModule) else 1  # each holds its share of gradients and moments
+    trained = 12 * sum(weight.numel() for weight in policy.parameters() if weight.requires_grad and weight.grad is None) // ranks
     config = policy.model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     itemsize = 2 if torch.is_autocast_enabled(policy.device.type) else policy.head.dtype.itemsize
     token = 2 * config.num_hidden_layers * heads * width * itemsize
-    return max(1, min(MOST_TOKENS, (free - trained) // 2 // token))
+    return max(LEAST_TOKENS, min(MOST_TOKENS, (free - trained) // 2 // token))
 
 
 def _rollouts(policy: Policy, prompts: Prompts, written: _Written, ends: Tensor) -> Rollouts:

@@ -10,7 +10,7 @@ from src.modules.prompt.renderer import PromptRenderer, Prompts
 from src.modules.rollouts import decoder
 from src.modules.rollouts.decoder import choose
 from src.modules.rollouts.engine import end_tokens
-from src.modules.rollouts.hf import MOST_TOKENS, HFEngine, fitting_tokens
+from src.modules.rollouts.hf import LEAST_TOKENS, MOST_TOKENS, HFEngine, fitting_tokens
 from tests.builders import WINDOWED, small_policy
 from tests.vllm_builders import TEXTS, check_rationales, end_often, prompts_of, random_policy
 
@@ -177,9 +177,10 @@ def test_budget_is_half_of_what_is_free_in_keys_and_values():
     cache = policy.model(torch.ones(1, 10, dtype=torch.long), use_cache=True).past_key_values
     token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 10
     state = 12 * sum(weight.numel() for weight in policy.parameters())  # gradients and AdamW's moments, that the first update adds
-    assert fitting_tokens(policy, state + 2 * 500 * int(token)) == 500
-    assert fitting_tokens(policy, 0) == 1
+    assert fitting_tokens(policy, state + 2 * 50_000 * int(token)) == 50_000
+    assert fitting_tokens(policy, 0) == LEAST_TOKENS
     assert fitting_tokens(policy, 2**60) == MOST_TOKENS
+    assert fitting_tokens(policy.requires_grad_(False), 2 * 50_000 * int(token)) == 50_000  # an encoder that is loaded
     engine = HFEngine(4)
     engine.generate(policy, prompts_of(policy), n=1)
     assert engine.batch_tokens == MOST_TOKENS  # on a CPU
