@@ -28,6 +28,7 @@ END
 works() { uv --version >/dev/null 2>&1; }
 works || export PATH="$(pwd)/.venv/bin:$PATH"
 works || .venv/bin/python -m pip install --quiet --disable-pip-version-check --retries 0 --timeout 10 --only-binary :all: uv >/dev/null 2>&1 || true
+hash -r # the shell may remember one that does not work
 with_pip() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
 if works; then
   tool=uv minutes=1
