@@ -82,6 +82,14 @@ def test_other_poolings_and_layers(tiny_policy_folder: Path, tmp_path: Path, poo
     assert_same_vectors(export(policy, replace(SETTINGS, pooling=pooling, layer=layer), tmp_path / "export"))
 
 
+@pytest.mark.parametrize("instruction", [None, ""])
+def test_no_instruction(tiny_policy_folder: Path, tmp_path: Path, instruction: str | None) -> None:
+    settings = replace(SETTINGS, instruction=instruction)
+    folder = export(Policy.load(str(tiny_policy_folder)), settings, tmp_path / "export")
+    assert EncoderSettings.load(folder).instruction == ""  # both mean no system turn
+    assert_same_vectors(folder)
+
+
 def test_frozen_encoder(tiny_policy_folder: Path, tmp_path: Path) -> None:
     policy = Policy.load(str(tiny_policy_folder), encoder="frozen")
     with torch.no_grad():
