@@ -53,7 +53,7 @@ def test_targets_work_in_a_folder_with_a_space(tmp_path):
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "python").write_text('#!/bin/sh\nfor word; do :; done\necho "opens $word"\n')
     (folder / ".venv" / "bin" / "python").chmod(0o755)
-    outer_make = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES"}  # it adds lines to the output, if tests run under one
+    outer_make = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "ARGS"}  # it adds lines to the output, if tests run under one
     without = {name: value for name, value in os.environ.items() if name not in outer_make | {"MLFLOW_TRACKING_URI"}}
     for variable, store in (({}, f"sqlite:///{folder}/mlflow.db"), ({"MLFLOW_TRACKING_URI": "sqlite:///$x y.db"}, "sqlite:///$x y.db")):
         make = ["make", "--silent", "--old-file=.venv/installed", "ui"]
