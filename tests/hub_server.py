@@ -1,5 +1,6 @@
-"""A local hub: serves files of a dict over HTTP to `huggingface_hub` (data sets) and transformers (models)."""
+"""A local hub: serves files of a dict over HTTP to `huggingface_hub` (data sets) and transformers (models), and takes commits of models."""
 
+import base64
 import hashlib
 import json
 import threading
@@ -54,6 +55,36 @@ def local_hub(repositories: Repositories, held: set[str] = frozenset()) -> Itera
             self.send_header("Content-Length", "0")
             self.end_headers()
             return None
+
+        def do_POST(self) -> None:
+            """Takes what `create_repo` and `upload_folder` send: all files as base64 in one commit."""
+            path, body = urlparse(self.path).path, self.body()
+            answer: dict[str, object] = {"errors": [], "warnings": []}  # of /api/validate-yaml
+            if path == "/api/repos/create":
+                asked = json.loads(body)
+                answer = {"url": f"{hub.url}/{asked['organization']}/{asked['name']}"}
+            elif path.endswith("/preupload/main"):
+                answer = {
+                    "files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+                }
+            elif path.endswith("/commit/main"):
+                name, revision = path.removeprefix("/api/models/").removesuffix("/commit/main"), hashlib.sha1(body).hexdigest()
+                sent = [json.loads(line) for line in body.splitlines()]
+                files = {part["value"]["path"]: base64.b64decode(part["value"]["content"]) for part in sent if part["key"] == "file"}
+                repositories[name, revision] = files
+                answer = {"success": True, "commitUrl": f"{hub.url}/{name}/commit/{revision}", "commitOid": revision, "hookOutput": ""}
+            self.send(json.dumps(answer).encode(), "application/json", "main", with_body=True)
+
+        def body(self) -> bytes:
+            """Reads what was sent, in one piece or in chunks."""
+            if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+                return self.rfile.read(int(self.headers["Content-Length"]))
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
 
         def send(self, content: bytes, kind: str, revision: str, with_body: bool) -> None:
             self.send_response(200)

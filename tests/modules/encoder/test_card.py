@@ -23,6 +23,7 @@ from src.modules.policy.model import Policy
 from src.modules.policy.packaged import SMOLLM2
 from tests.callbacks.conftest import fit, make_contrastive, make_module
 from tests.conftest import ROOT
+from tests.hub_server import Repositories, local_hub
 
 SETTINGS = EncoderSettings(instruction="Name the | `terms`.\nThen stop.", max_prompt_tokens=64, max_new_tokens=5)
 SCORE = EvalResult("Retrieval", "memory/x", "Docstrings", "ndcg_at_10", 0.4703, dataset_revision="abc")
@@ -190,6 +191,30 @@ def test_errors_of_the_hub_are_one_line(exported, tmp_path, endpoint, repository
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (1, 1), done.stderr
     assert done.stderr.startswith("push: ")
+
+
+PUBLISH_AND_LOAD = """
+import sys
+from src.modules.encoder.encoder import RationaleEncoder
+from src.modules.encoder.push import main
+
+main([sys.argv[1], "someone/an-encoder"])
+published, local = (RationaleEncoder.from_pretrained(where, device="cpu") for where in ("someone/an-encoder", sys.argv[1]))
+print(abs(published.encode(["a text", "another"]) - local.encode(["a text", "another"])).max())
+"""
+
+
+def test_published_export_is_loaded_by_its_name(exported, tmp_path):
+    repositories: Repositories = {}
+    with local_hub(repositories) as hub:
+        environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_x", "HF_HOME": str(tmp_path)}
+        command = [sys.executable, "-c", PUBLISH_AND_LOAD, str(exported)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(done.stdout.strip().splitlines()[-1]) < 1e-6
+    (files,) = repositories.values()
+    assert {"README.md", "grace.json", "model.safetensors"} <= files.keys()
+    assert all((exported / name).read_bytes() == content for name, content in files.items())
 
 
 def test_what_cannot_be_published_is_one_line(exported, tmp_path, monkeypatch):
