@@ -19,8 +19,7 @@ from src.modules.objectives.shaping import ShapedRewards, shape_rewards
 from src.modules.policy.model import Policy
 from src.modules.policy.reference import Reference
 from src.modules.policy_module import PolicyModule
-from src.modules.prompt.renderer import unclosed_turn
-from src.modules.rollouts.checks import require_readable
+from src.modules.rollouts.checks import require_readable, warn_of_unclosed_turn
 from src.modules.rollouts.engine import RolloutEngine
 from src.modules.training.checks import check_settings
 from src.modules.training.collector import Collector
@@ -275,13 +274,7 @@ class GRACE(PolicyModule):
         super().setup(stage)
         for remark in self.algorithm.remarks():
             log.info(remark)
-        closing = unclosed_turn(self.policy.tokenizer, self.policy.model.generation_config)
-        if closing is not None:
-            log.warning(
-                "the chat template closes an answer with %r, in which is no token that ends a rationale (EOS is %r): rationales will "
-                "probably run to rollout.max_new_tokens; name the token in the model's generation_config.json (eos_token_id)",
-                *(closing, self.policy.tokenizer.eos_token),
-            )
+        warn_of_unclosed_turn(self.policy)
         require_readable(self.policy, self.settings.max_prompt_tokens + self.engine.max_new_tokens)  # before its weights are sharded
         if self.ranks.count > 1:  # adapters were drawn alike on all ranks; dropout must not be
             torch.manual_seed(hash((self.hparams["seed"], self.global_rank)) % 2**31)

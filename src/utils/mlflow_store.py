@@ -1,4 +1,4 @@
-"""What MLflow takes, and stores that people changed: names, lengths, deleted experiments, folders that were moved."""
+"""Names and lengths that MLflow takes, and stores that people changed: deleted experiments, folders that were moved."""
 
 import hashlib
 import logging

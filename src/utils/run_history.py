@@ -1,4 +1,4 @@
-"""What MLflow holds of a resumed run, so that nothing is sent twice; and the calls that replace what a run logged before."""
+"""Reads what MLflow holds of a resumed run, so that nothing is sent twice; and makes the calls that replace what a run logged before."""
 
 import json
 import re

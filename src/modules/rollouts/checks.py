@@ -1,17 +1,32 @@
-"""Checks a backbone: it must attend by transformers' attention interface, at the positions it is given."""
+"""Checks a backbone: it must attend by transformers' attention interface, at the positions it is given, and close its turns."""
+
+import logging
 
 import torch
 from torch import Tensor
 
 from src.modules.policy.model import Policy, evaluation_mode
-from src.modules.prompt.renderer import Prompts
+from src.modules.prompt.renderer import Prompts, unclosed_turn
 from src.modules.rollouts.hf import HFEngine
 from src.modules.types import join
+
+log = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-3
 """Nats. Rounding is some 1e-5; another attention, or positions that are not read, are 1e-2 and more."""
 
 _PROMPTS, _RATIONALES = (7, 4), (3, 1, 2, 2)  # lengths, the longest first; positions start anew with each prompt
+
+
+def warn_of_unclosed_turn(policy: Policy) -> None:
+    """Warns if no token that ends a rationale is in what the chat template renders after an answer."""
+    closing = unclosed_turn(policy.tokenizer, policy.model.generation_config)
+    if closing is not None:
+        log.warning(
+            "the chat template closes an answer with %r, in which is no token that ends a rationale (EOS is %r): rationales will "
+            "probably run to rollout.max_new_tokens; name the token in the model's generation_config.json (eos_token_id)",
+            *(closing, policy.tokenizer.eos_token),
+        )
 
 
 def require_readable(policy: Policy, longest: int = 0) -> None:
