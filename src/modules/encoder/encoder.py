@@ -117,7 +117,7 @@ class RationaleEncoder:
 
     @property
     def bf16(self) -> bool:
-        """Whether arithmetic is in bfloat16."""
+        """Returns whether arithmetic is in bfloat16."""
         return self.policy.device.type == "cuda" if self._bf16 is None else self._bf16
 
     @property
