@@ -36,24 +36,31 @@ def packed_batches(rollouts: Rollouts, rows: Tensor, k: int, tokens: int) -> Ite
         yield torch.tensor(part)
 
 
-def padded_batches(lengths: Tensor, tokens: int, extra: int = 0) -> Iterator[Tensor]:
+def padded_batches(lengths: Tensor, tokens: int, extra: Tensor | None = None) -> Iterator[Tensor]:
     """Cuts sequences into parts of like lengths, the longest first, each of at most `tokens` tokens with its padding; [n_i] int64 each.
 
-    There are as few parts as the budget allows, of sizes as even as it allows: 16 where 15 fit are cut into 8 and 8. A sequence that alone
-    is longer is a part of its own.
+    Parts are as few and as even as the budget allows: 16 sequences where 15 fit are cut into 8 and 8. One that alone is longer is a part
+    of its own.
 
     Args:
         lengths: [N] int64.
-        extra: tokens that are added to every sequence, such as the rationales that are to be written.
+        extra: [N] int64, tokens that each sequence adds, not padded, such as the rationales that are to be written.
     """
     order = lengths.argsort(descending=True, stable=True)
-    fitting = (tokens // (lengths[order] + extra)).clamp(min=1).tolist()  # in a part that begins here
+    longest = lengths[order].tolist()
+    added = [0, *(torch.zeros_like(lengths) if extra is None else extra[order]).cumsum(0).tolist()]
+    ends, end = list[int](), 0  # of a part that begins at each place
+    for start in range(len(order)):
+        end = max(end, start + 1)
+        while end < len(order) and (end + 1 - start) * longest[start] + added[end + 1] - added[start] <= tokens:
+            end += 1
+        ends.append(end)
     start = 0
     while start < len(order):
         parts, end = 0, start
         while end < len(order):
-            parts, end = parts + 1, end + fitting[end]
-        count = min(fitting[start], -(-(len(order) - start) // parts))
+            parts, end = parts + 1, ends[end]
+        count = min(ends[start] - start, -(-(len(order) - start) // parts))
         yield order[start : start + count]
         start += count
 

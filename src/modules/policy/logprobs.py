@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from src.modules.policy.products import cpu_products_rounded_to, logits_of
+
 _CHUNK_LOGITS = {"cpu": 2**20, "cuda": 2**26}
 """Logits at a time: on a CPU 4 MB of them, which its cache holds; on a GPU enough to keep it busy."""
 _LEAST_TOKENS = 64  # in a chunk: below that, reading the weights costs more than computing with them
@@ -14,14 +16,6 @@ _LEAST_TOKENS = 64  # in a chunk: below that, reading the weights costs more tha
 def tokens_at_a_time(vocabulary: int, device: str) -> int:
     """Returns the number of tokens whose logits may exist at once on a device of this type (`cpu`, or any accelerator)."""
     return max(_LEAST_TOKENS, _CHUNK_LOGITS.get(device, _CHUNK_LOGITS["cuda"]) // vocabulary)
-
-
-def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Returns [n, V] float32 logits of states [n, D] and weights [V, D]. Those of 16 to 32 would be in steps of 0.125 in bfloat16."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        if hidden.is_cuda and hidden.dtype != torch.float32:
-            return torch.mm(hidden, weight.to(hidden.dtype).T, out_dtype=torch.float32)
-        return hidden.float() @ weight.float().T  # a CPU has no product of bfloat16 with such a result
 
 
 class _SelectedLogprobs(torch.autograd.Function):
@@ -59,11 +53,17 @@ class _SelectedLogprobs(torch.autograd.Function):
         hidden, weight, targets, directions = ctx.saved_tensors
         to_hidden, to_weight = directions * upstream.unsqueeze(-1).to(directions.dtype), None
         if ctx.needs_input_grad[1]:
-            exact, to_weight = weight.to(hidden.dtype) if hidden.is_cuda else weight.float(), torch.zeros_like(weight)
+            exact = weight.to(hidden.dtype) if hidden.is_cuda else weight.float()
+            to_weight = torch.zeros_like(weight, dtype=torch.float32)
             for h, t, f in zip(*(x.split(ctx.chunk) for x in (hidden, targets, upstream)), strict=True):
                 p = torch.softmax(logits_of(h, exact), dim=-1).mul_(-f.unsqueeze(-1))
                 p.scatter_add_(-1, t.unsqueeze(-1), f.unsqueeze(-1))
-                to_weight += p.to(h.dtype).T @ h
+                if h.is_cuda:
+                    to_weight += p.to(h.dtype).T @ h
+                else:
+                    with cpu_products_rounded_to(h.dtype):
+                        to_weight.addmm_(p.T, h.float())  # adds up in float32, without a [V, D] product in between
+            to_weight = to_weight.to(weight.dtype)
         return to_hidden, to_weight, None, None, None
 
 

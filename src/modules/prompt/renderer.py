@@ -53,6 +53,12 @@ class Prompts:
         return self.select(torch.arange(len(self)).repeat_interleave(n))
 
 
+def join_prompts(parts: Sequence[Prompts]) -> Prompts:
+    """Returns all prompts of some parts, in order."""
+    ids = tuple(ids for part in parts for ids in part.ids)
+    return Prompts(ids, torch.cat([part.text_starts for part in parts]), torch.cat([part.text_lengths for part in parts]))
+
+
 def require_room(context: int | None, max_prompt_tokens: int, max_new_tokens: int) -> None:
     """Raises ValueError if the longest prompt and rationale do not fit a model's context; None is no limit."""
     if context is not None and max_prompt_tokens + max_new_tokens > context:

@@ -11,7 +11,7 @@ from src.modules.policy.buffers import Buffers
 from src.modules.policy.logprobs import tokens_at_a_time
 from src.modules.policy.model import Policy
 from src.modules.policy.pooling import POOLINGS, states_at
-from src.modules.policy.products import product
+from src.modules.policy.products import logits_of
 from src.modules.prompt.renderer import Prompts
 
 
@@ -45,7 +45,7 @@ PACES = {
 
 
 class Decoder:
-    """N rationales while they are written, n of each prompt.
+    """N rationales while they are written, those of a prompt side by side.
 
     A step depends on nothing that Python knows but shapes: the column, the rows that have finished and all that is written
     are tensors on the device. There may be more rows than rationales; those that are not in use write into row N of the
@@ -58,23 +58,30 @@ class Decoder:
         prefixes: [N + 1, R + 1, D] float32, `pooled` after every token; R + 1 = 0 if not asked for.
 
     Args:
-        draws: [G * n, R] uniform on [0, 1).
+        counts: [G] int64, rationales of each prompt; N in all.
+        draws: [N, R] uniform on [0, 1).
+        temperatures: [N]; None: the likeliest token is taken.
         prefixes: whether `prefixes` are kept.
         buffers: hold the tensors.
     """
 
     def __init__(
-        self, policy: Policy, prompts: Prompts, n: int, draws: Tensor, temperature: float, prefixes: bool, ends: Tensor, buffers: Buffers
+        self,
+        policy: Policy,
+        prompts: Prompts,
+        counts: Tensor,
+        draws: Tensor,
+        temperatures: Tensor | None,
+        prefixes: bool,
+        ends: Tensor,
+        buffers: Buffers,
     ) -> None:
         device, (total, columns) = policy.device, draws.shape
-        self.policy, self.temperature, self.pooling, self.pace = (
-            policy,
-            temperature,
-            POOLINGS[policy.pooling],
-            PACES.get(device.type, PACES["cpu"]),
-        )
+        self.policy, self.pooling, self.pace = policy, POOLINGS[policy.pooling], PACES.get(device.type, PACES["cpu"])
         count = self.pace.bucket(len(prompts))
-        self._total, size = total, count * n + 1
+        groups, rows = _places(counts, count, self.pace.bucket)
+        groups = groups.to(device)
+        self._total, size = total, rows + 1
 
         def kept(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return buffers(name, shape, dtype, device)
@@ -83,18 +90,22 @@ class Decoder:
         self.ends = kept("ends", len(ends), dtype=torch.long).copy_(ends)
         lengths = torch.ones(count, dtype=torch.long).index_put_((torch.arange(len(prompts)),), prompts.lengths).to(device)
         longest = self.pace.bucket(int(prompts.lengths.max()))
-        self.cache = SharedPromptCache(lengths, n, longest, columns, buffers, self.pace.bucket)
+        self.cache = SharedPromptCache(lengths, groups, rows, longest, columns, buffers, self.pace.bucket)
         last, self.prompt_pooled = self._read(prompts)
         # one entry a row from here on
         self.rows = kept("rows", size - 1, dtype=torch.long).copy_(torch.arange(size - 1).clamp(max=total))
         self.done = kept("done", size - 1, dtype=torch.bool).copy_(self.rows == total)  # waits to leave
         self.hidden = buffers("hidden", (size - 1, last.shape[1]), last.dtype, device)
-        self.hidden[:total] = last.repeat_interleave(n, dim=0)
+        self.hidden[:total] = last[groups[:total]]
         self.draws = kept("draws", size, columns)
         self.draws[:total] = draws
+        self.temperatures = None
+        if temperatures is not None:
+            self.temperatures = kept("temperatures", size, 1).fill_(1.0)
+            self.temperatures[:total, 0] = temperatures
         self.ids, self.logprobs = kept("ids", size, columns, dtype=torch.long), kept("logprobs", size, columns)
         self.pooled = kept("pooled", size, self.prompt_pooled.shape[1])
-        self.pooled[:total] = self.prompt_pooled.repeat_interleave(n, dim=0)
+        self.pooled[:total] = self.prompt_pooled[groups[:total]]
         self.prefixes = kept("prefixes", size, columns + 1 if prefixes else 0, self.pooled.shape[1])
         self.prefixes[:, :1] = self.pooled.unsqueeze(1)
 
@@ -125,12 +136,13 @@ class Decoder:
         policy, device = self.policy, self.policy.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         shapes = (self.cache.shape, self.ids.shape, self.prefixes.shape, self.ends.shape, self.head.shape)
-        return *shapes, self.temperature, policy.pooling, policy.layer, autocast
+        return *shapes, self.temperatures is None, policy.pooling, policy.layer, autocast
 
     def step(self) -> None:
         """Writes a token to every row."""
         cache, rows, column = self.cache, self.rows, self.cache.column
-        ids, logprobs = choose(self.hidden, self.head, self.draws[rows, column], self.temperature)
+        temperatures = None if self.temperatures is None else self.temperatures[rows]
+        ids, logprobs = choose(self.hidden, self.head, self.draws[rows, column], temperatures)
         self.ids[rows, column], self.logprobs[rows, column] = ids, logprobs
         last, states = self._states(ids.unsqueeze(1), cache.positions())
         self.hidden.copy_(last[:, 0])
@@ -165,8 +177,19 @@ class Decoder:
         self.done = self.done[: len(kept)].copy_(unused)
 
 
+def _places(counts: Tensor, prompts: int, bucket: Callable[[int], int]) -> tuple[Tensor, int]:
+    """Returns the prompt of each row, ascending, and the number of rows that buffers are made for.
+
+    Where all of the `prompts` that buffers are made for have as many rows, attention need not gather the rows of a prompt.
+    """
+    n = int(counts.max())
+    if bool((counts == n).all()):
+        return torch.arange(prompts).repeat_interleave(n), prompts * n
+    return torch.arange(len(counts)).repeat_interleave(counts), bucket(int(counts.sum()))
+
+
 def _head(policy: Policy, buffers: Buffers) -> Tensor:
-    """Returns the output embeddings as products with them are computed: in autocast's dtype on a GPU, in float32 elsewhere."""
+    """Returns the output embeddings as products with them are fastest: in autocast's dtype on a GPU, in float32 elsewhere."""
     head, device = policy.head, policy.device
     if device.type != "cuda":
         return head.float()
@@ -175,7 +198,7 @@ def _head(policy: Policy, buffers: Buffers) -> Tensor:
     return buffers("head", head.shape, torch.get_autocast_dtype(device.type), device).copy_(head)
 
 
-def choose(hidden: Tensor, weight: Tensor, draws: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def choose(hidden: Tensor, weight: Tensor, draws: Tensor, temperatures: Tensor | None) -> tuple[Tensor, Tensor]:
     """Chooses next tokens from states [N, D] and output embeddings [V, D]; returns [N] int64 and their float32 log-probs.
 
     By chunks of rows, in place of [N, V] logits. Inverse-transform sampling takes one uniform draw a row: noise over the
@@ -183,13 +206,18 @@ def choose(hidden: Tensor, weight: Tensor, draws: Tensor, temperature: float) ->
 
     Args:
         draws: [N] uniform on [0, 1).
-        temperature: 0 takes the likeliest token, with its log-prob at temperature 1.
+        temperatures: [N, 1]; None takes the likeliest tokens, with their log-probs at temperature 1.
     """
-    chunk = tokens_at_a_time(len(weight), hidden.device.type)
+    device = hidden.device.type
+    if temperatures is not None:
+        hidden = hidden / temperatures  # [N, D] in place of [N, V]
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    chunk = tokens_at_a_time(len(weight), device)
     chosen, chosen_logprobs = [], []
     for h, d in zip(hidden.split(chunk), draws.split(chunk), strict=True):
-        if temperature > 0:
-            logits = product(h / temperature, weight.T)  # [n, D] divided in place of [n, V]
+        logits = logits_of(h, weight)
+        if temperatures is not None:
             probabilities = torch.softmax(logits, dim=-1)
             cumulative = torch.cumsum(probabilities, dim=-1, out=logits)  # in their place
             # rounding may leave the last entry below 1: draws are taken relative to it
@@ -197,7 +225,6 @@ def choose(hidden: Tensor, weight: Tensor, draws: Tensor, temperature: float) ->
             ids = torch.searchsorted(cumulative, targets, right=True).clamp(max=len(weight) - 1)
             logprobs = probabilities.gather(1, ids).log()  # a token of probability 0 is never drawn
         else:
-            logits = product(h, weight.T)
             ids = logits.argmax(dim=-1, keepdim=True)
             logprobs = logits.gather(1, ids) - logits.logsumexp(dim=-1, keepdim=True)
         chosen.append(ids.squeeze(1))

@@ -41,18 +41,21 @@ def test_no_rows_make_no_batch():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 120), st.integers(0, 9))
-def test_padded_batches_keep_the_budget(lengths: list[int], tokens: int, extra: int) -> None:
-    parts = list(padded_batches(torch.tensor(lengths), tokens, extra))
-    order = [lengths[row] for row in torch.cat(parts).tolist()]
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 9)), min_size=1, max_size=30), st.integers(1, 120), st.booleans())
+def test_padded_batches_keep_the_budget(sizes: list[tuple[int, int]], tokens: int, alike: bool) -> None:
+    lengths = [length for length, _ in sizes]
+    extra = [sizes[0][1] if alike else own for _, own in sizes]
+    parts = [part.tolist() for part in padded_batches(torch.tensor(lengths), tokens, torch.tensor(extra))]
+    rows = [row for part in parts for row in part]
+    order = [lengths[row] for row in rows]
     assert order == sorted(order, reverse=True)  # texts of like lengths together
-    assert sorted(torch.cat(parts).tolist()) == list(range(len(lengths)))
-    greedy, start = 0, 0
-    while start < len(order):
-        greedy, start = greedy + 1, start + max(1, tokens // (order[start] + extra))
-    assert len(parts) == greedy  # even parts are no more parts
+    assert sorted(rows) == list(range(len(lengths)))
     for part in parts:
-        assert len(part) == 1 or len(part) * (extra + max(lengths[row] for row in part.tolist())) <= tokens
+        assert len(part) == 1 or len(part) * max(lengths[row] for row in part) + sum(extra[row] for row in part) <= tokens
+    greedy, start = 0, 0
+    while start < len(order) and alike:
+        greedy, start = greedy + 1, start + max(1, tokens // (order[start] + extra[0]))
+    assert not alike or len(parts) == greedy  # even parts are no more parts
 
 
 @pytest.mark.parametrize(("rows", "fitting", "sizes"), [(16, 15, [8, 8]), (16, 16, [16]), (7, 3, [3, 2, 2]), (33, 16, [11, 11, 11])])

@@ -9,9 +9,9 @@ from src.modules.policy.pooling import pool_prefixes
 from src.modules.prompt.renderer import PromptRenderer, Prompts
 from src.modules.rollouts import decoder
 from src.modules.rollouts.decoder import choose
-from src.modules.rollouts.engine import end_tokens
+from src.modules.rollouts.engine import Request, end_tokens
 from src.modules.rollouts.hf import LEAST_TOKENS, MOST_TOKENS, HFEngine, fitting_tokens
-from tests.builders import WINDOWED, small_policy
+from tests.builders import TRIPLETS, WINDOWED, fit, make, small_policy
 from tests.vllm_builders import TEXTS, check_rationales, end_often, prompts_of, random_policy
 
 
@@ -99,6 +99,32 @@ def test_own_seed_decides_in_any_company(tiny_policy: Policy) -> None:
     assert [ids.tolist() for ids in written[:2]] != [ids.tolist() for ids in written[4:]]
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", *WINDOWED])
+@pytest.mark.parametrize("batch_tokens", [300, 2**18])
+def test_requests_are_answered_together_as_alone(architecture: str, batch_tokens: int) -> None:
+    policy, engine = ending(architecture), HFEngine(16, batch_tokens)
+    prompts, one = prompts_of(policy), torch.tensor([1])
+    asked = [
+        *(Request(prompts, 3, 1.0, 5, prefixes=True), Request(prompts.select(one), 1, 0.7, torch.tensor([7]))),
+        *(Request(prompts, 1, 0.0, 0), Request(prompts.select(one), 6, 0.5, 8), Request(prompts.select(one), 1, 0.0, 0, prefixes=True)),
+    ]
+    for request, rollouts in zip(asked, engine.generate_all(policy, asked), strict=True):
+        alone = engine.generate(policy, request.prompts, request.n, request.temperature, request.seed, request.prefixes)
+        assert torch.equal(rollouts.input_ids, alone.input_ids)
+        for name in ("logprobs", "embeddings", "prompt_embeddings", "prefix_embeddings"):
+            ours, theirs = getattr(rollouts, name), getattr(alone, name)
+            assert (theirs is None) == (ours is None) == (name == "prefix_embeddings" and not request.prefixes)
+            if theirs is not None:
+                torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_roles_of_a_batch_are_written_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, before = [], decoder.Decoder.write
+    monkeypatch.setattr(decoder.Decoder, "write", lambda self, run: (rows.append(len(self.rows)), before(self, run)))
+    fit(make())
+    assert rows[1:] == [len(TRIPLETS) * (3 + 2)]  # three of each positive, one of each query and negative; first is the check at the start
+
+
 def test_rationales_follow_their_prompt_and_end_once():
     policy = ending()
     rollouts = HFEngine(12).generate(policy, prompts_of(policy), n=3, seed=1)
@@ -109,7 +135,7 @@ def test_sampling_follows_the_distribution():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(1, 8, generator=generator), torch.randn(6, 8, generator=generator)
     draws = torch.rand(40_000, generator=generator)
-    ids, chosen = choose(hidden.expand(len(draws), 8), weight, draws, 0.8)
+    ids, chosen = choose(hidden.expand(len(draws), 8), weight, draws, torch.full((len(draws), 1), 0.8))
     expected = torch.softmax(hidden @ weight.T / 0.8, dim=-1)[0]
     torch.testing.assert_close(torch.bincount(ids, minlength=6) / len(draws), expected, atol=0.01, rtol=0)
     torch.testing.assert_close(chosen.exp(), expected[ids])
@@ -127,15 +153,15 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_chunks_never_hold_all_logits(monkeypatch, temperature):
+@pytest.mark.parametrize("temperatures", [None, torch.linspace(0.5, 2.0, 200).unsqueeze(1)])
+def test_chunks_never_hold_all_logits(monkeypatch, temperatures):
     generator = torch.Generator().manual_seed(1)
     hidden, weight = torch.randn(200, 8, generator=generator), torch.randn(50, 8, generator=generator)
     draws = torch.rand(200, generator=generator)
-    at_once = choose(hidden, weight, draws, temperature)
+    at_once = choose(hidden, weight, draws, temperatures)
     monkeypatch.setitem(logprobs._CHUNK_LOGITS, "cpu", 0)
     with Largest() as largest:
-        parts = choose(hidden, weight, draws, temperature)
+        parts = choose(hidden, weight, draws, temperatures)
     assert largest.elements == 64 * len(weight)
     assert torch.equal(at_once[0], parts[0])
     torch.testing.assert_close(at_once[1], parts[1])
@@ -144,7 +170,7 @@ def test_chunks_never_hold_all_logits(monkeypatch, temperature):
 @pytest.mark.parametrize("draw", [0.0, 1.0 - 2**-24])
 def test_extreme_draws_take_no_impossible_token(draw):
     weight = torch.tensor([[-torch.inf], [0.0], [0.0], [-torch.inf]])
-    ids, _ = choose(torch.ones(1, 1), weight, torch.tensor([draw]), 1.0)
+    ids, _ = choose(torch.ones(1, 1), weight, torch.tensor([draw]), torch.ones(1, 1))
     assert ids.item() in (1, 2)
 
 

@@ -33,7 +33,8 @@ class SharedPromptCache:
 
     Args:
         prompt_lengths: [G] int64, at least 1.
-        n: rows of each prompt at first; rows of a prompt are neighbours.
+        groups: [n] int64, the prompt of each row in use, ascending.
+        rows: N, at least n.
         prompt_tokens: P, at least the longest prompt.
         columns: R, of the rationales' buffers.
         buffers: hold all of it.
@@ -41,7 +42,14 @@ class SharedPromptCache:
     """
 
     def __init__(
-        self, prompt_lengths: Tensor, n: int, prompt_tokens: int, columns: int, buffers: Buffers, bucket: Callable[[int], int] = int
+        self,
+        prompt_lengths: Tensor,
+        groups: Tensor,
+        rows: int,
+        prompt_tokens: int,
+        columns: int,
+        buffers: Buffers,
+        bucket: Callable[[int], int] = int,
     ) -> None:
         self.prompt_tokens, self.columns, self.buffers, self.bucket = prompt_tokens, columns, buffers, bucket
         self.reading, self.used = True, 0
@@ -50,9 +58,9 @@ class SharedPromptCache:
         device = prompt_lengths.device
         self.column = buffers("column", (1,), torch.long, device)
         self.prompt_lengths = self._kept("prompt_lengths", prompt_lengths)
-        self.slots, self.ragged = n, False
-        rows = len(prompt_lengths) * n
-        self._arrange(torch.arange(rows, device=device) // n, rows)
+        self.slots = int(groups.bincount().max())
+        self.ragged = not len(groups) == rows == len(prompt_lengths) * self.slots
+        self._arrange(groups, rows)
         padding = torch.arange(prompt_tokens, device=device) >= prompt_lengths.unsqueeze(1)
         self.bias = buffers("bias", (len(self.groups), prompt_tokens + columns), torch.float32, device)  # of prompt and rationale
         self.bias[:, :prompt_tokens].masked_fill_(padding[self.groups], -torch.inf)

@@ -99,7 +99,7 @@ def test_no_mask_is_made_where_no_layer_needs_it(kind: str, monkeypatch: pytest.
 @pytest.mark.parametrize("window", [1, 4, 12, 13])  # the last query is the 13th token
 def test_bias_of_a_step(window: int) -> None:
     lengths, n, longest = torch.tensor([6, 2]), 2, 6
-    cache = SharedPromptCache(lengths, n, longest, 8, Buffers())
+    cache = SharedPromptCache(lengths, torch.tensor([0, 0, 1, 1]), 2 * n, longest, 8, Buffers())
     cache.used = 7
     for column in range(7):
         cache.column.fill_(column)
