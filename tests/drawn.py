@@ -15,11 +15,13 @@ from src.modules.rollouts.hf import HFEngine
 from src.modules.types import Rollouts
 
 
-def taken(hidden: Tensor, weight: Tensor, draws: Tensor, temperature: float, *, end: int, mean_length: int) -> tuple[Tensor, Tensor]:
+def taken(
+    hidden: Tensor, weight: Tensor, draws: Tensor, temperatures: Tensor | None, *, end: int, mean_length: int
+) -> tuple[Tensor, Tensor]:
     """In place of `choose`: a draw below 1 / mean_length is the end, and the others are spread evenly over the vocabulary.
 
     Args:
-        hidden, weight, draws, temperature: of `choose`; the draws alone decide, at temperature 0 as well.
+        hidden, weight, draws, temperatures: of `choose`; the draws alone decide, without temperatures as well.
         end: id of the end of a rationale.
         mean_length: tokens of a rationale on average, were there no limit.
 
@@ -28,7 +30,7 @@ def taken(hidden: Tensor, weight: Tensor, draws: Tensor, temperature: float, *, 
     """
     spread = ((draws.double() - 1 / mean_length) / (1 - 1 / mean_length) * len(weight)).long().clamp(0, len(weight) - 1)
     ids = torch.where(draws < 1 / mean_length, end, spread)
-    logits = (hidden.to(weight.dtype) / (temperature or 1.0) @ weight.T).float()
+    logits = (hidden.to(weight.dtype) / (1.0 if temperatures is None else temperatures) @ weight.T).float()
     return ids, logits.log_softmax(dim=-1).gather(1, ids.unsqueeze(1)).squeeze(1)
 
 

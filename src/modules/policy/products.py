@@ -32,7 +32,7 @@ def cpu_products_rounded_to(dtype: torch.dtype) -> Iterator[None]:
     The result is that of a GPU's product of bfloat16 matrices with a float32 result, which torch does not have on a CPU. With AMX it takes
     a third of the time of float32; a processor without such instructions computes in float32.
     """
-    settings = torch.backends.mkldnn.matmul
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made when torch is imported
     before = settings.fp32_precision
     settings.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
     try:
@@ -44,7 +44,7 @@ def cpu_products_rounded_to(dtype: torch.dtype) -> Iterator[None]:
 def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
     """Returns [n, V] float32 logits of states [n, D] and output embeddings [V, D], both rounded to the states' dtype.
 
-    Autocast has no effect. As bfloat16, logits of 16 to 32 would be in steps of 0.125. On a CPU the product is fastest with float32 weights.
+    Autocast has no effect. In bfloat16, logits of 16 to 32 would have steps of 0.125. On a CPU this is fastest with float32 weights.
     """
     with torch.autocast(hidden.device.type, enabled=False):
         if hidden.is_cuda and hidden.dtype != torch.float32:

@@ -98,6 +98,10 @@ class HFEngine:
         self._graphs: Graphs | None = None
         self._places: tuple[int, ...] = ()  # of what the graphs read
 
+    def __init_subclass__(cls) -> None:
+        if "generate" in vars(cls) and "generate_all" not in vars(cls):
+            cls.generate_all = None  # type: ignore[assignment]  # else a subclass's own `generate` would be passed over
+
     def generate(
         self, policy: Policy, prompts: Prompts, n: int = 1, temperature: float = 1.0, seed: int | Tensor = 0, prefixes: bool = False
     ) -> Rollouts:
@@ -115,7 +119,7 @@ class HFEngine:
             Rollouts on the policy's device with log-probs, and, unless the encoder is frozen, with embeddings; rows
             i*n .. i*n + n - 1 belong to prompt i.
         """
-        return self.generate_all(policy, [Request(prompts, n, temperature, seed, prefixes)])[0]
+        return HFEngine.generate_all(self, policy, [Request(prompts, n, temperature, seed, prefixes)])[0]
 
     def generate_all(self, policy: Policy, requests: Sequence[Request]) -> list[Rollouts]:
         """Answers requests as `generate` does, all that sample together and all that do not: a step costs little more with more rows."""

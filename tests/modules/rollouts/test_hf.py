@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,6 +13,7 @@ from src.modules.rollouts import decoder
 from src.modules.rollouts.decoder import choose
 from src.modules.rollouts.engine import Request, end_tokens
 from src.modules.rollouts.hf import LEAST_TOKENS, MOST_TOKENS, HFEngine, fitting_tokens
+from src.modules.types import Rollouts
 from tests.builders import TRIPLETS, WINDOWED, fit, make, small_policy
 from tests.vllm_builders import TEXTS, check_rationales, end_often, prompts_of, random_policy
 
@@ -123,6 +126,17 @@ def test_roles_of_a_batch_are_written_together(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(decoder.Decoder, "write", lambda self, run: (rows.append(len(self.rows)), before(self, run)))
     fit(make())
     assert rows[1:] == [len(TRIPLETS) * (3 + 2)]  # three of each positive, one of each query and negative; first is the check at the start
+
+
+def test_own_generate_of_a_subclass_is_asked() -> None:
+    class Own(HFEngine):
+        def generate(self, *args: Any, **kwargs: Any) -> Rollouts:
+            asked.append(kwargs["n"])
+            return super().generate(*args, **kwargs)
+
+    asked: list[int] = []
+    fit(make(engine=Own(6)))
+    assert asked == [3, 1]
 
 
 def test_rationales_follow_their_prompt_and_end_once():
