@@ -13,19 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from src.modules.policy.attention.shared_prompt import (
-    PACKED_ATTENTION,
-    PackedRollouts,
-    attention_set_to,
-    checkpoint_contexts,
-    pack,
-    pool_packed,
-    unpack,
-)
+from src.modules.policy.attention.masked import attention_set_to, checkpoint_contexts
+from src.modules.policy.attention.packed import PACKED_ATTENTION
 from src.modules.policy.loading import load_model, load_tokenizer, not_found, require_files, require_rows, set_attention_dropout
 from src.modules.policy.logprobs import selected_logprobs
 from src.modules.policy.lora import add_lora
 from src.modules.policy.packaged import local_path
+from src.modules.policy.packing import PackedRollouts, pack, pool_packed, unpack
 from src.modules.policy.pooling import PoolingName, check_pooling, pool, states_at
 from src.modules.types import Rollouts
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.fsdp import FSDPModule
 
+from src.modules.policy.attention.masked import attention_set_to
 from src.modules.policy.attention.shared_cache import SAMPLING_ATTENTION
-from src.modules.policy.attention.shared_prompt import attention_set_to
 from src.modules.policy.batching import padded_batches
 from src.modules.policy.buffers import Buffers
 from src.modules.policy.cast_weights import cast_weights

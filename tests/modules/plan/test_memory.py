@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from src.modules.plan.memory import find_config, per_token, shape_of
-from src.modules.policy.attention import shared_prompt
-from src.modules.policy.attention.shared_prompt import checkpoint_contexts
+from src.modules.policy.attention import masked
+from src.modules.policy.attention.masked import checkpoint_contexts
 from src.modules.policy.model import Policy
 from src.modules.types import Rollouts
 from tests.builders import small_tokenizer
@@ -87,7 +87,7 @@ def model_of(layers: int, heads: int, hidden: int, intermediate: int) -> PreTrai
 @pytest.mark.parametrize("half", [True, False])
 @pytest.mark.parametrize("widths", [(4, 64, 256), (8, 64, 512), (4, 128, 192)])
 def test_activations_match_autograd(widths: tuple[int, int, int], half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_prompt, "_SHORT", 0)  # a GPU makes no float32 copies of short queries, keys and values
+    monkeypatch.setattr(masked, "_SHORT", 0)  # a GPU makes no float32 copies of short queries, keys and values
     small, large = (model_of(layers, *widths) for layers in (1, 3))
     a_layer = (kept(large, half) - kept(small, half)) / 2
     shape, tokens = shape_of(large.config), G * (P + K * R)

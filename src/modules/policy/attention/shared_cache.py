@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from src.modules.policy.attention.shared_prompt import causal_mask, masked_attention, require_supported
+from src.modules.policy.attention.masked import causal_mask, masked_attention, require_supported
 from src.modules.policy.buffers import Buffers
 from src.modules.policy.products import product
 

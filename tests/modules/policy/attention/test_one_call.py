@@ -12,7 +12,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from src.modules.policy.attention import one_call
 from src.modules.policy.attention.one_call import BLOCK, one_call_attention, packed_block_mask
-from src.modules.policy.attention.shared_prompt import PackedRollouts, grouped_attention, pack
+from src.modules.policy.attention.packed import grouped_attention
+from src.modules.policy.packing import PackedRollouts, pack
 from src.modules.types import Rollouts
 
 Groups = list[tuple[int, list[int]]]

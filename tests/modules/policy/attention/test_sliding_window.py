@@ -13,7 +13,7 @@ from src.modules.rollouts.checks import require_readable
 from src.modules.rollouts.hf import HFEngine
 from src.modules.types import Rollouts, join
 from tests.builders import WINDOWED
-from tests.modules.policy.attention.test_shared_prompt import alone, assert_same_gradients
+from tests.modules.policy.test_packing import alone, assert_same_gradients
 from tests.vllm_builders import prompts_of, random_policy
 
 GROUPS = [(30, [5, 1, 19]), (3, [12, 2]), (8, [10]), (7, [0, 1]), (9, [0]), (2, [3, 3, 4])]

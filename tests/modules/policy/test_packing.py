@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from torch import Tensor
 
-from src.modules.policy.attention.shared_prompt import checkpoint_contexts, pack, pool_packed, unpack
+from src.modules.policy.attention.masked import checkpoint_contexts
 from src.modules.policy.lora import add_lora
 from src.modules.policy.model import Policy
+from src.modules.policy.packing import pack, pool_packed, unpack
 from src.modules.policy.pooling import pool
 from src.modules.prompt.renderer import PromptRenderer
 from src.modules.types import Rollouts, join
