@@ -4,13 +4,15 @@ Processors, and one process and several, round differently, and now and then rou
 token is another run. Here tokens come from the random draws alone, and everything else is the engine's own.
 """
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from src.modules.policy.model import Policy
+from src.modules.rollouts.engine import Request
 from src.modules.rollouts.hf import HFEngine
 from src.modules.types import Rollouts
 
@@ -39,6 +41,6 @@ class DrawnRationales(HFEngine):
 
     mean_length = 32
 
-    def generate(self, policy: Any, *args: Any, **kwargs: Any) -> Rollouts:
+    def generate_all(self, policy: Policy, requests: Sequence[Request]) -> list[Rollouts]:
         with patch("src.modules.rollouts.decoder.choose", partial(taken, end=policy.tokenizer.eos_token_id, mean_length=self.mean_length)):
-            return super().generate(policy, *args, **kwargs)
+            return super().generate_all(policy, requests)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from omegaconf import DictConfig, open_dict
 from torch import Tensor
 
 from src.modules.policy.model import Policy
-from src.modules.prompt.renderer import Prompts
+from src.modules.rollouts.engine import Request
 from src.modules.types import Rollouts
 from tests.drawn import DrawnRationales
 
@@ -43,13 +44,14 @@ class Asked(DrawnRationales):
         super().__init__(*args, **kwargs)
         self.asked: list[str] = []
 
-    def generate(
-        self, policy: Policy, prompts: Prompts, n: int = 1, temperature: float = 1.0, seed: int | Tensor = 0, prefixes: bool = False
-    ) -> Rollouts:
-        ids = repr([[row.tolist() for row in prompts.ids], prompts.text_starts.tolist(), torch.as_tensor(seed).tolist()])
-        digest = hashlib.sha256(ids.encode()).hexdigest()[:16]
-        self.asked.append(f"{n} rationales for each of {len(prompts)} prompts at temperature {temperature}, prompts and seeds {digest}")
-        return super().generate(policy, prompts, n, temperature, seed, prefixes)
+    def generate_all(self, policy: Policy, requests: Sequence[Request]) -> list[Rollouts]:
+        for one in requests:
+            prompts = one.prompts
+            ids = repr([[row.tolist() for row in prompts.ids], prompts.text_starts.tolist(), torch.as_tensor(one.seed).tolist()])
+            digest = hashlib.sha256(ids.encode()).hexdigest()[:16]
+            which = f"{one.n} rationales for each of {len(prompts)} prompts at temperature {one.temperature}"
+            self.asked.append(f"{which}, prompts and seeds {digest}")
+        return super().generate_all(policy, requests)
 
 
 class Recorder(L.Callback):

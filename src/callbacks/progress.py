@@ -106,7 +106,7 @@ class TimeEstimate(L.Callback):
             return
         operations = self._operations(pl_module, batches, size, getattr(data, "negatives", 0))
         precision = str(trainer.precision)
-        seconds = operations / (_REACHED.get(precision, 0.25) * matrix_speed(precision != "32-true")) + _OTHERWISE
+        seconds = operations / (_REACHED.get(precision, _REACHED["bf16-mixed"]) * matrix_speed(precision != "32-true")) + _OTHERWISE
         minutes = max(1, math.ceil(seconds / 60))
         log.info(
             "%s; about %d minutes, evaluation included: until %s",

@@ -55,14 +55,16 @@ def padded_batches(lengths: Tensor, tokens: int, extra: Tensor | None = None) ->
         while end < len(order) and (end + 1 - start) * longest[start] + added[end + 1] - added[start] <= tokens:
             end += 1
         ends.append(end)
+    parts = [0] * (len(order) + 1)  # that sequences from each place on need
+    for start in reversed(range(len(order))):
+        parts[start] = 1 + parts[ends[start]]
     start = 0
     while start < len(order):
-        parts, end = 0, start
-        while end < len(order):
-            parts, end = parts + 1, ends[end]
-        count = min(ends[start] - start, -(-(len(order) - start) // parts))
-        yield order[start : start + count]
-        start += count
+        end = min(ends[start], start - (start - len(order)) // parts[start])
+        while parts[end] >= parts[start]:  # those that are left would need one more
+            end += 1
+        yield order[start:end]
+        start = end
 
 
 def embed_all(policy: Policy, rollouts: Rollouts, tokens: int) -> Tensor:

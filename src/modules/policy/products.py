@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the product of two matrices, or of two batches of them, in float32; autocast has no effect on it.
+    """Returns the product of two batches of matrices in float32; autocast has no effect on it.
 
     For what goes into a softmax: a result in bfloat16 is off by up to 0.06 at logits of 16, and by 0.25 at the scores of 50
     that large key biases give. A GPU computes it of bfloat16 matrices at full speed. A CPU casts them first: in float32 it
@@ -18,11 +18,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         a: any floating dtype; rounded to that of `b` on a GPU.
         b: any floating dtype.
     """
-    multiply = torch.mm if b.dim() == 2 else torch.bmm
     with torch.autocast(b.device.type, enabled=False):
         if b.device.type != "cuda" or b.dtype == torch.float32:
-            return multiply(a.float(), b.float())
-        return multiply(a.to(b.dtype), b, out_dtype=torch.float32)
+            return torch.bmm(a.float(), b.float())
+        return torch.bmm(a.to(b.dtype), b, out_dtype=torch.float32)
 
 
 @contextmanager
@@ -30,11 +29,15 @@ def cpu_products_rounded_to(dtype: torch.dtype) -> Iterator[None]:
     """Lets a CPU round the entries of large float32 matrices to bfloat16 in products, if that is `dtype`; sums stay float32.
 
     The result is that of a GPU's product of bfloat16 matrices with a float32 result, which torch does not have on a CPU. With AMX it takes
-    a third of the time of float32; a processor without such instructions computes in float32.
+    a third of the time of float32; a processor without such instructions computes in float32. The setting is the process's, so no other
+    thread may multiply meanwhile.
     """
+    if dtype != torch.bfloat16:
+        yield
+        return
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # made when torch is imported
     before = settings.fp32_precision
-    settings.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
+    settings.fp32_precision = "bf16"
     try:
         yield
     finally:
@@ -42,7 +45,7 @@ def cpu_products_rounded_to(dtype: torch.dtype) -> Iterator[None]:
 
 
 def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Returns [n, V] float32 logits of states [n, D] and output embeddings [V, D], both rounded to the states' dtype.
+    """Returns [n, V] float32 logits of states [n, D] and output embeddings [V, D], which may be rounded to the states' dtype.
 
     Autocast has no effect. In bfloat16, logits of 16 to 32 would have steps of 0.125. On a CPU this is fastest with float32 weights.
     """

@@ -79,7 +79,7 @@ class Decoder:
         device, (total, columns) = policy.device, draws.shape
         self.policy, self.pooling, self.pace = policy, POOLINGS[policy.pooling], PACES.get(device.type, PACES["cpu"])
         count = self.pace.bucket(len(prompts))
-        groups, rows = _places(counts, count, self.pace.bucket)
+        groups, rows = _prompts_of_rows(counts, count, self.pace.bucket)
         groups = groups.to(device)
         self._total, size = total, rows + 1
 
@@ -177,7 +177,7 @@ class Decoder:
         self.done = self.done[: len(kept)].copy_(unused)
 
 
-def _places(counts: Tensor, prompts: int, bucket: Callable[[int], int]) -> tuple[Tensor, int]:
+def _prompts_of_rows(counts: Tensor, prompts: int, bucket: Callable[[int], int]) -> tuple[Tensor, int]:
     """Returns the prompt of each row, ascending, and the number of rows that buffers are made for.
 
     Where all of the `prompts` that buffers are made for have as many rows, attention need not gather the rows of a prompt.
@@ -210,7 +210,7 @@ def choose(hidden: Tensor, weight: Tensor, draws: Tensor, temperatures: Tensor |
     """
     device = hidden.device.type
     if temperatures is not None:
-        hidden = hidden / temperatures  # [N, D] in place of [N, V]
+        hidden = (hidden / temperatures).to(hidden.dtype)  # [N, D] in place of [N, V]
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     chunk = tokens_at_a_time(len(weight), device)

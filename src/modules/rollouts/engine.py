@@ -16,8 +16,8 @@ class RolloutEngine(Protocol):
     """Writes `n` rationales of at most `max_new_tokens` for each prompt: greedy at temperature 0, equal for equal seeds.
 
     The seed is one for all prompts, or [N] int64, one for each: a prompt's rationales then depend on no other prompt. An
-    engine that copies the weights may have `holding(policy)`, a context in which it copies them once for all calls, and
-    `generate_all(policy, requests)`, which answers several requests together.
+    engine that copies the weights may have `holding(policy)`, a context in which it copies them once for all calls. One that is
+    faster with several requests at once may have `generate_all(policy, requests)`.
 
     Attributes:
         exact: its log-probs are the trainer's but for rounding, so that the gradient needs no importance weights.
@@ -43,10 +43,14 @@ class Request:
 
 
 def generate_all(engine: RolloutEngine, policy: Policy, requests: Sequence[Request]) -> list[Rollouts]:
-    """Returns the rollouts of each request, from one call if the engine has one for all of them."""
-    together = getattr(engine, "generate_all", None)
-    if together is not None:
-        written: list[Rollouts] = together(policy, requests)
+    """Returns the rollouts of each request, from one call if the engine has one for all of them.
+
+    A class that changes `generate` and inherits `generate_all` is asked request by request, so that its own method is not passed over.
+    """
+    defining = {name: next((c for c in type(engine).__mro__ if name in vars(c)), None) for name in ("generate", "generate_all")}
+    own, together = defining["generate"], defining["generate_all"]
+    if together is not None and (own is None or issubclass(together, own)):
+        written: list[Rollouts] = engine.generate_all(policy, requests)  # type: ignore[attr-defined]
         return written
     return [
         engine.generate(policy, one.prompts, n=one.n, temperature=one.temperature, seed=one.seed, prefixes=one.prefixes) for one in requests

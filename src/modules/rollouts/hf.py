@@ -56,14 +56,9 @@ class _Written:
         self.prompt_pooled[own] = decoder.prompt_pooled.repeat_interleave(counts.to(own.device), dim=0)
         self.prefixes[rows] = decoder.prefixes[: len(rows)].cpu()
 
-    def part(self, rows: slice, prefixes: bool) -> "_Written":
-        """Returns some of the rationales, with or without prefixes."""
-        kept = self.prefixes[rows] if prefixes else self.prefixes[rows, :0]
-        return _Written(self.ids[rows], self.logprobs[rows], self.pooled[rows], self.prompt_pooled[rows], kept)
-
-
-Run = Callable[[tuple[object, ...], Callable[[], None]], None]
-"""Takes the step of a key."""
+    def part(self, rows: slice) -> "_Written":
+        """Returns some of the rationales."""
+        return _Written(self.ids[rows], self.logprobs[rows], self.pooled[rows], self.prompt_pooled[rows], self.prefixes[rows])
 
 
 class HFEngine:
@@ -96,11 +91,7 @@ class HFEngine:
         self.cast_weights = cast_weights
         self._buffers = Buffers()
         self._graphs: Graphs | None = None
-        self._places: tuple[int, ...] = ()  # of what the graphs read
-
-    def __init_subclass__(cls) -> None:
-        if "generate" in vars(cls) and "generate_all" not in vars(cls):
-            cls.generate_all = None  # type: ignore[assignment]  # else a subclass's own `generate` would be passed over
+        self._addresses: tuple[int, ...] = ()  # of what the graphs read
 
     def generate(
         self, policy: Policy, prompts: Prompts, n: int = 1, temperature: float = 1.0, seed: int | Tensor = 0, prefixes: bool = False
@@ -122,12 +113,13 @@ class HFEngine:
         return HFEngine.generate_all(self, policy, [Request(prompts, n, temperature, seed, prefixes)])[0]
 
     def generate_all(self, policy: Policy, requests: Sequence[Request]) -> list[Rollouts]:
-        """Answers requests as `generate` does, all that sample together and all that do not: a step costs little more with more rows."""
+        """Answers requests as `generate` does, those of a kind in one loop: a step costs little more with more rows.
+
+        Requests are of a kind if they sample, or do not, and if they want prefixes, or do not.
+        """
         if self.batch_tokens is None:
             self.batch_tokens = token_budget(policy)  # once: another budget would be other shapes, and other graphs
-        device, ends = policy.device, end_tokens(policy)
-        sharded = isinstance(policy, FSDPModule)
-        graphs = self.cuda_graphs and device.type == "cuda" and not sharded
+        device, ends, graphs = policy.device, end_tokens(policy), self._captures(policy)
         buffers = self._buffers if graphs else Buffers()  # without graphs nothing has to keep its place
         autocast, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         answers: dict[int, Rollouts] = {}
@@ -136,23 +128,23 @@ class HFEngine:
             attention_set_to(policy.model, SAMPLING_ATTENTION),
             # a cast that a capture puts into autocast's own cache would hold nothing
             torch.autocast(device.type, dtype, autocast, cache_enabled=False),
-            cast_weights(policy.model.base_model, buffers) if self.cast_weights and not sharded else nullcontext(),
+            cast_weights(policy.model.base_model, buffers) if self.cast_weights and not isinstance(policy, FSDPModule) else nullcontext(),
         ):
-            run = self._replay(policy, buffers) if graphs else lambda _, step: step()
-            for greedy in (False, True):
-                numbers = [number for number, request in enumerate(requests) if (request.temperature == 0) == greedy]
+            kinds = [(request.temperature == 0, request.prefixes) for request in requests]
+            for kind in dict.fromkeys(kinds):
+                numbers = [number for number, own in enumerate(kinds) if own == kind]
                 together = [requests[number] for number in numbers]
-                if together:
-                    written = self._write(policy, together, ends, buffers, run)
-                    answers |= zip(numbers, _answers(policy, together, written, ends), strict=True)
+                written = self._write(policy, together, ends, buffers, graphs)
+                answers |= zip(numbers, _answers(policy, together, written, ends), strict=True)
         return [answers[number] for number in range(len(requests))]
 
-    def _write(self, policy: Policy, requests: Sequence[Request], ends: Tensor, buffers: Buffers, run: Run) -> _Written:
-        """Writes the rationales of requests, all greedy or none, in batches of prompts of like lengths."""
+    def _write(self, policy: Policy, requests: Sequence[Request], ends: Tensor, buffers: Buffers, graphs: bool) -> _Written:
+        """Writes the rationales of requests of a kind, in batches of prompts of like lengths."""
+        assert self.batch_tokens is not None
         prompts = join_prompts([request.prompts for request in requests])
         counts = torch.tensor([request.n for request in requests for _ in range(len(request.prompts))])
         total, limit, width, device = int(counts.sum()), self.max_new_tokens, policy.head.shape[1], policy.device
-        prefixes = any(request.prefixes for request in requests)
+        prefixes = requests[0].prefixes
         out = _Written(
             ids=torch.zeros(total, limit, dtype=torch.long, device=device),
             logprobs=torch.zeros(total, limit, device=device),
@@ -164,21 +156,25 @@ class HFEngine:
         each = [torch.full((len(r.prompts) * r.n,), r.temperature) for r in requests]
         temperatures = None if requests[0].temperature == 0 else torch.cat(each).to(device)
         rows_of = torch.arange(total).split(counts.tolist())
-        for chunk in padded_batches(prompts.lengths, self.batch_tokens or MOST_TOKENS, extra=counts * limit):
+        for chunk in padded_batches(prompts.lengths, self.batch_tokens, extra=counts * limit):
             rows = torch.cat([rows_of[prompt] for prompt in chunk.tolist()])
             own = None if temperatures is None else temperatures[rows.to(device)]
             decoder = Decoder(policy, prompts.select(chunk), counts[chunk], draws[rows.to(device)], own, prefixes, ends, buffers)
-            decoder.write(run)
+            # only now, as the decoder may have moved buffers that captured graphs read
+            decoder.write(self._replay(policy, buffers) if graphs else lambda _, step: step())
             out.put(rows, decoder, counts[chunk])
         return out
 
-    def _replay(self, policy: Policy, buffers: Buffers) -> Run:
+    def _captures(self, policy: Policy) -> bool:
+        return self.cuda_graphs and policy.device.type == "cuda" and not isinstance(policy, FSDPModule)
+
+    def _replay(self, policy: Policy, buffers: Buffers) -> Callable[[tuple[object, ...], Callable[[], None]], None]:
         """Returns `Graphs.run`, without graphs of tensors that have moved."""
         tensors = (*policy.model.parameters(), *policy.model.buffers())
         disabled = (getattr(module, "disable_adapters", False) for module in policy.model.modules())
-        places = (buffers.moves, *(tensor.data_ptr() for tensor in tensors), *disabled)
-        if self._graphs is None or places != self._places:
-            self._graphs, self._places = Graphs(policy.device), places
+        addresses = (buffers.moves, *(tensor.data_ptr() for tensor in tensors), *disabled)
+        if self._graphs is None or addresses != self._addresses:
+            self._graphs, self._addresses = Graphs(policy.device), addresses
         return self._graphs.run
 
 
@@ -217,7 +213,7 @@ def _answers(policy: Policy, requests: Sequence[Request], written: _Written, end
     answers, start = [], 0
     for request in requests:
         prompts = request.prompts.repeat(request.n)
-        answers.append(_rollouts(policy, prompts, written.part(slice(start, start + len(prompts)), request.prefixes), ends))
+        answers.append(_rollouts(policy, prompts, written.part(slice(start, start + len(prompts))), ends))
         start += len(prompts)
     return answers
 

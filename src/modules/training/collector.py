@@ -77,7 +77,7 @@ class Collector:
                 requests.append(self._request(texts, len(own), (number, CONTEXT_STREAM), self.context_temperature, n=1))
             if self.algorithm.greedy_baseline:
                 requests += [self._request([texts_of(own, role)], len(own), (number, GREEDY_STREAM), 0.0, n=1) for role in learned]
-            written = generate_all(self.engine, self.policy, requests)  # in one call, where the engine copies the weights for each
+            written = generate_all(self.engine, self.policy, requests)
         sampled = dict(zip(learned, written, strict=False))
         context = written[len(learned)] if texts else None
         with timed(seconds, "encode"):

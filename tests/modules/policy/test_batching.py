@@ -53,9 +53,10 @@ def test_padded_batches_keep_the_budget(sizes: list[tuple[int, int]], tokens: in
     for part in parts:
         assert len(part) == 1 or len(part) * max(lengths[row] for row in part) + sum(extra[row] for row in part) <= tokens
     greedy, start = 0, 0
-    while start < len(order) and alike:
-        greedy, start = greedy + 1, start + max(1, tokens // (order[start] + extra[0]))
-    assert not alike or len(parts) == greedy  # even parts are no more parts
+    while start < len(order):
+        fits = [n for n in range(1, len(order) - start + 1) if n * order[start] + sum(extra[r] for r in rows[start : start + n]) <= tokens]
+        greedy, start = greedy + 1, start + max(fits, default=1)
+    assert len(parts) == greedy  # even parts are no more parts
 
 
 @pytest.mark.parametrize(("rows", "fitting", "sizes"), [(16, 15, [8, 8]), (16, 16, [16]), (7, 3, [3, 2, 2]), (33, 16, [11, 11, 11])])

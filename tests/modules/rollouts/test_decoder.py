@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -13,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.modules.policy.model import Policy
 from src.modules.prompt.renderer import Prompts
-from src.modules.rollouts import decoder
-from src.modules.rollouts.engine import end_tokens
+from src.modules.rollouts import decoder, hf
+from src.modules.rollouts.engine import Request, end_tokens
 from src.modules.rollouts.hf import HFEngine, uniform_draws
 from src.modules.types import Rollouts
 from tests.builders import WINDOWED
@@ -124,6 +125,35 @@ def test_one_key_has_one_place(gpu_pace: None) -> None:
     assert all(len(found) == 1 for found in places.values())
 
 
+def test_graphs_of_moved_buffers_are_dropped(gpu_pace: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later batches may ask for more memory, and a graph captured before would read and write what is no longer theirs."""
+    replayed: list[bool] = []
+
+    class Remembered:
+        """In place of Graphs: remembers where tensors lay at the second step of a key, when a GPU would capture it."""
+
+        def __init__(self, device: torch.device) -> None:
+            self.seen: dict[object, list[list[int]]] = {}
+
+        def run(self, key: object, step: Any) -> None:
+            one = step.__self__
+            tensors = [*itertools.chain(*one.cache.prompt, *one.cache.own), *vars(one).values(), *vars(one.cache).values()]
+            seen = self.seen.setdefault(key, [])
+            seen.append([t.data_ptr() for t in tensors if isinstance(t, Tensor) and t is not one.prompt_pooled and t.numel()])
+            if len(seen) > 2:
+                replayed.append(seen[-1] == seen[1])
+            step()
+
+    monkeypatch.setattr(hf, "Graphs", Remembered)
+    monkeypatch.setattr(HFEngine, "_captures", lambda self, policy: True)
+    policy, engine, generator = ending(), HFEngine(16, 300), torch.Generator().manual_seed(1)
+    for seed in range(12):
+        few, many = (random_prompts(generator, 8, 39, count) for count in (6, 12))
+        engine.generate_all(policy, [Request(few, 4, 1.0, seed), Request(many, 1, 0.7, seed), Request(many, 1, 0.0, 0)])
+    assert all(replayed)
+    assert len(replayed) > 100
+
+
 @contextmanager
 def kept(engine: HFEngine) -> Iterator[None]:
     """Keeps an engine's buffers from call to call on the CPU, as on a GPU."""
@@ -136,11 +166,7 @@ def test_memory_is_flat(gpu_pace: None) -> None:
     sizes = []
     with kept(engine):
         for batch in range(50):
-            ids = tuple(
-                torch.randint(5, 60, (int(length),), generator=generator) for length in torch.randint(3, 90, (6,), generator=generator)
-            )
-            prompts = Prompts(ids, torch.ones(6, dtype=torch.long), torch.tensor([len(own) - 1 for own in ids]))
-            engine.generate(policy, prompts, n=2, seed=batch)
+            engine.generate(policy, random_prompts(generator, 3, 90), n=2, seed=batch)
             sizes.append(engine._buffers.bytes())
     assert len(set(sizes[20:])) == 1
 
@@ -280,11 +306,11 @@ class TestGPU:
         assert max(held[20:]) <= held[20] + 2**24
 
 
-def random_prompts(generator: torch.Generator, shortest: int, longest: int) -> Prompts:
-    """Six prompts of random tokens, of `shortest` to `longest` - 1."""
-    lengths = torch.randint(shortest, longest, (6,), generator=generator)
+def random_prompts(generator: torch.Generator, shortest: int, longest: int, count: int = 6) -> Prompts:
+    """Prompts of random tokens, of `shortest` to `longest` - 1."""
+    lengths = torch.randint(shortest, longest, (count,), generator=generator)
     ids = tuple(torch.randint(5, 60, (int(length),), generator=generator) for length in lengths)
-    return Prompts(ids, torch.ones(6, dtype=torch.long), lengths - 1)
+    return Prompts(ids, torch.ones(count, dtype=torch.long), lengths - 1)
 
 
 @pytest.mark.parametrize("count", [*range(1, 70), 1023, 1025])

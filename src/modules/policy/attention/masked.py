@@ -55,7 +55,10 @@ def causal_mask(tokens: int, window: int | None, device: torch.device) -> Tensor
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scaling: float, dropout: float = 0.0) -> Tensor:
-    """Returns the attention [N, heads, tokens, d] of queries to keys that are visible, [tokens, keys] bool; None is causal."""
+    """Returns the attention [N, heads, tokens, d] of queries to keys that are visible, [tokens, keys] bool; None is causal.
+
+    Short attention of bfloat16 that has a gradient is computed in float32 on a CPU, for speed.
+    """
     if query.requires_grad and query.dtype == torch.bfloat16 and key.shape[2] <= _SHORT and query.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
             return masked_attention(query.float(), key.float(), value.float(), visible, scaling, dropout).to(query.dtype)

@@ -67,7 +67,7 @@ def grouped_attention(
 
 
 class _Recomputed(torch.autograd.Function):
-    """A function of tensors, without randomness, that the backward pass computes again.
+    """A function of tensors, without randomness, that the backward pass computes again (on a CPU in float32 where it is short).
 
     If they were kept, the copies of a prompt's keys and values for its rationales would grow with K. torch.utils.checkpoint
     keeps reference cycles, which wait for the garbage collector: 150 MiB in a thousand steps.
