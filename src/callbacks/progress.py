@@ -18,7 +18,7 @@ from src.utils.timing import clock
 
 log = logging.getLogger(__name__)
 
-_REACHED = {"bf16-mixed": 0.25, "32-true": 0.5}  # share of the speed of matrix products that smollm2_sup reaches on two CPU cores
+_REACHED = {"bf16-mixed": 0.2, "32-true": 0.5}  # share of the speed of matrix products that smollm2_sup reaches on two CPU cores
 _OTHERWISE = 60  # seconds for reading data, MTEB's own work and reports
 
 
