@@ -1,5 +1,6 @@
 """Cuts sequences into batches of a budget of tokens."""
 
+import math
 from collections.abc import Iterator
 from itertools import groupby
 
@@ -60,7 +61,8 @@ def padded_batches(lengths: Tensor, tokens: int, extra: Tensor | None = None) ->
         parts[start] = 1 + parts[ends[start]]
     start = 0
     while start < len(order):
-        end = min(ends[start], start - (start - len(order)) // parts[start])
+        even = math.ceil((len(order) - start) / parts[start])
+        end = min(ends[start], start + even)
         while parts[end] >= parts[start]:  # those that are left would need one more
             end += 1
         yield order[start:end]

@@ -29,7 +29,7 @@ def cpu_products_rounded_to(dtype: torch.dtype) -> Iterator[None]:
     """Lets a CPU round the entries of large float32 matrices to bfloat16 in products, if that is `dtype`; sums stay float32.
 
     The result is that of a GPU's product of bfloat16 matrices with a float32 result, which torch does not have on a CPU. With AMX it takes
-    a third of the time of float32; a processor without such instructions computes in float32. The setting is the process's, so no other
+    0.4 of the time of float32; a processor without such instructions computes in float32. The setting is the process's, so no other
     thread may multiply meanwhile.
     """
     if dtype != torch.bfloat16:

@@ -47,9 +47,9 @@ def generate_all(engine: RolloutEngine, policy: Policy, requests: Sequence[Reque
 
     A class that changes `generate` and inherits `generate_all` is asked request by request, so that its own method is not passed over.
     """
-    defining = {name: next((c for c in type(engine).__mro__ if name in vars(c)), None) for name in ("generate", "generate_all")}
-    own, together = defining["generate"], defining["generate_all"]
-    if together is not None and (own is None or issubclass(together, own)):
+    classes = type(engine).__mro__
+    own, together = (next((i for i, c in enumerate(classes) if name in vars(c)), len(classes)) for name in ("generate", "generate_all"))
+    if together <= own and together < len(classes):
         written: list[Rollouts] = engine.generate_all(policy, requests)  # type: ignore[attr-defined]
         return written
     return [
